@@ -1,0 +1,37 @@
+"""Kernels of Qwen3-Next: torch in, torch out, and nothing of any engine.
+
+One folder an operation. Each exports public functions whose docstrings give shapes, dtypes and what is written in place;
+``reference.py`` beside them is the readable definition, the other files are backends (``cpu.py``: vectorised PyTorch).
+:mod:`qnext_kernels.dispatch` picks the backend of a call and can say why it declined the others.
+"""
+
+from qnext_kernels.causal_conv1d import causal_conv1d_decode, causal_conv1d_prefill, causal_conv1d_verify
+from qnext_kernels.dispatch import OPERATIONS, explain, force_backend
+from qnext_kernels.gated_attention import qk_norm_rope_gate, sigmoid_gate
+from qnext_kernels.gated_delta_rule import (
+    gated_delta_rule_decode,
+    gated_delta_rule_prefill,
+    gated_delta_rule_verify,
+)
+from qnext_kernels.gated_norm import gated_rms_norm
+from qnext_kernels.moe import experts, silu_and_mul, topk_softmax
+from qnext_kernels.rms_norm import rms_norm
+
+__all__ = [
+    "OPERATIONS",
+    "causal_conv1d_decode",
+    "causal_conv1d_prefill",
+    "causal_conv1d_verify",
+    "experts",
+    "explain",
+    "force_backend",
+    "gated_delta_rule_decode",
+    "gated_delta_rule_prefill",
+    "gated_delta_rule_verify",
+    "gated_rms_norm",
+    "qk_norm_rope_gate",
+    "rms_norm",
+    "sigmoid_gate",
+    "silu_and_mul",
+    "topk_softmax",
+]

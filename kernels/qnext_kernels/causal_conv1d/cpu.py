@@ -1,0 +1,90 @@
+"""Vectorised PyTorch: all tokens of all sequences at once, no loop over either."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qnext_kernels.dispatch import Backend
+from qnext_kernels.elementwise import silu
+
+
+class CpuBackend(Backend):
+    """One buffer holds every sequence's history followed by its tokens; an output is W shifted reads of it."""
+
+    name = "cpu"
+    devices = ("cpu",)
+
+    def prefill(
+        self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_start_loc: Tensor, has_initial: Tensor
+    ) -> Tensor:
+        width = weight.shape[1] - 1
+        slots = slots.long()
+        history = conv_state[slots.clamp(min=0), :, :width].transpose(1, 2).to(x.dtype)
+        history = torch.where(has_initial[:, None, None], history, 0)
+        y, buffer, ends = _convolve_ragged(x, weight, history, query_start_loc)
+        last = buffer[ends[:, None] + torch.arange(-width, 0)]
+        write = (slots >= 0) & (query_start_loc.diff() > 0)
+        conv_state[slots[write], :, :width] = last[write].transpose(1, 2).to(conv_state.dtype)
+        return _zero_skipped(y, slots, query_start_loc)
+
+    def verify(
+        self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_start_loc: Tensor, accepted: Tensor
+    ) -> Tensor:
+        width = weight.shape[1] - 1
+        slots = slots.long()
+        old = conv_state[slots.clamp(min=0)].transpose(1, 2).to(x.dtype)
+        columns = (accepted.long() - 1)[:, None] + torch.arange(width)
+        history = old.gather(1, columns[:, :, None].expand(-1, -1, x.shape[1]))
+        y, buffer, ends = _convolve_ragged(x, weight, history, query_start_loc)
+        lengths = query_start_loc.diff().long()
+        # Window j of the new state is input 1 + j of [history, tokens]; columns past the last token keep what they had.
+        position = torch.arange(conv_state.shape[2])
+        filled = position < (lengths + width - 1)[:, None]
+        rows = (ends - lengths - width + 1)[:, None] + position
+        window = torch.where(filled[:, :, None], buffer[torch.where(filled, rows, 0)], old)
+        write = (slots >= 0) & (lengths > 0)
+        conv_state[slots[write]] = window[write].transpose(1, 2).to(conv_state.dtype)
+        return _zero_skipped(y, slots, query_start_loc)
+
+    def decode(self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor) -> Tensor:
+        width = weight.shape[1] - 1
+        slots = slots.long()
+        window = torch.cat([conv_state[slots.clamp(min=0), :, :width].to(x.dtype), x[:, :, None]], dim=2)
+        write = slots >= 0
+        conv_state[slots[write], :, :width] = window[write, :, 1:].to(conv_state.dtype)
+        y = _weighted_sum([window[:, :, w] for w in range(width + 1)], weight).to(x.dtype)
+        return torch.where(write[:, None], y, 0)
+
+
+def _weighted_sum(inputs: list[Tensor], weight: Tensor) -> Tensor:
+    """SiLU(Σ_w weight[d, w] · inputs[w][..., d]) in float32, added from w = 0 upwards."""
+    weight = weight.float()
+    total = inputs[0].float() * weight[:, 0]
+    for w in range(1, weight.shape[1]):
+        total += inputs[w].float() * weight[:, w]
+    return silu(total)
+
+
+def _convolve_ragged(x: Tensor, weight: Tensor, history: Tensor, query_start_loc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolve tokens [T, D] behind history [N, W − 1, D].
+
+    Returns the outputs [T, D], the buffer [T + N·(W − 1), D] of every sequence's history and tokens, and the row [N]
+    behind each sequence's last token in it.
+    """
+    num_sequences, width, _ = history.shape
+    offsets = query_start_loc.long()
+    order = torch.arange(num_sequences)
+    sequence = order.repeat_interleave(offsets.diff(), output_size=x.shape[0])
+    token_rows = torch.arange(x.shape[0]) + (sequence + 1) * width
+    history_rows = (offsets[:-1] + order * width)[:, None] + torch.arange(width)
+    buffer = x.new_empty(x.shape[0] + num_sequences * width, x.shape[1])
+    buffer[token_rows] = x
+    buffer[history_rows] = history
+    y = _weighted_sum([buffer[token_rows - width + w] for w in range(width + 1)], weight)
+    return y.to(x.dtype), buffer, offsets[1:] + (order + 1) * width
+
+
+def _zero_skipped(y: Tensor, slots: Tensor, query_start_loc: Tensor) -> Tensor:
+    keep = (slots >= 0).repeat_interleave(query_start_loc.diff(), output_size=y.shape[0])
+    return torch.where(keep[:, None], y, 0)

@@ -1,0 +1,66 @@
+"""The definition of the convolution: one sequence at a time, one token at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qnext_kernels.dispatch import Backend
+from qnext_kernels.elementwise import silu
+
+
+def convolve(window: Tensor, weight: Tensor) -> Tensor:
+    """SiLU(Σ_w weight[d, w] · window[w, d]) of one token; window [W, D] and weight [D, W] of one float dtype → [D]."""
+    total = window[0] * weight[:, 0]
+    for w in range(1, weight.shape[1]):
+        total = total + window[w] * weight[:, w]
+    return silu(total)
+
+
+class ReferenceBackend(Backend):
+    """Readable PyTorch, in float32 (float64 for float64 inputs)."""
+
+    name = "reference"
+
+    def prefill(
+        self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_start_loc: Tensor, has_initial: Tensor
+    ) -> Tensor:
+        history = weight.shape[1] - 1
+        y = torch.zeros_like(x)
+        for n, slot in enumerate(slots.tolist()):
+            start, end = query_start_loc[n : n + 2].tolist()
+            if slot < 0 or start == end:
+                continue
+            before = conv_state[slot, :, :history].t().to(x.dtype)
+            if not has_initial[n]:
+                before = torch.zeros_like(before)
+            inputs = torch.cat([before, x[start:end]])
+            y[start:end] = self._outputs(inputs, weight)
+            conv_state[slot, :, :history] = inputs[-history:].t().to(conv_state.dtype)
+        return y
+
+    def verify(
+        self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_start_loc: Tensor, accepted: Tensor
+    ) -> Tensor:
+        history = weight.shape[1] - 1
+        y = torch.zeros_like(x)
+        for n, slot in enumerate(slots.tolist()):
+            start, end = query_start_loc[n : n + 2].tolist()
+            if slot < 0 or start == end:
+                continue
+            offset = int(accepted[n]) - 1
+            before = conv_state[slot, :, offset : offset + history].t().to(x.dtype)
+            inputs = torch.cat([before, x[start:end]])
+            y[start:end] = self._outputs(inputs, weight)
+            conv_state[slot, :, : len(inputs) - 1] = inputs[1:].t().to(conv_state.dtype)
+        return y
+
+    def decode(self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor) -> Tensor:
+        offsets = torch.arange(len(x) + 1)
+        return self.verify(x, weight, conv_state, slots, offsets, torch.ones(len(x), dtype=torch.int64))
+
+    def _outputs(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        width = weight.shape[1]
+        tokens = range(len(inputs) - width + 1)
+        return torch.stack([convolve(inputs[t : t + width].to(dtype), weight.to(dtype)) for t in tokens]).to(inputs.dtype)

@@ -1,0 +1,59 @@
+"""Argument checks shared by the operations: every failure names the argument, what was expected and what came.
+
+Values (slot indices, offsets) are read only where the tensors lie on a CPU: on a GPU that would synchronise, and the
+kernels themselves skip slot −1 and clamp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def expect_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
+    """Raise ValueError unless ``tensor`` has ``shape`` (None: any size)."""
+    if tensor.dim() == len(shape):
+        for size, want in zip(tensor.shape, shape, strict=True):
+            if want is not None and size != want:
+                break
+        else:
+            return
+    expected = ", ".join("*" if size is None else str(size) for size in shape)
+    raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
+
+
+def expect_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless ``tensor`` has a floating-point dtype."""
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+
+
+def expect_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """Raise TypeError unless the dtype of ``tensor`` is one of ``dtypes``."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+
+
+def expect_indices(name: str, indices: Tensor, low: int, high: int) -> None:
+    """Raise unless ``indices`` are int32 or int64 within [low, high)."""
+    expect_dtype(name, indices, (torch.int32, torch.int64))
+    if indices.device.type == "cpu" and indices.numel():
+        smallest, largest = (int(value) for value in torch.aminmax(indices))
+        if smallest < low or largest >= high:
+            raise IndexError(f"{name}: expected indices within [{low}, {high}), got [{smallest}, {largest}]")
+
+
+def expect_query_start_loc(query_start_loc: Tensor, num_tokens: int) -> int:
+    """Check ragged offsets [N + 1] that rise from 0 to ``num_tokens``; return N."""
+    expect_shape("query_start_loc", query_start_loc, (None,))
+    expect_dtype("query_start_loc", query_start_loc, (torch.int32, torch.int64))
+    if query_start_loc.numel() == 0:
+        raise ValueError("query_start_loc: expected at least one offset, got none")
+    if query_start_loc.device.type == "cpu":
+        offsets = query_start_loc.tolist()
+        rising = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
+        if offsets[0] != 0 or offsets[-1] != num_tokens or not rising:
+            raise ValueError(f"query_start_loc: expected offsets rising from 0 to {num_tokens}, got {offsets}")
+    return query_start_loc.numel() - 1

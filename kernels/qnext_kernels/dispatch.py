@@ -1,0 +1,108 @@
+"""Which backend serves a call, and why not the others.
+
+A backend is a small class with :meth:`Backend.supports`, which returns ``None`` or the reason it declines. An operation
+lists its backends fastest first; the first one that supports the call serves it. ``QNEXT_BACKEND`` forces a choice, for
+every operation (``QNEXT_BACKEND=reference``) or for one (``QNEXT_BACKEND=cpu,gated_delta_rule=reference``). A forced
+backend that cannot serve is an error that carries its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+
+BACKEND_NAMES = ("reference", "cpu", "triton", "flashinfer")
+
+
+class BackendError(RuntimeError):
+    """A forced backend does not exist or cannot serve the call."""
+
+
+class Backend:
+    """One implementation of one operation."""
+
+    name: ClassVar[str]
+    devices: ClassVar[tuple[str, ...] | None] = None
+    """Device types it runs on; None for all."""
+
+    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return None if it can serve tensors of this device and activation dtype, else the reason why not."""
+        if self.devices is not None and device.type not in self.devices:
+            return f"runs on {'/'.join(self.devices)}, not on {device.type}"
+        if not dtype.is_floating_point:
+            return f"needs a floating-point dtype, got {dtype}"
+        return None
+
+
+class Operation:
+    """An operation and its backends, fastest first."""
+
+    def __init__(self, name: str, backends: Sequence[Backend]) -> None:
+        self.name = name
+        self.backends = tuple(backends)
+        OPERATIONS[name] = self
+
+    def select(self, device: torch.device, dtype: torch.dtype) -> Backend:
+        """Return the backend that serves tensors of this device and dtype.
+
+        Raises:
+            BackendError: a forced backend is missing or declines, or none supports the call.
+        """
+        forced = _forced.get(self.name, _forced.get("*"))
+        reasons = ""
+        for backend in self.backends:
+            if forced is not None and backend.name != forced:
+                continue
+            reason = backend.supports(device, dtype)
+            if reason is None:
+                return backend
+            reasons += f"; {backend.name}: {reason}"
+        if forced is not None and not reasons:
+            have = ", ".join(backend.name for backend in self.backends)
+            raise BackendError(f"{self.name} has no backend {forced!r} (it has {have}); see QNEXT_BACKEND")
+        raise BackendError(f"no backend serves {self.name} on {device} with {dtype}{reasons}")
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def parse_forced(value: str) -> dict[str, str]:
+    """Parse the value of ``QNEXT_BACKEND`` into {operation or "*": backend name}.
+
+    Raises:
+        BackendError: a name in it is no backend.
+    """
+    forced: dict[str, str] = {}
+    for part in filter(None, (item.strip() for item in value.split(","))):
+        operation, _, backend = part.rpartition("=")
+        if backend not in BACKEND_NAMES:
+            raise BackendError(f"QNEXT_BACKEND: expected one of {', '.join(BACKEND_NAMES)}, got {backend!r}")
+        forced[operation.strip() or "*"] = backend
+    return forced
+
+
+_forced = parse_forced(os.environ.get("QNEXT_BACKEND", ""))
+
+
+@contextlib.contextmanager
+def force_backend(value: str) -> Iterator[None]:
+    """Force backends inside a ``with`` block; ``value`` is written as for ``QNEXT_BACKEND``."""
+    previous = dict(_forced)
+    _forced.update(parse_forced(value))
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(previous)
+
+
+def explain(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, str | None]]:
+    """For every operation, each backend's reason to decline such tensors (None: it supports them), fastest first."""
+    return {
+        name: {backend.name: backend.supports(device, dtype) for backend in operation.backends}
+        for name, operation in OPERATIONS.items()
+    }

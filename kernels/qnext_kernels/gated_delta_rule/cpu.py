@@ -1,0 +1,157 @@
+"""Vectorised PyTorch: the recurrence over the batch for short runs, the chunked form for long ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qnext_kernels.dispatch import Backend
+from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, gating, l2_norm, recurrence
+
+RECURRENT_TOKENS = 4
+"""A chunk of at most this many tokens runs token by token, with the bits of decode and verify."""
+
+
+class CpuBackend(Backend):
+    """Float32 throughout. Every chunk has the same padded shape whatever the batch, so that no result depends on it."""
+
+    name = "cpu"
+    devices = ("cpu",)
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+        query_start_loc: Tensor,
+        has_initial: Tensor,
+    ) -> Tensor:
+        tokens = _prepare(q, k, v, a, b, A_log, dt_bias)
+        out = torch.zeros_like(v)
+        offsets, initial = query_start_loc.tolist(), has_initial.tolist()
+        for n, slot in enumerate(slots.tolist()):
+            if slot < 0 or offsets[n] == offsets[n + 1]:
+                continue
+            current = state[slot].float() if initial[n] else state.new_zeros(state.shape[1:], dtype=torch.float32)
+            for start in range(offsets[n], offsets[n + 1], CHUNK_SIZE):
+                end = min(start + CHUNK_SIZE, offsets[n + 1])
+                run = _recurrent_run if end - start <= RECURRENT_TOKENS else _chunk
+                o, current = run([x[start:end] for x in tokens], current, state.dtype)
+                out[start:end] = o
+            state[slot] = current
+        return out
+
+    def verify(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+        query_start_loc: Tensor,
+        accepted: Tensor,
+    ) -> Tensor:
+        tokens = _prepare(q, k, v, a, b, A_log, dt_bias)
+        out = torch.zeros_like(v)
+        slots, starts, lengths = slots.long(), query_start_loc[:-1].long(), query_start_loc.diff()
+        initial = slots.gather(1, accepted.long()[:, None] - 1).squeeze(1)
+        current = state[initial.clamp(min=0)].float()
+        lengths = torch.where(initial >= 0, lengths, 0)
+        for t in range(int(lengths.max()) if len(lengths) else 0):
+            rows = (lengths > t).nonzero().squeeze(1)
+            index = starts[rows] + t
+            o, new = recurrence(*(x[index] for x in tokens), current[rows])
+            out[index] = o.to(out.dtype)
+            stored = new.to(state.dtype)
+            current[rows] = stored.float()
+            write = slots[rows, t] >= 0
+            state[slots[rows, t][write]] = stored[write]
+        return out
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        slots = slots.long()
+        o, new = recurrence(*_prepare(q, k, v, a, b, A_log, dt_bias), state[slots.clamp(min=0)].float())
+        write = slots >= 0
+        state[slots[write]] = new[write].to(state.dtype)
+        return torch.where(write[:, None, None], o.to(v.dtype), 0)
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Float32 q, k [T, HV, K] (normalised, scaled, a value head each), v [T, HV, V], g and beta [T, HV]."""
+    group = v.shape[1] // q.shape[1]
+    q = (l2_norm(q.float().contiguous()) * q.shape[2] ** -0.5).repeat_interleave(group, dim=1)
+    k = l2_norm(k.float().contiguous()).repeat_interleave(group, dim=1)
+    g, beta = gating(a.float(), b.float(), A_log, dt_bias)
+    return q, k, v.float(), g, beta
+
+
+def _recurrent_run(tokens: list[Tensor], state: Tensor, state_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Token by token, rounding to the dtype of the pool after each as a decode does; state [HV, V, K] float32."""
+    outputs = []
+    for token in zip(*tokens, strict=True):
+        o, state = recurrence(*token, state)
+        state = state.to(state_dtype).float()
+        outputs.append(o)
+    return torch.stack(outputs), state
+
+
+def _chunk(tokens: list[Tensor], state: Tensor, state_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One chunk in the WY form (Gated Delta Networks, section 3.3): matrix products instead of a loop over tokens.
+
+    Args:
+        tokens: q, k [C, HV, K], v [C, HV, V], g and beta [C, HV], float32, C ≤ CHUNK_SIZE; padded tokens are neutral
+            (no decay, nothing written).
+        state: [HV, V, K] float32 before the chunk.
+        state_dtype: dtype of the pool, to which a split prefill would round here.
+
+    Returns:
+        Outputs [C, HV, V] and the state behind the chunk.
+    """
+    q, k, v, g, beta = (_pad_chunk(x) for x in tokens)
+    decay = g.cumsum(dim=-1)
+    causal = torch.ones(CHUNK_SIZE, CHUNK_SIZE, dtype=torch.bool).tril()
+    # Masked before the exponential: above the diagonal the difference is positive and may overflow.
+    pairwise = (decay[:, :, None] - decay[:, None, :]).masked_fill(~causal, float("-inf")).exp()
+    from_start = decay.exp()[:, :, None]
+    k_beta = k * beta[:, :, None]
+    # solve_triangular takes the unit diagonal as given and reads only what is below it.
+    system = torch.bmm(k_beta, k.transpose(1, 2)) * pairwise
+    right = torch.cat([v * beta[:, :, None], k_beta * from_start], dim=2)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    values, keys = solved.split([v.shape[2], k.shape[2]], dim=2)
+    new_values = values - torch.bmm(keys, state.transpose(1, 2))
+    intra = torch.bmm(torch.bmm(q, k.transpose(1, 2)) * pairwise, new_values)
+    out = torch.bmm(q * from_start, state.transpose(1, 2)) + intra
+    to_end = (decay[:, -1:] - decay).exp()[:, :, None]
+    state = state * from_start[:, -1:] + torch.bmm(new_values.transpose(1, 2), k * to_end)
+    return out.transpose(0, 1)[: tokens[0].shape[0]], state.to(state_dtype).float()
+
+
+def _pad_chunk(x: Tensor) -> Tensor:
+    """[C, HV, ...] → [HV, CHUNK_SIZE, ...], zero beyond C, always in fresh memory so that its alignment is the same."""
+    padded = x.new_zeros(x.shape[1], CHUNK_SIZE, *x.shape[2:])
+    padded[:, : x.shape[0]] = x.transpose(0, 1)
+    return padded

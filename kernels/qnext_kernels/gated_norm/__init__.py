@@ -1,0 +1,36 @@
+"""Gated RMSNorm, the output norm of Gated DeltaNet: x̂ · weight · SiLU(z), norm before gate.
+
+Source: transformers' ``Qwen3NextRMSNormGated``; the norm is over the last axis (one value head), its weight is not
+zero-centred.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qnext_kernels.checks import expect_floating, expect_shape
+from qnext_kernels.dispatch import Operation
+from qnext_kernels.gated_norm.cpu import CpuBackend
+from qnext_kernels.gated_norm.reference import ReferenceBackend
+
+operation = Operation("gated_norm", [CpuBackend(), ReferenceBackend()])
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean(x²) + eps) · weight · SiLU(z), computed in float32 and rounded once.
+
+    Args:
+        x, z: [..., V], any float dtype.
+        weight: [V].
+        eps: added to the mean square.
+
+    Returns:
+        [..., V] in the dtype of ``x``.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    expect_floating("x", x)
+    expect_shape("z", z, x.shape)
+    expect_shape("weight", weight, (x.shape[-1],))
+    return operation.select(x.device, x.dtype).gated_rms_norm(x, z, weight, eps)

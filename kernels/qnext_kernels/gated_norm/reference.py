@@ -1,0 +1,20 @@
+"""The definition of the gated RMSNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qnext_kernels.dispatch import Backend
+from qnext_kernels.elementwise import silu
+
+
+class ReferenceBackend(Backend):
+    """Readable PyTorch, in float32 (float64 for float64 inputs)."""
+
+    name = "reference"
+
+    def gated_rms_norm(self, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        normed = x.to(dtype) / torch.sqrt(x.to(dtype).square().mean(dim=-1, keepdim=True) + eps)
+        return (normed * weight.to(dtype) * silu(z.to(dtype))).to(x.dtype)

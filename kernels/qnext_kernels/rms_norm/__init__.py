@@ -1,0 +1,38 @@
+"""Zero-centred RMSNorm with an optional residual: x̂ · (1 + weight).
+
+Source: transformers' ``Qwen3NextRMSNorm``; the residual sum is that of the decoder layer in front of the norm.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qnext_kernels.checks import expect_dtype, expect_floating, expect_shape
+from qnext_kernels.dispatch import Operation
+from qnext_kernels.rms_norm.cpu import CpuBackend
+from qnext_kernels.rms_norm.reference import ReferenceBackend
+
+operation = Operation("rms_norm", [CpuBackend(), ReferenceBackend()])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """r = x + residual (rounded to the dtype of ``x``), then r / √(mean(r²) + eps) · (1 + weight) in float32.
+
+    Args:
+        x: [..., D], any float dtype.
+        weight: [D], zero-centred.
+        eps: added to the mean square.
+        residual: [..., D] in the dtype of ``x``, or None for zero.
+
+    Returns:
+        The normalised tensor and r (``x`` itself without a residual), both [..., D] in the dtype of ``x``.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    expect_floating("x", x)
+    expect_shape("weight", weight, (x.shape[-1],))
+    if residual is not None:
+        expect_shape("residual", residual, x.shape)
+        expect_dtype("residual", residual, (x.dtype,))
+    return operation.select(x.device, x.dtype).rms_norm(x, weight, eps, residual)

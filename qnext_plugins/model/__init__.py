@@ -1,0 +1,35 @@
+"""The Qwen3-Next model, written once and without an engine.
+
+A block owns the mathematics: how projections are split, gated, convolved, normalised, routed and rotated. What differs
+between engines (parallel linears, paged attention, the pool of recurrent states, experts) comes in through
+:class:`qnext_plugins.model.port.Engine`.
+"""
+
+from qnext_plugins.model.config import ConfigError, Qwen3NextConfig
+from qnext_plugins.model.decoder_layer import DecoderLayer
+from qnext_plugins.model.gated_attention import GatedAttention
+from qnext_plugins.model.gated_delta_net import GatedDeltaNet, RecurrentBatch, Segment, VerifySegment
+from qnext_plugins.model.mtp import MultiTokenPredictor
+from qnext_plugins.model.norm import RMSNorm
+from qnext_plugins.model.port import Engine
+from qnext_plugins.model.sparse_moe import MLP, SparseMoe
+from qnext_plugins.model.weights import CheckpointError, checked_weights, expected_shapes
+
+__all__ = [
+    "MLP",
+    "CheckpointError",
+    "ConfigError",
+    "DecoderLayer",
+    "Engine",
+    "GatedAttention",
+    "GatedDeltaNet",
+    "MultiTokenPredictor",
+    "Qwen3NextConfig",
+    "RMSNorm",
+    "RecurrentBatch",
+    "Segment",
+    "SparseMoe",
+    "VerifySegment",
+    "checked_weights",
+    "expected_shapes",
+]

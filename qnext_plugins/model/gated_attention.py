@@ -1,0 +1,44 @@
+"""Gated attention: QK-norm, partial RoPE, attention, sigmoid output gate (transformers' ``Qwen3NextAttention``)."""
+
+from __future__ import annotations
+
+from qnext_kernels import qk_norm_rope_gate, sigmoid_gate
+from torch import Tensor, nn
+
+from qnext_plugins.model.config import Qwen3NextConfig
+from qnext_plugins.model.norm import RMSNorm
+from qnext_plugins.model.port import Engine
+
+
+class GatedAttention(nn.Module):
+    """[T, hidden] → [T, hidden]; ``q_proj``, ``k_proj`` and ``v_proj`` of the checkpoint are ``qkv_proj`` here."""
+
+    def __init__(self, config: Qwen3NextConfig, engine: Engine, *, prefix: str) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads // engine.tensor_parallel_size
+        self.num_kv_heads = max(1, config.num_key_value_heads // engine.tensor_parallel_size)
+        self.qkv_proj = engine.qkv_linear(config, prefix=f"{prefix}.qkv_proj")
+        self.o_proj = engine.row_linear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            reduce=True,
+            bias=config.attention_bias,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.register_buffer("cos_sin", engine.cos_sin(config), persistent=False)
+        self.attn = engine.attention(self.num_heads, self.num_kv_heads, config.head_dim, prefix=f"{prefix}.attn")
+
+    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+        q, k, v, gate = qk_norm_rope_gate(
+            self.qkv_proj(hidden_states),
+            positions,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.cos_sin,
+            self.num_heads,
+            self.num_kv_heads,
+            self.q_norm.eps,
+        )
+        return self.o_proj(sigmoid_gate(self.attn(q, k, v), gate))

@@ -1,0 +1,121 @@
+"""The tensors of a Qwen3-Next checkpoint: names, shapes, and a check of what a loader is fed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from qnext_plugins.model.config import FULL_ATTENTION, Qwen3NextConfig
+
+MTP_PREFIX = "mtp."
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint has missing, surplus or misshapen tensors."""
+
+
+def expected_shapes(config: Qwen3NextConfig, *, target: bool = True, mtp: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an unquantized checkpoint's tensors.
+
+    Args:
+        config: of the checkpoint.
+        target: the model's own tensors.
+        mtp: the draft's ``mtp.*`` tensors, with the embedding and the head that it shares.
+    """
+    hidden = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    if target:
+        for n, layer_type in enumerate(config.layer_types):
+            shapes |= _layer_shapes(config, f"model.layers.{n}", layer_type, sparse=config.is_sparse(n))
+        shapes["model.norm.weight"] = (hidden,)
+    if mtp:
+        shapes["mtp.fc.weight"] = (hidden, 2 * hidden)
+        for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+            shapes[f"mtp.{name}.weight"] = (hidden,)
+        for n in range(config.num_nextn_predict_layers):
+            shapes |= _layer_shapes(config, f"mtp.layers.{n}", FULL_ATTENTION, sparse=config.num_experts > 0)
+    return shapes
+
+
+def checked_weights(
+    weights: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], *, passing: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass a checkpoint's tensors on, one by one, if they are the expected ones.
+
+    Args:
+        weights: names and tensors.
+        shapes: of :func:`expected_shapes`.
+        passing: prefixes of names that belong to another model and are dropped.
+
+    Raises:
+        CheckpointError: at the first surplus or misshapen tensor, before it is passed on; at the end, if any is missing.
+    """
+    missing = dict(shapes)
+    for name, tensor in weights:
+        if name.startswith(passing) or name.endswith(IGNORED_SUFFIXES):
+            continue
+        if name not in shapes:
+            raise CheckpointError(f"checkpoint: surplus tensor {name} {list(tensor.shape)}")
+        if tuple(tensor.shape) != shapes[name]:
+            raise CheckpointError(
+                f"checkpoint: tensor {name}: expected shape {list(shapes[name])}, got {list(tensor.shape)}"
+            )
+        missing.pop(name, None)
+        yield name, tensor
+    if missing:
+        shown = ", ".join(sorted(missing)[:8])
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise CheckpointError(f"checkpoint: missing {shown}{more}")
+
+
+def _layer_shapes(config: Qwen3NextConfig, prefix: str, layer_type: str, *, sparse: bool) -> dict[str, tuple[int, ...]]:
+    hidden = config.hidden_size
+    mixer = _attention_shapes(config) if layer_type == FULL_ATTENTION else _delta_net_shapes(config)
+    shapes = {**mixer, "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    if sparse:
+        shapes["mlp.gate.weight"] = (config.num_experts, hidden)
+        for e in range(config.num_experts):
+            shapes |= _mlp_shapes(f"mlp.experts.{e}", hidden, config.moe_intermediate_size)
+        if config.shared_expert_intermediate_size > 0:
+            shapes |= _mlp_shapes("mlp.shared_expert", hidden, config.shared_expert_intermediate_size)
+            shapes["mlp.shared_expert_gate.weight"] = (1, hidden)
+    else:
+        shapes |= _mlp_shapes("mlp", hidden, config.intermediate_size)
+    return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+
+def _delta_net_shapes(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+    hidden, heads = config.hidden_size, config.linear_num_value_heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "in_proj_qkvz.weight": (2 * config.key_dim + 2 * config.value_dim, hidden),
+        "in_proj_ba.weight": (2 * heads, hidden),
+        "conv1d.weight": (2 * config.key_dim + config.value_dim, 1, config.linear_conv_kernel_dim),
+        "A_log": (heads,),
+        "dt_bias": (heads,),
+        "norm.weight": (config.linear_value_head_dim,),
+        "out_proj.weight": (hidden, config.value_dim),
+    }
+    return {f"linear_attn.{name}": shape for name, shape in shapes.items()}
+
+
+def _attention_shapes(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+    hidden, head_dim = config.hidden_size, config.head_dim
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    outputs = {"q_proj": 2 * queries, "k_proj": keys, "v_proj": keys}
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (size, hidden) for name, size in outputs.items()}
+    shapes |= {"o_proj.weight": (hidden, queries), "q_norm.weight": (head_dim,), "k_norm.weight": (head_dim,)}
+    if config.attention_bias:
+        shapes |= {f"{name}.bias": (size,) for name, size in {**outputs, "o_proj": hidden}.items()}
+    return {f"self_attn.{name}": shape for name, shape in shapes.items()}
+
+
+def _mlp_shapes(prefix: str, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}.gate_proj.weight": (intermediate, hidden),
+        f"{prefix}.up_proj.weight": (intermediate, hidden),
+        f"{prefix}.down_proj.weight": (hidden, intermediate),
+    }

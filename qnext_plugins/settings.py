@@ -1,0 +1,28 @@
+"""Every ``QNEXT_*`` environment variable."""
+
+from __future__ import annotations
+
+import os
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from qnext_kernels.dispatch import parse_forced
+
+
+class Settings(BaseSettings):
+    """Read from the environment when it is made; an invalid value raises pydantic's ``ValidationError``."""
+
+    model_config = SettingsConfigDict(env_prefix="QNEXT_", extra="ignore")
+
+    backend: str = Field("", description="Forces kernel backends: a name, or operation=name, separated by commas.")
+    disable: bool = Field(False, description="Leaves the engine's own Qwen3-Next in place.")
+    strict: bool = Field(False, description="Raises where the plugin would otherwise step back with one line.")
+
+    def forced_backends(self) -> dict[str, str]:
+        """``backend`` as {operation or "*": backend name}; raises BackendError on an unknown name."""
+        return parse_forced(self.backend)
+
+
+def is_set(variable: str) -> bool:
+    """Whether the user has set an environment variable to something."""
+    return bool(os.environ.get(variable))

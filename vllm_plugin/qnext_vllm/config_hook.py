@@ -1,0 +1,47 @@
+"""What vLLM's configuration of a Qwen3-Next lacks on a CPU, filled in where the user left the default."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from qnext_plugins.settings import is_set
+
+from qnext_vllm import logger
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
+
+
+def register_config_hook() -> None:
+    """Have vLLM call :func:`bind_threads` when it checks the configuration of a Qwen3-Next."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class Qwen3NextForCausalLMConfig(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            bind_threads(vllm_config)
+
+    MODELS_CONFIG_MAP.setdefault("Qwen3NextForCausalLM", Qwen3NextForCausalLMConfig)
+
+
+def bind_threads(vllm_config: VllmConfig) -> None:
+    """Give each rank its share of the cores where there are more ranks than NUMA nodes.
+
+    vLLM's default binds one rank to one NUMA node and refuses to start with fewer nodes than ranks.
+    """
+    from vllm.utils.cpu_resource_utils import get_visible_memory_node
+
+    parallel = vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    if is_set(THREADS_BIND) or is_set("VLLM_CPU_SIM_MULTI_NUMA") or parallel.data_parallel_size > 1:
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if ranks <= len(get_visible_memory_node()) or len(cores) < ranks:
+        return
+    share = len(cores) // ranks
+    binding = "|".join(",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(ranks))
+    os.environ[THREADS_BIND] = binding
+    logger.info("qnext-plugins binds %d ranks to cores: %s=%s", ranks, THREADS_BIND, binding)

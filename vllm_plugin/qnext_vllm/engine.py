@@ -1,0 +1,115 @@
+"""vLLM's parts behind the port of the shared model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from qnext_plugins.model import Qwen3NextConfig
+from torch import Tensor, nn
+
+from qnext_vllm import vllm_api as api
+from qnext_vllm.experts import QnextRoutedExperts, route
+from qnext_vllm.gated_delta_net import GatedDeltaNetState
+
+
+class VllmEngine:
+    """Implements :class:`qnext_plugins.model.Engine` with vLLM's parallel layers, quantization and caches."""
+
+    def __init__(self, vllm_config: api.VllmConfig) -> None:
+        self.vllm_config = vllm_config
+        self.quant_config = vllm_config.quant_config
+        self.tensor_parallel_size: int = api.get_tensor_model_parallel_world_size()
+        self.tensor_parallel_rank: int = api.get_tensor_model_parallel_rank()
+
+    def column_linear(self, input_size: int, output_size: int, *, prefix: str) -> nn.Module:
+        return api.ColumnParallelLinear(input_size, output_size, **self._linear(prefix))
+
+    def gate_up_linear(self, input_size: int, intermediate_size: int, *, prefix: str) -> nn.Module:
+        return api.MergedColumnParallelLinear(input_size, [intermediate_size] * 2, **self._linear(prefix))
+
+    def qkv_linear(self, config: Qwen3NextConfig, *, prefix: str) -> nn.Module:
+        return api.QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            2 * config.num_attention_heads,
+            config.num_key_value_heads,
+            **self._linear(prefix, bias=config.attention_bias),
+        )
+
+    def row_linear(self, input_size: int, output_size: int, *, reduce: bool, bias: bool = False, prefix: str) -> nn.Module:
+        return api.RowParallelLinear(input_size, output_size, reduce_results=reduce, **self._linear(prefix, bias=bias))
+
+    def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:
+        options = self._linear(prefix)
+        if not quantized:
+            options["quant_config"] = None
+        return api.ReplicatedLinear(input_size, output_size, **options)
+
+    def conv_weight(self, segments: tuple[int, ...], kernel_size: int, *, prefix: str) -> nn.Module:
+        module = nn.Module()
+        local = [segment // self.tensor_parallel_size for segment in segments]
+        module.weight = self._parameter((sum(local), 1, kernel_size), torch.get_default_dtype(), segments)
+        return module
+
+    def head_parameter(self, num_heads: int) -> nn.Parameter:
+        return self._parameter((num_heads // self.tensor_parallel_size,), torch.float32, (num_heads,))
+
+    def cos_sin(self, config: Qwen3NextConfig) -> Tensor:
+        hf_config = self.vllm_config.model_config.hf_text_config
+        rotary = api.get_rope(
+            head_size=config.head_dim,
+            max_position=hf_config.max_position_embeddings,
+            rope_parameters=hf_config.rope_parameters,
+            dtype=torch.float32,
+        )
+        return rotary.cos_sin_cache
+
+    def attention(self, num_heads: int, num_kv_heads: int, head_dim: int, *, prefix: str) -> nn.Module:
+        return api.Attention(
+            num_heads,
+            head_dim,
+            head_dim**-0.5,
+            num_kv_heads=num_kv_heads,
+            cache_config=self.vllm_config.cache_config,
+            quant_config=self.quant_config,
+            prefix=prefix,
+        )
+
+    def recurrent_core(self, config: Qwen3NextConfig, *, prefix: str) -> GatedDeltaNetState:
+        return GatedDeltaNetState(config, self.vllm_config, prefix=prefix)
+
+    def experts(self, config: Qwen3NextConfig, shared_expert: nn.Module | None, *, prefix: str) -> nn.Module:
+        parallel = self.vllm_config.parallel_config
+        return api.FusedMoEFactory(
+            num_experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            renormalize=config.norm_topk_prob,
+            quant_config=self.quant_config,
+            prefix=prefix,
+            shared_experts=shared_expert,
+            custom_routing_function=route,
+            enable_eplb=parallel.enable_eplb,
+            num_redundant_experts=parallel.eplb_config.num_redundant_experts,
+            routed_experts_cls=QnextRoutedExperts,
+        )
+
+    def _linear(self, prefix: str, *, bias: bool = False) -> dict:
+        return {"bias": bias, "return_bias": False, "quant_config": self.quant_config, "prefix": prefix}
+
+    def _parameter(self, shape: tuple[int, ...], dtype: torch.dtype, segments: tuple[int, ...]) -> nn.Parameter:
+        parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        loader: Callable[[Tensor, Tensor], None] = partial(
+            load_segments, segments=segments, rank=self.tensor_parallel_rank, ranks=self.tensor_parallel_size
+        )
+        parameter.weight_loader = loader
+        return parameter
+
+
+def load_segments(parameter: Tensor, loaded: Tensor, *, segments: tuple[int, ...], rank: int, ranks: int) -> None:
+    """Copy this rank's share of each segment of ``loaded`` [Σ segments, ...] into ``parameter`` [Σ segments / ranks, ...]."""
+    shares = [segment.chunk(ranks)[rank] for segment in loaded.split(segments)]
+    parameter.data.copy_(torch.cat(shares))

@@ -1,0 +1,89 @@
+"""Qwen3NextMTP for vLLM: the shared draft model inside vLLM's embedding and head, which it shares with the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights, expected_shapes
+from qnext_plugins.model.weights import MTP_PREFIX
+from torch import Tensor, nn
+
+from qnext_vllm import vllm_api as api
+from qnext_vllm.engine import VllmEngine
+from qnext_vllm.model import PACKED_MODULES, STACKED, MixtureOfExpertsInfo
+from qnext_vllm.serving import prepare_process
+
+
+@api.support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0, "inputs_embeds": 0}
+)
+class Qwen3NextMultiTokenPredictor(MultiTokenPredictor):
+    """The draft with its embedding."""
+
+    def __init__(self, *, vllm_config: api.VllmConfig, prefix: str = "") -> None:
+        config = Qwen3NextConfig.from_hf(vllm_config.model_config.hf_config)
+        super().__init__(config, VllmEngine(vllm_config), prefix=prefix)
+        self.embed_tokens = api.VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        hidden_states: Tensor,
+        inputs_embeds: Tensor | None = None,
+        spec_step_idx: int = 0,
+    ) -> Tensor:
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_input_ids(input_ids)
+        return self.draft(inputs_embeds, hidden_states, positions, spec_step_idx)
+
+
+class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
+    """The class that vLLM's registry resolves ``Qwen3NextMTP`` to."""
+
+    packed_modules_mapping = PACKED_MODULES
+
+    def __init__(self, *, vllm_config: api.VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        prepare_process(vllm_config, "Qwen3NextMTP")
+        self.config = vllm_config.model_config.hf_config
+        self.quant_config = vllm_config.quant_config
+        self.model = Qwen3NextMultiTokenPredictor(vllm_config=vllm_config, prefix=api.maybe_prefix(prefix, "mtp"))
+        self.lm_head = api.ParallelLMHead(
+            self.config.vocab_size, self.config.hidden_size, prefix=api.maybe_prefix(prefix, "lm_head")
+        )
+        self.logits_processor = api.LogitsProcessor(self.config.vocab_size)
+        self.set_moe_parameters(self.model.layers)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        hidden_states: Tensor,
+        intermediate_tensors: api.IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        spec_step_idx: int = 0,
+    ) -> Tensor:
+        return self.model(input_ids, positions, hidden_states, inputs_embeds, spec_step_idx)
+
+    def compute_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the draft's tensors; raises CheckpointError if an unquantized checkpoint's are missing or misshapen."""
+        weights = ((name, tensor) for name, tensor in weights if self._is_ours(name))
+        if self.quant_config is None:
+            shapes = expected_shapes(Qwen3NextConfig.from_hf(self.config), target=False, mtp=True)
+            weights = checked_weights(weights, shapes)
+        renamed = api.WeightsMapper(orig_to_new_prefix={MTP_PREFIX: "model."})
+        return api.AutoWeightsLoader(self).load_weights(weights, mapper=renamed | STACKED)
+
+    @staticmethod
+    def _is_ours(name: str) -> bool:
+        return name.startswith((MTP_PREFIX, "model.embed_tokens.", "lm_head."))

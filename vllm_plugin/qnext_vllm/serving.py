@@ -1,0 +1,23 @@
+"""What happens once in a process that serves our model."""
+
+from __future__ import annotations
+
+import qnext_plugins
+import torch
+from qnext_kernels import OPERATIONS
+
+from qnext_vllm import logger
+from qnext_vllm import vllm_api as api
+from qnext_vllm.align_copy import install_align_copy
+
+
+def prepare_process(vllm_config: api.VllmConfig, architecture: str) -> None:
+    """Install what this platform lacks and say which kernels serve ``architecture``.
+
+    Raises:
+        BackendError: a backend that ``QNEXT_BACKEND`` forces cannot serve.
+    """
+    install_align_copy()
+    device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
+    kernels = ", ".join(f"{name}={operation.select(device, dtype).name}" for name, operation in OPERATIONS.items())
+    logger.info("qnext-plugins %s serves %s in %s: %s", qnext_plugins.__version__, architecture, dtype, kernels)

@@ -1,0 +1,107 @@
+"""Every vLLM symbol that the model side touches; no other module of ours but those named here imports vLLM.
+
+(``config_hook`` and ``align_copy`` patch one module each, and :func:`qnext_vllm.register` uses the registry.) A contract
+test walks through all of them and names the one that an engine update broke.
+"""
+
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateCopyFuncCalculator,
+    MambaStateDtypeCalculator,
+    MambaStateShapeCalculator,
+    is_conv_state_dim_first,
+)
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import (
+    EagleModelMixin,
+    HasInnerState,
+    IsHybrid,
+    MixtureOfExperts,
+    SupportsEagle3,
+    SupportsLoRA,
+    SupportsPP,
+)
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    PPMissingLayer,
+    WeightsMapper,
+    extract_layer_index,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+
+__all__ = [
+    "NULL_BLOCK_ID",
+    "Attention",
+    "AutoWeightsLoader",
+    "ColumnParallelLinear",
+    "EagleModelMixin",
+    "FusedMoEFactory",
+    "FusedMoEMethodBase",
+    "GDNAttentionMetadata",
+    "HasInnerState",
+    "IntermediateTensors",
+    "IsHybrid",
+    "LogitsProcessor",
+    "MambaAttentionBackendEnum",
+    "MambaBase",
+    "MambaStateCopyFuncCalculator",
+    "MambaStateDtypeCalculator",
+    "MambaStateShapeCalculator",
+    "MergedColumnParallelLinear",
+    "MixtureOfExperts",
+    "PPMissingLayer",
+    "ParallelLMHead",
+    "QKVParallelLinear",
+    "ReplicatedLinear",
+    "RoutedExperts",
+    "RowParallelLinear",
+    "SupportsEagle3",
+    "SupportsLoRA",
+    "SupportsPP",
+    "UnquantizedFusedMoEMethod",
+    "UnquantizedMoeBackend",
+    "VllmConfig",
+    "VocabParallelEmbedding",
+    "WeightsMapper",
+    "extract_layer_index",
+    "get_current_vllm_config",
+    "get_forward_context",
+    "get_pp_group",
+    "get_rope",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_world_size",
+    "is_conv_state_dim_first",
+    "make_empty_intermediate_tensors_factory",
+    "make_layers",
+    "maybe_prefix",
+    "support_torch_compile",
+]
