@@ -16,7 +16,9 @@ from qnext_plugins.model.config import Qwen3NextConfig
 class RecurrentCore(Protocol):
     """The part of a Gated DeltaNet layer that touches the engine's pool of recurrent states."""
 
-    def __call__(self, mixed_qkv: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
+    def __call__(
+        self, mixed_qkv: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor
+    ) -> Tensor:
         """Run :func:`qnext_plugins.model.gated_delta_net.gated_delta_net_core` on this batch and this layer's states.
 
         Args:
@@ -71,7 +73,9 @@ class Engine(Protocol):
         A rank's output is its heads' queries and gates, then its keys, then its values.
         """
 
-    def row_linear(self, input_size: int, output_size: int, *, reduce: bool, bias: bool = False, prefix: str) -> nn.Module:
+    def row_linear(
+        self, input_size: int, output_size: int, *, reduce: bool, bias: bool = False, prefix: str
+    ) -> nn.Module:
         """A linear whose input dimension is split over the ranks; ``reduce``: sum the ranks' results."""
 
     def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:

@@ -156,7 +156,16 @@ class _StateBlocks:
     ) -> None:
         self.tables = block_table_addresses
         self.table_stride = block_table_stride
-        columns = (base_addresses, block_strides, element_sizes, inner_sizes, conv_widths, groups, row_counts, row_strides)
+        columns = (
+            base_addresses,
+            block_strides,
+            element_sizes,
+            inner_sizes,
+            conv_widths,
+            groups,
+            row_counts,
+            row_strides,
+        )
         self.columns = columns
         self.conv_dim_first = conv_dim_first
 

@@ -38,7 +38,9 @@ class VllmEngine:
             **self._linear(prefix, bias=config.attention_bias),
         )
 
-    def row_linear(self, input_size: int, output_size: int, *, reduce: bool, bias: bool = False, prefix: str) -> nn.Module:
+    def row_linear(
+        self, input_size: int, output_size: int, *, reduce: bool, bias: bool = False, prefix: str
+    ) -> nn.Module:
         return api.RowParallelLinear(input_size, output_size, reduce_results=reduce, **self._linear(prefix, bias=bias))
 
     def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:

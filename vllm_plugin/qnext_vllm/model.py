@@ -167,9 +167,7 @@ class Qwen3NextForCausalLM(
         return api.AutoWeightsLoader(self).load_weights(weights, mapper=skipped | STACKED)
 
     @classmethod
-    def get_mamba_state_shape_from_config(
-        cls, vllm_config: api.VllmConfig
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def get_mamba_state_shape_from_config(cls, vllm_config: api.VllmConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return state_shapes(Qwen3NextConfig.from_hf(vllm_config.model_config.hf_text_config), vllm_config)
 
     @classmethod

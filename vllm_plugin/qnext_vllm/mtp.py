@@ -14,9 +14,7 @@ from qnext_vllm.model import PACKED_MODULES, STACKED, MixtureOfExpertsInfo
 from qnext_vllm.serving import prepare_process
 
 
-@api.support_torch_compile(
-    dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0, "inputs_embeds": 0}
-)
+@api.support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0, "inputs_embeds": 0})
 class Qwen3NextMultiTokenPredictor(MultiTokenPredictor):
     """The draft with its embedding."""
 

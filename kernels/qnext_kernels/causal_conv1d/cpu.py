@@ -66,7 +66,9 @@ def _weighted_sum(inputs: list[Tensor], weight: Tensor) -> Tensor:
     return silu(total)
 
 
-def _convolve_ragged(x: Tensor, weight: Tensor, history: Tensor, query_start_loc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _convolve_ragged(
+    x: Tensor, weight: Tensor, history: Tensor, query_start_loc: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Convolve tokens [T, D] behind history [N, W − 1, D].
 
     Returns the outputs [T, D], the buffer [T + N·(W − 1), D] of every sequence's history and tokens, and the row [N]

@@ -63,4 +63,6 @@ class ReferenceBackend(Backend):
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         width = weight.shape[1]
         tokens = range(len(inputs) - width + 1)
-        return torch.stack([convolve(inputs[t : t + width].to(dtype), weight.to(dtype)) for t in tokens]).to(inputs.dtype)
+        return torch.stack([convolve(inputs[t : t + width].to(dtype), weight.to(dtype)) for t in tokens]).to(
+            inputs.dtype
+        )

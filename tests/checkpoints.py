@@ -1,0 +1,84 @@
+"""Checkpoints for tests: the trained one of ``examples/tiny`` and random ones with a draft that is often, not always, right."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny" / "checkpoint"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def random_config(**overrides: Any) -> Qwen3NextConfig:
+    """Six linear and two full-attention layers; groups of 3 value heads, key dim ≠ value dim, one dense layer."""
+    values: dict[str, Any] = {
+        "vocab_size": len(AutoTokenizer.from_pretrained(TINY)),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 8,
+        "full_attention_interval": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10_000_000.0,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 16,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+    }
+    return Qwen3NextConfig(**values | overrides)
+
+
+def write_random_checkpoint(path: Path, *, seed: int = 0, agreement: float = 0.35, **overrides: Any) -> Path:
+    """Write a random float32 checkpoint with MTP to ``path``.
+
+    The head's row for a token is the embedding of the token before it in a random cycle, so that both the model and the
+    draft lean towards the cycle's next token; the layers disturb them differently. The larger ``agreement``, the weaker
+    the layers beside the embedding and the more drafts are accepted.
+    """
+    torch.manual_seed(seed)
+    config = random_config(**overrides)
+    model = Qwen3NextForCausalLM(config).float()
+    model.save_pretrained(path)
+    weights = load_file(path / "model.safetensors")
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    last_full = max(n for n, kind in enumerate(config.layer_types) if kind == "full_attention")
+    source = f"model.layers.{last_full}."
+    draft = {f"mtp.layers.0.{name[len(source) :]}": w for name, w in weights.items() if name.startswith(source)}
+    weights |= {name: torch.randn(w.shape) * 0.02 for name, w in draft.items()}
+    for name, weight in weights.items():
+        if name.endswith("conv1d.weight"):
+            weights[name] = torch.randn(weight.shape) * 0.4
+        elif ".layers." in name and weight.dim() >= 2:
+            weights[name] = weight * 3.0
+        elif "norm" in name:
+            weights[name] = weight + torch.randn(weight.shape) * 0.1
+    embedding, order = torch.randn(vocabulary, hidden), torch.randperm(vocabulary)
+    head = torch.empty(vocabulary, hidden)
+    head[order.roll(-1)] = embedding[order]
+    weights["model.embed_tokens.weight"] = embedding * agreement
+    weights["lm_head.weight"] = head * 0.1
+    weights["mtp.fc.weight"] = torch.cat([torch.eye(hidden) * agreement, torch.randn(hidden, hidden) * 0.3], dim=1)
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        weights[f"mtp.{name}.weight"] = torch.randn(hidden) * 0.1
+    save_file({name: w.contiguous() for name, w in weights.items()}, path / "model.safetensors", {"format": "pt"})
+    for name in TOKENIZER_FILES:
+        shutil.copy(TINY / name, path)
+    return path

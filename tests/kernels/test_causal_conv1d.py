@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from kernel_inputs import (
+    BACKENDS,
+    DTYPES,
+    LENGTHS,
+    Bad,
+    assert_close,
+    distinct_slots,
+    memory,
+    nan_pool,
+    only_written,
+    same_bits,
+    start_offsets,
+)
+from qnext_kernels import causal_conv1d_decode, causal_conv1d_prefill, causal_conv1d_verify, force_backend
+from torch import Tensor
+from transformers.models.qwen3_next.modeling_qwen3_next import causal_conv1d_fn, causal_conv1d_update
+
+CHANNELS = 13
+DRAFTS = 3
+WIDTHS = (2, 4)
+POOLS = ("channels first", "channels last")
+STORED = [(x, pool) for x in DTYPES for pool in DTYPES]
+
+
+class History(NamedTuple):
+    """A sequence between two calls: the W − 1 inputs before its next token, [D, W − 1]; None: there were none."""
+
+    inputs: Tensor | None
+
+
+def make_pool(slots: int, width: int, dtype: torch.dtype, layout: str, *, drafts: int = 0) -> Tensor:
+    """[slots, D, W − 1 + drafts] of NaN."""
+    length = width - 1 + drafts
+    if layout == "channels first":
+        return nan_pool(slots, (CHANNELS, length), dtype, gap=0)
+    return nan_pool(slots, (length, CHANNELS), dtype).transpose(1, 2)
+
+
+def make_weight(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(CHANNELS, width) * width**-0.5).to(dtype)
+
+
+def roundings(width: int) -> dict[torch.dtype, int]:
+    """A sum of W products and SiLU."""
+    return {torch.float32: 2 * width + 4}
+
+
+def prefill(
+    weight: Tensor, pool: Tensor, xs: Sequence[Tensor], histories: Sequence[History]
+) -> list[tuple[Tensor, Tensor]]:
+    """Prefill sequences from the given histories in random slots; each one's outputs and inputs to continue from."""
+    width = weight.shape[1] - 1
+    slots = distinct_slots(len(xs), len(pool))
+    for slot, history in zip(slots, histories, strict=True):
+        if history.inputs is not None:
+            pool[slot, :, :width] = history.inputs
+    offsets = start_offsets([len(x) for x in xs])
+    known = torch.tensor([history.inputs is not None for history in histories])
+    y = causal_conv1d_prefill(torch.cat(list(xs)), weight, pool, slots, offsets, known)
+    outputs = y.split([len(x) for x in xs])
+    return [(out, pool[slot, :, :width].clone()) for out, slot in zip(outputs, slots, strict=True)]
+
+
+def decode(
+    weight: Tensor, pool: Tensor, xs: Sequence[Tensor], histories: Sequence[History]
+) -> list[tuple[Tensor, Tensor]]:
+    """Decode the first token of each sequence."""
+    width = weight.shape[1] - 1
+    slots = distinct_slots(len(xs), len(pool))
+    pool[slots, :, :width] = torch.stack([history.inputs for history in histories])
+    y = causal_conv1d_decode(torch.stack([x[0] for x in xs]), weight, pool, slots)
+    return [(y[n : n + 1], pool[slot, :, :width].clone()) for n, slot in enumerate(slots)]
+
+
+def verify(
+    weight: Tensor, pool: Tensor, xs: Sequence[Tensor], histories: Sequence[History]
+) -> list[tuple[Tensor, Tensor]]:
+    """Verify sequences behind a random number of accepted tokens; the state returned is that behind the last token."""
+    width = weight.shape[1] - 1
+    slots = distinct_slots(len(xs), len(pool))
+    accepted = torch.randint(1, DRAFTS + 2, (len(xs),))
+    for slot, history, count in zip(slots, histories, accepted, strict=True):
+        pool[slot, :, count - 1 : count - 1 + width] = history.inputs
+    offsets = start_offsets([len(x) for x in xs])
+    y = causal_conv1d_verify(torch.cat(list(xs)), weight, pool, slots, offsets, accepted)
+    results = []
+    for out, slot in zip(y.split([len(x) for x in xs]), slots, strict=True):
+        results.append((out, pool[slot, :, len(out) - 1 : len(out) - 1 + width].clone()))
+    return results
+
+
+def past_inputs(count: int, width: int, dtype: torch.dtype, pool_dtype: torch.dtype) -> Tensor:
+    """[count, D, W − 1] in the dtype of the pool: values that inputs of ``dtype`` leave in it."""
+    return torch.randn(count, CHANNELS, width - 1).to(dtype).to(pool_dtype)
+
+
+def random_history(width: int, dtype: torch.dtype, pool_dtype: torch.dtype) -> History:
+    return History(past_inputs(1, width, dtype, pool_dtype)[0])
+
+
+def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", POOLS)
+@pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_agrees_with_float64(
+    backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
+) -> None:
+    lengths = [*LENGTHS, *LENGTHS, 2, 65]
+    x, weight = torch.randn(sum(lengths), CHANNELS).to(dtype), make_weight(width, dtype)
+    pool = make_pool(40, width, pool_dtype, layout, drafts=1)
+    slots, known = distinct_slots(len(lengths), 40), torch.arange(len(lengths)) % 2 == 0
+    slots[-2:] = -1
+    live = slots >= 0
+    filled = slots[live & known]
+    pool[filled, :, : width - 1] = past_inputs(len(filled), width, dtype, pool_dtype)
+    before, bytes_before = pool.clone(), memory(pool).clone()
+    truth_pool, offsets = pool.double(), start_offsets(lengths)
+    with force_backend("reference"):
+        truth = causal_conv1d_prefill(x.double(), weight.double(), truth_pool, slots, offsets, known)
+    with force_backend(backend):
+        y = causal_conv1d_prefill(x, weight, pool, slots, offsets, known)
+    assert y.dtype == dtype
+    assert_close(y, truth, roundings(width))
+    assert torch.equal(y[offsets[-3] :], torch.zeros(67, CHANNELS, dtype=dtype))
+    written = slots[live & (offsets.diff() > 0)]
+    assert_close(pool[written, :, : width - 1], truth_pool[written, :, : width - 1], {})
+    assert only_written(pool, before, bytes_before, written)
+
+
+@pytest.mark.parametrize("layout", POOLS)
+@pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_verify_agrees_with_float64(
+    backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
+) -> None:
+    lengths = [n % (DRAFTS + 2) for n in range(25)]
+    x, weight = torch.randn(sum(lengths), CHANNELS).to(dtype), make_weight(width, dtype)
+    pool = make_pool(40, width, pool_dtype, layout, drafts=DRAFTS)
+    slots, accepted = distinct_slots(25, 40), torch.randint(1, DRAFTS + 2, (25,), dtype=torch.int32)
+    slots[3:6] = -1
+    for slot, count in zip(slots[slots >= 0], accepted[slots >= 0], strict=True):
+        pool[slot, :, count - 1 : count - 2 + width] = past_inputs(1, width, dtype, pool_dtype)[0]
+    before, bytes_before = pool.clone(), memory(pool).clone()
+    truth_pool, offsets = pool.double(), start_offsets(lengths, torch.int64)
+    with force_backend("reference"):
+        truth = causal_conv1d_verify(x.double(), weight.double(), truth_pool, slots, offsets, accepted)
+    with force_backend(backend):
+        y = causal_conv1d_verify(x, weight, pool, slots, offsets, accepted)
+    assert y.dtype == dtype
+    assert_close(y, truth, roundings(width))
+    assert not y[offsets[3] : offsets[6]].any()
+    written = slots[(slots >= 0) & (offsets.diff() > 0)]
+    finite = truth_pool[written].isfinite()
+    assert torch.equal(pool[written].isfinite(), finite)
+    assert_close(pool[written][finite], truth_pool[written][finite], {})
+    assert only_written(pool, before, bytes_before, written)
+
+
+@pytest.mark.parametrize("layout", POOLS)
+@pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decode_agrees_with_float64(
+    backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
+) -> None:
+    x, weight = torch.randn(25, CHANNELS).to(dtype), make_weight(width, dtype)
+    pool, slots = make_pool(40, width, pool_dtype, layout, drafts=1), distinct_slots(25, 40)
+    slots[3:5] = -1
+    live = slots[slots >= 0]
+    pool[live, :, : width - 1] = past_inputs(len(live), width, dtype, pool_dtype)
+    before, bytes_before, truth_pool = pool.clone(), memory(pool).clone(), pool.double()
+    with force_backend("reference"):
+        truth = causal_conv1d_decode(x.double(), weight.double(), truth_pool, slots)
+    with force_backend(backend):
+        y = causal_conv1d_decode(x, weight, pool, slots)
+    assert y.dtype == dtype
+    assert_close(y, truth, roundings(width))
+    assert not y[3:5].any()
+    assert_close(pool[live, :, : width - 1], truth_pool[live, :, : width - 1], {})
+    assert pool[live, :, width - 1 :].isnan().all()
+    assert only_written(pool, before, bytes_before, live)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_agrees_with_transformers(backend: str, width: int) -> None:
+    weight, pool = make_weight(width), make_pool(2, width, torch.float32, "channels first")
+    for length in (1, 2, 3, 70):
+        x = torch.randn(length, CHANNELS)
+        with force_backend(backend):
+            ((y, _),) = prefill(weight, pool, [x], [History(None)])
+        assert_close(y, causal_conv1d_fn(x.t()[None], weight, None, "silu")[0].t(), {torch.float32: 2 * roundings(width)[torch.float32]})
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decode_and_its_state_agree_with_transformers(backend: str, width: int) -> None:
+    weight, pool = make_weight(width), make_pool(9, width, torch.float32, "channels last")
+    slots, conv_state = distinct_slots(5, 9), torch.randn(5, CHANNELS, width - 1)
+    pool[slots] = conv_state
+    for _ in range(width + 1):
+        x = torch.randn(5, CHANNELS)
+        with force_backend(backend):
+            y = causal_conv1d_decode(x, weight, pool, slots)
+        theirs = causal_conv1d_update(x[:, :, None], conv_state, weight, None, "silu")
+        assert_close(y, theirs[:, :, 0], {torch.float32: 2 * roundings(width)[torch.float32]})
+        assert torch.equal(pool[slots], conv_state)
+
+
+@pytest.mark.parametrize("layout", POOLS)
+@pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_verify_equals_repeated_decode_bitwise(
+    backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
+) -> None:
+    weight, pool = make_weight(width, dtype), make_pool(40, width, pool_dtype, layout, drafts=DRAFTS)
+    xs = [torch.randn(1 + n % (DRAFTS + 1), CHANNELS).to(dtype) for n in range(12)]
+    histories = [random_history(width, dtype, pool_dtype) for _ in xs]
+    with force_backend(backend):
+        for x, history, verified in zip(xs, histories, verify(weight, pool, xs, histories), strict=True):
+            outputs, state = [], history.inputs
+            for token in x:
+                ((y, state),) = decode(weight, pool, [token[None]], [History(state)])
+                outputs.append(y)
+            assert_same(verified, (torch.cat(outputs), state))
+
+
+@pytest.mark.parametrize("layout", POOLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_that_were_not_accepted_leave_no_trace(
+    backend: str, width: int, dtype: torch.dtype, layout: str
+) -> None:
+    weight = make_weight(width, dtype)
+    pool = make_pool(9, width, dtype, layout, drafts=DRAFTS)
+    control_pool = make_pool(9, width, dtype, layout)
+    slots = distinct_slots(6, 9)
+    states = [random_history(width, dtype, dtype).inputs for _ in slots]
+    pool[slots, :, : width - 1] = torch.stack(states)
+    accepted = torch.ones(6, dtype=torch.int64)
+    with force_backend(backend):
+        for _ in range(6):
+            lengths = torch.randint(1, DRAFTS + 2, (6,))
+            xs = torch.randn(int(lengths.sum()), CHANNELS).to(dtype).split(lengths.tolist())
+            offsets = start_offsets(lengths.tolist())
+            verified = causal_conv1d_verify(torch.cat(xs), weight, pool, slots, offsets, accepted)
+            accepted = (torch.rand(6) * lengths).long() + 1
+            for n, y in enumerate(verified.split(lengths.tolist())):
+                for t in range(int(accepted[n])):
+                    ((expected, states[n]),) = decode(weight, control_pool, [xs[n][t : t + 1]], [History(states[n])])
+                    assert same_bits(y[t : t + 1], expected)
+
+
+@pytest.mark.parametrize("run", [prefill, decode, verify])
+@pytest.mark.parametrize("layout", POOLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_does_not_depend_on_the_batch_bitwise(
+    backend: str, dtype: torch.dtype, layout: str, run: Callable[..., list[tuple[Tensor, Tensor]]]
+) -> None:
+    weight, pool = make_weight(4, dtype), make_pool(40, 4, dtype, layout, drafts=DRAFTS)
+    longest = {prefill: 129, decode: 1, verify: DRAFTS + 1}[run]
+    xs = [torch.randn(n, CHANNELS).to(dtype) for n in [*(n for n in LENGTHS if 0 < n <= longest), *[1] * 25][:25]]
+    histories = [random_history(4, dtype, dtype) for _ in xs]
+    order = torch.randperm(25).tolist()
+    with force_backend(backend):
+        together = run(weight, pool, xs, histories)
+        shuffled = run(weight, pool, [xs[n] for n in order], [histories[n] for n in order])
+        for n, other in zip(order, shuffled, strict=True):
+            assert_same(other, together[n])
+            assert_same(run(weight, pool, [xs[n]], [histories[n]])[0], together[n])
+
+
+@pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_split_anywhere_equals_unsplit_bitwise(
+    backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype
+) -> None:
+    weight, pool = make_weight(width, dtype), make_pool(9, width, pool_dtype, "channels last")
+    x = torch.randn(11, CHANNELS).to(dtype)
+    with force_backend(backend):
+        for history in (History(None), random_history(width, dtype, pool_dtype)):
+            (whole,) = prefill(weight, pool, [x], [history])
+            for cut in range(1, len(x)):
+                ((head, state),) = prefill(weight, pool, [x[:cut]], [history])
+                ((tail, state),) = prefill(weight, pool, [x[cut:]], [History(state)])
+                assert_same((torch.cat([head, tail]), state), whole)
+
+
+@pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_of_few_tokens_equals_verify_and_of_one_equals_decode_bitwise(
+    backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype
+) -> None:
+    weight, pool = make_weight(width, dtype), make_pool(40, width, pool_dtype, "channels last", drafts=DRAFTS)
+    xs = [torch.randn(1 + n % (DRAFTS + 1), CHANNELS).to(dtype) for n in range(8)]
+    histories = [random_history(width, dtype, pool_dtype) for _ in xs]
+    with force_backend(backend):
+        prefilled = prefill(weight, pool, xs, histories)
+        for ours, verified in zip(prefilled, verify(weight, pool, xs, histories), strict=True):
+            assert_same(ours, verified)
+        for ours, x, decoded in zip(prefilled, xs, decode(weight, pool, xs, histories), strict=True):
+            if len(x) == 1:
+                assert_same(ours, decoded)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_is_served(backend: str) -> None:
+    weight, pool = make_weight(4), make_pool(3, 4, torch.float32, "channels first")
+    x, none = torch.empty(0, CHANNELS), torch.empty(0, dtype=torch.int32)
+    with force_backend(backend):
+        assert causal_conv1d_decode(x, weight, pool, none).shape == x.shape
+        assert causal_conv1d_verify(x, weight, pool, none, start_offsets([]), none).shape == x.shape
+        assert causal_conv1d_prefill(x, weight, pool, none, start_offsets([]), none.bool()).shape == x.shape
+    assert pool.isnan().all()
+
+
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "prefill": causal_conv1d_prefill,
+    "verify": causal_conv1d_verify,
+    "decode": causal_conv1d_decode,
+}
+BAD_ANYWHERE = [
+    Bad("x", "one dimension", lambda x: x[0], ValueError),
+    Bad("x", "integers", lambda x: x.long(), TypeError),
+    Bad("weight", "of other channels", lambda x: x[:-1], ValueError),
+    Bad("weight", "integers", lambda x: x.long(), TypeError),
+    Bad("conv_state", "of other channels", lambda x: x[:, :-1], ValueError),
+    Bad("conv_state", "too short", lambda x: x[:, :, :2], ValueError),
+    Bad("conv_state", "integers", lambda x: x.int(), TypeError),
+    Bad("slots", "of fewer sequences", lambda x: x[:-1], ValueError),
+    Bad("slots", "floats", lambda x: x.float(), TypeError),
+    Bad("slots", "beyond the pool", lambda x: x + 9, IndexError),
+    Bad("slots", "below −1", lambda x: x - 12, IndexError),
+]
+BAD_OFFSETS = [
+    Bad("query_start_loc", "falling", lambda x: x[[0, 2, 1, 3]], ValueError),
+    Bad("query_start_loc", "beyond the tokens", lambda x: x + torch.tensor([0, 0, 0, 1]), ValueError),
+    Bad("query_start_loc", "short of the tokens", lambda x: x - torch.tensor([0, 0, 0, 1]), ValueError),
+    Bad("query_start_loc", "not from 0", lambda x: x + torch.tensor([1, 0, 0, 0]), ValueError),
+    Bad("query_start_loc", "empty", lambda x: x[:0], ValueError),
+    Bad("query_start_loc", "two dimensions", lambda x: x[None], ValueError),
+    Bad("query_start_loc", "floats", lambda x: x.float(), TypeError),
+]
+BAD_PREFILL = [
+    Bad("has_initial_state", "of fewer sequences", lambda x: x[:-1], ValueError),
+    Bad("has_initial_state", "integers", lambda x: x.int(), TypeError),
+]
+BAD_VERIFY = [
+    Bad("num_accepted_tokens", "of fewer sequences", lambda x: x[:-1], ValueError),
+    Bad("num_accepted_tokens", "floats", lambda x: x.float(), TypeError),
+    Bad("num_accepted_tokens", "zero", lambda x: x - 1, IndexError),
+    Bad("num_accepted_tokens", "more than the drafts", lambda x: x + DRAFTS + 1, IndexError),
+    Bad("query_start_loc", "more tokens than the state holds", lambda x: x * torch.tensor([0, 0, 0, 1]), ValueError),
+]
+
+
+@pytest.mark.parametrize(
+    ("operation", "bad"),
+    [
+        *((name, bad) for name in OPERATIONS for bad in BAD_ANYWHERE),
+        *((name, bad) for name in ("prefill", "verify") for bad in BAD_OFFSETS),
+        *(("prefill", bad) for bad in BAD_PREFILL),
+        *(("verify", bad) for bad in BAD_VERIFY),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_by_name_before_anything_is_written(operation: str, bad: Bad) -> None:
+    pool = make_pool(9, 4, torch.float32, "channels first", drafts=DRAFTS)
+    pool.normal_()
+    lengths = [1, 1, 1] if operation == "decode" else [1, 2, 3]
+    arguments: dict[str, Any] = {
+        "x": torch.randn(sum(lengths), CHANNELS),
+        "weight": make_weight(4),
+        "conv_state": pool,
+        "slots": distinct_slots(3, 9),
+    }
+    if operation != "decode":
+        arguments["query_start_loc"] = start_offsets(lengths)
+    if operation == "prefill":
+        arguments["has_initial_state"] = torch.tensor([True, False, True])
+    if operation == "verify":
+        arguments["num_accepted_tokens"] = torch.tensor([1, 1, 1])
+    before = memory(pool).clone()
+    with pytest.raises(bad.error, match=f"^{bad.argument}:"):
+        OPERATIONS[operation](**(arguments | {bad.argument: bad.change(arguments[bad.argument])}))
+    assert torch.equal(memory(pool), before)

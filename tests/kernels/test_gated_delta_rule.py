@@ -1,0 +1,315 @@
+"""The gated delta rule against float64, against transformers, and against bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from delta_rule_runs import (
+    COLUMNS,
+    SHAPES,
+    Result,
+    Run,
+    Shape,
+    decode,
+    prefill,
+    random_gates,
+    random_state,
+    random_tokens,
+    verify,
+)
+from kernel_inputs import (
+    BACKENDS,
+    DTYPES,
+    LENGTHS,
+    Bad,
+    assert_close,
+    distinct_slots,
+    memory,
+    nan_pool,
+    only_written,
+    start_offsets,
+)
+from qnext_kernels import (
+    force_backend,
+    gated_delta_rule_decode,
+    gated_delta_rule_prefill,
+    gated_delta_rule_verify,
+)
+from qnext_kernels.gated_delta_rule import CHUNK_SIZE
+from torch import Tensor
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    torch_chunk_gated_delta_rule,
+    torch_recurrent_gated_delta_rule,
+)
+
+
+def roundings(shape: Shape, tokens: int, state_dtype: torch.dtype, stored: int) -> dict[torch.dtype, int]:
+    """Eight roundings of an element of the state a token, a sum over the key dimension, and ``stored`` stays in the pool."""
+    counts = {torch.float32: 8 * tokens + shape.key_dim}
+    return counts if state_dtype == torch.float32 else {**counts, state_dtype: stored}
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_agrees_with_float64(
+    backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
+    lengths = [*LENGTHS, *LENGTHS, 2, 65]
+    tokens, gates = random_tokens(shape, sum(lengths), dtype), random_gates(shape)
+    pool = nan_pool(40, shape.state, state_dtype)
+    # Every length with and without an initial state; the last two are padding.
+    slots, known = distinct_slots(len(lengths), 40), torch.arange(len(lengths)) < len(LENGTHS)
+    slots[-2:] = -1
+    for slot in slots[(slots >= 0) & known]:
+        pool[slot] = random_state(shape, state_dtype)
+    before, bytes_before = pool.clone(), memory(pool).clone()
+    truth_pool, offsets = pool.double(), start_offsets(lengths)
+    with force_backend("reference"):
+        truth = gated_delta_rule_prefill(*tokens.double(), *gates, truth_pool, slots, offsets, known)
+    with force_backend(backend):
+        out = gated_delta_rule_prefill(*tokens, *gates, pool, slots, offsets, known)
+    # A prefill may round the state to the pool's dtype after every chunk, and in a short last chunk after every token.
+    expected = roundings(shape, max(lengths), state_dtype, stored=max(lengths) // CHUNK_SIZE + 4)
+    written = slots[(slots >= 0) & (offsets.diff() > 0)]
+    assert out.dtype == dtype
+    assert_close(out, truth, expected)
+    assert not out[offsets[-3] :].any()
+    assert_close(pool[written], truth_pool[written], expected)
+    assert only_written(pool, before, bytes_before, written)
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_verify_agrees_with_float64(backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    count = 25
+    lengths = [n % (COLUMNS + 1) for n in range(count)]
+    tokens, gates = random_tokens(shape, sum(lengths), dtype), random_gates(shape)
+    pool = nan_pool(count * COLUMNS + 3, shape.state, state_dtype)
+    slots = distinct_slots(count * COLUMNS, len(pool)).view(count, COLUMNS)
+    accepted = torch.randint(1, COLUMNS + 1, (count,), dtype=torch.int32)
+    rows = torch.arange(count)
+    slots[3] = -1
+    slots[9, int(accepted[9]) - 1] = -1
+    slots[14] = torch.where(torch.arange(COLUMNS) == accepted[14] - 1, slots[14], -1)
+    initial = slots[rows, accepted - 1]
+    for slot in initial[initial >= 0]:
+        pool[slot] = random_state(shape, state_dtype)
+    before, bytes_before = pool.clone(), memory(pool).clone()
+    truth_pool, offsets = pool.double(), start_offsets(lengths, torch.int64)
+    with force_backend("reference"):
+        truth = gated_delta_rule_verify(*tokens.double(), *gates, truth_pool, slots, offsets, accepted)
+    with force_backend(backend):
+        out = gated_delta_rule_verify(*tokens, *gates, pool, slots, offsets, accepted)
+    expected = roundings(shape, COLUMNS, state_dtype, stored=COLUMNS)
+    reached = (torch.arange(COLUMNS) < torch.tensor(lengths)[:, None]) & (initial >= 0)[:, None] & (slots >= 0)
+    written = slots[reached]
+    assert out.dtype == dtype
+    assert_close(out, truth, expected)
+    assert not out[offsets[3] : offsets[4]].any()
+    assert not out[offsets[9] : offsets[10]].any()
+    assert_close(pool[written], truth_pool[written], expected)
+    assert only_written(pool, before, bytes_before, written)
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decode_agrees_with_float64(backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    tokens, gates = random_tokens(shape, 25, dtype), random_gates(shape)
+    pool, slots = nan_pool(40, shape.state, state_dtype), distinct_slots(25, 40).long()
+    slots[3:5] = -1
+    live = slots[slots >= 0]
+    for slot in live:
+        pool[slot] = random_state(shape, state_dtype)
+    before, bytes_before, truth_pool = pool.clone(), memory(pool).clone(), pool.double()
+    with force_backend("reference"):
+        truth = gated_delta_rule_decode(*tokens.double(), *gates, truth_pool, slots)
+    with force_backend(backend):
+        out = gated_delta_rule_decode(*tokens, *gates, pool, slots)
+    expected = roundings(shape, 1, torch.float32, stored=0)
+    assert out.dtype == dtype
+    assert_close(out, truth, expected)
+    assert not out[3:5].any()
+    assert_close(pool[live], truth_pool[live], expected)
+    assert only_written(pool, before, bytes_before, live)
+
+
+@pytest.mark.parametrize("referee", [torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule])
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_and_its_state_agree_with_transformers(
+    backend: str, shape: Shape, with_state: bool, referee: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
+    gates = random_gates(shape)
+    for length in (1, 5, 64, 130):
+        run = Run(random_tokens(shape, length, torch.float32), random_state(shape, torch.float32) if with_state else None)
+        with force_backend(backend):
+            (ours,) = prefill([run], gates, torch.float32)
+        theirs = by_transformers(referee, run, *gates)
+        # Both sides round.
+        expected = roundings(shape, 2 * length, torch.float32, stored=0)
+        assert_close(ours.out, theirs.out, expected)
+        assert_close(ours.state, theirs.state, expected)
+
+
+@pytest.mark.parametrize("call", [decode, verify])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decode_and_verify_agree_with_transformers(
+    backend: str, shape: Shape, call: Callable[..., list[Result]]
+) -> None:
+    gates, length = random_gates(shape), 1 if call is decode else COLUMNS
+    runs = [Run(random_tokens(shape, length, torch.float32), random_state(shape, torch.float32)) for _ in range(5)]
+    with force_backend(backend):
+        results = call(runs, gates, torch.float32)
+    for run, ours in zip(runs, results, strict=True):
+        theirs = by_transformers(torch_recurrent_gated_delta_rule, run, *gates)
+        expected = roundings(shape, 2 * length, torch.float32, stored=0)
+        assert_close(ours.out, theirs.out, expected)
+        assert_close(ours.state, theirs.state, expected)
+
+
+def by_transformers(
+    referee: Callable[..., tuple[Tensor, Tensor]], run: Run, A_log: Tensor, dt_bias: Tensor
+) -> Result:
+    """The lines of ``Qwen3NextGatedDeltaNet.forward`` around the rule; the state there is [HV, K, V]."""
+    q, k, v, a, b = (x[None] for x in run.tokens)
+    group = v.shape[2] // q.shape[2]
+    out, state = referee(
+        q.repeat_interleave(group, dim=2),
+        k.repeat_interleave(group, dim=2),
+        v,
+        g=-A_log.exp() * F.softplus(a + dt_bias),
+        beta=b.sigmoid(),
+        initial_state=None if run.state is None else run.state[None].transpose(2, 3),
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+    return Result(out[0], state[0].transpose(1, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_keys_and_strong_decays_stay_finite(backend: str) -> None:
+    shape = SHAPES[0]
+    tokens = random_tokens(shape, 130, torch.float32)
+    tokens.q.zero_()
+    tokens.k.zero_()
+    tokens.a.fill_(1e4)
+    with force_backend(backend):
+        ((out, state),) = prefill([Run(tokens, random_state(shape, torch.float32))], random_gates(shape), torch.float32)
+    assert not out.any()
+    assert not state.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_is_served(backend: str) -> None:
+    shape = SHAPES[1]
+    tokens, gates, pool = random_tokens(shape, 0, torch.float32), random_gates(shape), nan_pool(3, shape.state, torch.float32)
+    none, offsets = torch.empty(0, dtype=torch.int32), start_offsets([])
+    with force_backend(backend):
+        results = [
+            gated_delta_rule_decode(*tokens, *gates, pool, none),
+            gated_delta_rule_prefill(*tokens, *gates, pool, none, offsets, none.bool()),
+            gated_delta_rule_verify(*tokens, *gates, pool, none[:, None].expand(0, COLUMNS), offsets, none),
+        ]
+    assert [result.shape for result in results] == [tokens.v.shape] * 3
+    assert pool.isnan().all()
+
+
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "prefill": gated_delta_rule_prefill,
+    "verify": gated_delta_rule_verify,
+    "decode": gated_delta_rule_decode,
+}
+BAD_ANYWHERE = [
+    Bad("q", "of fewer tokens", lambda x: x[:-1], ValueError),
+    Bad("q", "two dimensions", lambda x: x[0], ValueError),
+    Bad("q", "another float dtype", lambda x: x.bfloat16(), TypeError),
+    Bad("k", "of fewer heads", lambda x: x[:, :-1], ValueError),
+    Bad("k", "another key dim", lambda x: x[:, :, :-1], ValueError),
+    Bad("k", "another float dtype", lambda x: x.double(), TypeError),
+    Bad("v", "two dimensions", lambda x: x[0], ValueError),
+    Bad("v", "heads that no group divides", lambda x: x[:, :-1], ValueError),
+    Bad("v", "integers", lambda x: x.long(), TypeError),
+    Bad("a", "of fewer heads", lambda x: x[:, :-1], ValueError),
+    Bad("a", "integers", lambda x: x.int(), TypeError),
+    Bad("b", "of fewer tokens", lambda x: x[:-1], ValueError),
+    Bad("b", "booleans", lambda x: x > 0, TypeError),
+    Bad("A_log", "of fewer heads", lambda x: x[:-1], ValueError),
+    Bad("A_log", "integers", lambda x: x.int(), TypeError),
+    Bad("dt_bias", "two dimensions", lambda x: x[None], ValueError),
+    Bad("dt_bias", "integers", lambda x: x.int(), TypeError),
+    Bad("state", "key dim first", lambda x: x.transpose(2, 3), ValueError),
+    Bad("state", "of fewer heads", lambda x: x[:, :-1], ValueError),
+    Bad("state", "one slot", lambda x: x[0], ValueError),
+    Bad("state", "integers", lambda x: x.int(), TypeError),
+    Bad("slots", "of fewer sequences", lambda x: x[:-1], ValueError),
+    Bad("slots", "floats", lambda x: x.float(), TypeError),
+    Bad("slots", "beyond the pool", lambda x: x + 20, IndexError),
+    Bad("slots", "below −1", lambda x: x - 21, IndexError),
+]
+BAD_OFFSETS = [
+    Bad("query_start_loc", "falling", lambda x: x[[0, 2, 1, 3]], ValueError),
+    Bad("query_start_loc", "beyond the tokens", lambda x: x + torch.tensor([0, 0, 0, 1]), ValueError),
+    Bad("query_start_loc", "short of the tokens", lambda x: x - torch.tensor([0, 0, 0, 1]), ValueError),
+    Bad("query_start_loc", "not from 0", lambda x: x + torch.tensor([1, 0, 0, 0]), ValueError),
+    Bad("query_start_loc", "empty", lambda x: x[:0], ValueError),
+    Bad("query_start_loc", "two dimensions", lambda x: x[None], ValueError),
+    Bad("query_start_loc", "floats", lambda x: x.float(), TypeError),
+]
+BAD_PREFILL = [
+    Bad("has_initial_state", "of fewer sequences", lambda x: x[:-1], ValueError),
+    Bad("has_initial_state", "integers", lambda x: x.int(), TypeError),
+]
+BAD_VERIFY = [
+    Bad("slots", "one dimension", lambda x: x[:, 0], ValueError),
+    Bad("num_accepted_tokens", "of fewer sequences", lambda x: x[:-1], ValueError),
+    Bad("num_accepted_tokens", "floats", lambda x: x.float(), TypeError),
+    Bad("num_accepted_tokens", "zero", lambda x: x - 1, IndexError),
+    Bad("num_accepted_tokens", "more than columns", lambda x: x + COLUMNS, IndexError),
+    Bad("query_start_loc", "more tokens than columns", lambda x: x * torch.tensor([0, 0, 0, 1]), ValueError),
+]
+
+
+@pytest.mark.parametrize(
+    ("operation", "bad"),
+    [
+        *((name, bad) for name in OPERATIONS for bad in BAD_ANYWHERE),
+        *((name, bad) for name in ("prefill", "verify") for bad in BAD_OFFSETS),
+        *(("prefill", bad) for bad in BAD_PREFILL),
+        *(("verify", bad) for bad in BAD_VERIFY),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_by_name_before_anything_is_written(operation: str, bad: Bad) -> None:
+    shape = Shape(2, 2, 8, 6)
+    lengths = [1, 1, 1] if operation == "decode" else [1, 2, 3]
+    pool = nan_pool(20, shape.state, torch.float32)
+    pool.normal_()
+    slots = distinct_slots(3 * COLUMNS, 20).view(3, COLUMNS)
+    arguments: dict[str, Any] = {
+        **random_tokens(shape, sum(lengths), torch.float32)._asdict(),
+        **random_gates(shape)._asdict(),
+        "state": pool,
+        "slots": slots if operation == "verify" else slots[:, 0],
+    }
+    if operation != "decode":
+        arguments["query_start_loc"] = start_offsets(lengths)
+    if operation == "prefill":
+        arguments["has_initial_state"] = torch.tensor([True, False, True])
+    if operation == "verify":
+        arguments["num_accepted_tokens"] = torch.tensor([1, 1, 1])
+    before = memory(pool).clone()
+    with pytest.raises(bad.error, match=f"^{bad.argument}:"):
+        OPERATIONS[operation](**(arguments | {bad.argument: bad.change(arguments[bad.argument])}))
+    assert torch.equal(memory(pool), before)

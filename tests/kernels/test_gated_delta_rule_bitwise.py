@@ -1,0 +1,148 @@
+"""The promises of the gated delta rule that hold to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from delta_rule_runs import (
+    COLUMNS,
+    MODEL_SHAPE,
+    SHAPES,
+    Result,
+    Run,
+    Shape,
+    decode,
+    prefill,
+    random_gates,
+    random_runs,
+    random_state,
+    random_tokens,
+    repeated_decode,
+    verify,
+)
+from kernel_inputs import BACKENDS, DTYPES, LENGTHS, distinct_slots, nan_pool, same_bits, start_offsets
+from qnext_kernels import force_backend, gated_delta_rule_decode, gated_delta_rule_verify
+from qnext_kernels.gated_delta_rule import CHUNK_SIZE
+
+ALL_SHAPES = [*SHAPES, MODEL_SHAPE]
+
+
+def assert_same(actual: Result, expected: Result) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_verify_equals_repeated_decode(
+    backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
+    gates = random_gates(shape)
+    runs = random_runs(shape, [1, 2, 3, 4, 4, 3, 2, 1], dtype, state_dtype)
+    with force_backend(backend):
+        for run, verified in zip(runs, verify(runs, gates, state_dtype), strict=True):
+            assert_same(verified, repeated_decode(run, gates, state_dtype))
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_that_were_not_accepted_leave_no_trace(backend: str, shape: Shape, state_dtype: torch.dtype) -> None:
+    gates, count = random_gates(shape), 5
+    pool = nan_pool(count * COLUMNS + 3, shape.state, state_dtype)
+    slots = distinct_slots(count * COLUMNS, len(pool)).view(count, COLUMNS)
+    accepted = torch.ones(count, dtype=torch.int64)
+    rows = torch.arange(count)
+    states = [random_state(shape, state_dtype) for _ in rows]
+    pool[slots[:, 0]] = torch.stack(states)
+    with force_backend(backend):
+        for _ in range(5):
+            lengths = torch.randint(1, COLUMNS + 1, (count,))
+            offsets, tokens = start_offsets(lengths.tolist()), random_tokens(shape, int(lengths.sum()), torch.bfloat16)
+            out = gated_delta_rule_verify(*tokens, *gates, pool, slots, offsets, accepted)
+            accepted = (torch.rand(count) * lengths).long() + 1
+            for n, start in enumerate(offsets[:-1].tolist()):
+                taken = slice(start, start + int(accepted[n]))
+                expected, states[n] = repeated_decode(Run(tokens.rows(taken), states[n]), gates, state_dtype)
+                assert same_bits(out[taken], expected)
+        tokens = random_tokens(shape, count, torch.bfloat16)
+        resumed = slots[rows, accepted - 1]
+        out = gated_delta_rule_decode(*tokens, *gates, pool, resumed)
+        for n in range(count):
+            one = Run(tokens.rows(slice(n, n + 1)), states[n])
+            assert_same(Result(out[n : n + 1], pool[resumed[n]]), repeated_decode(one, gates, state_dtype))
+
+
+@pytest.mark.parametrize("call", [prefill, decode, verify])
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_does_not_depend_on_the_batch(
+    backend: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    call: Callable[..., list[Result]],
+) -> None:
+    gates = random_gates(shape)
+    longest = {prefill: max(LENGTHS), decode: 1, verify: COLUMNS}[call]
+    lengths = [length for length in LENGTHS * 3 if 0 < length <= longest]
+    runs = random_runs(shape, (lengths * 25)[:25], dtype, state_dtype)
+    order = torch.randperm(25).tolist()
+    with force_backend(backend):
+        together = call(runs, gates, state_dtype)
+        shuffled = call([runs[n] for n in order], gates, state_dtype)
+        for n, other in zip(order, shuffled, strict=True):
+            assert_same(other, together[n])
+            assert_same(call([runs[n]], gates, state_dtype)[0], together[n])
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_split_at_chunks_equals_unsplit(
+    backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype, with_state: bool
+) -> None:
+    gates = random_gates(shape)
+    for length in (65, 68, 69, 128, 133, 200):
+        tokens = random_tokens(shape, length, dtype)
+        state = random_state(shape, state_dtype) if with_state else None
+        with force_backend(backend):
+            (whole,) = prefill([Run(tokens, state)], gates, state_dtype)
+            for cut in range(CHUNK_SIZE, length, CHUNK_SIZE):
+                (head,) = prefill([Run(tokens.rows(slice(cut)), state)], gates, state_dtype)
+                (tail,) = prefill([Run(tokens.rows(slice(cut, None)), head.state)], gates, state_dtype)
+                assert_same(Result(torch.cat([head.out, tail.out]), tail.state), whole)
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_of_one_token_equals_decode(
+    backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
+    gates, runs = random_gates(shape), random_runs(shape, [1] * 5, dtype, state_dtype)
+    with force_backend(backend):
+        for ours, decoded in zip(prefill(runs, gates, state_dtype), decode(runs, gates, state_dtype), strict=True):
+            assert_same(ours, decoded)
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_of_few_tokens_equals_verify(
+    backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
+    gates, runs = random_gates(shape), random_runs(shape, [1, 2, 3, 4], dtype, state_dtype)
+    with force_backend(backend):
+        for ours, verified in zip(prefill(runs, gates, state_dtype), verify(runs, gates, state_dtype), strict=True):
+            assert_same(ours, verified)

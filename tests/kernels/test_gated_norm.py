@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_inputs import BACKENDS, DTYPES, assert_close, same_bits
+from qnext_kernels import force_backend, gated_rms_norm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+
+EPS = 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 4, 128), (3, 33), (1, 1, 4), (0, 2, 16)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_float64_and_rounds_once(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, z, weight = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype) * 3, torch.randn(shape[-1])
+    with force_backend(backend):
+        out = gated_rms_norm(x, z, weight, EPS)
+    with force_backend("reference"):
+        truth = gated_rms_norm(x.double(), z.double(), weight.double(), EPS)
+    assert out.dtype == dtype
+    assert_close(out, truth, {torch.float32: shape[-1]})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_transformers(backend: str) -> None:
+    module = Qwen3NextRMSNormGated(48, eps=EPS)
+    torch.nn.init.normal_(module.weight)
+    x, z = torch.randn(9, 48), torch.randn(9, 48)
+    with force_backend(backend):
+        assert_close(gated_rms_norm(x, z, module.weight, EPS), module(x, z), {torch.float32: 2 * 48})
+
+
+@pytest.mark.parametrize("width", [20, 33, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype, width: int) -> None:
+    x, z, weight = torch.randn(25, 3, width, dtype=dtype), torch.randn(25, 3, width, dtype=dtype), torch.randn(width)
+    order = torch.randperm(25)
+    with force_backend(backend):
+        together = gated_rms_norm(x, z, weight, EPS)
+        shuffled = gated_rms_norm(x[order], z[order], weight, EPS)
+        alone = torch.cat([gated_rms_norm(x[n : n + 1], z[n : n + 1], weight, EPS) for n in range(25)])
+    assert same_bits(together, alone)
+    assert same_bits(together[order], shuffled)
+
+
+@pytest.mark.parametrize(
+    ("argument", "bad", "error"),
+    [
+        ("x", torch.ones(2, 8, dtype=torch.int64), TypeError),
+        ("z", torch.ones(1, 8), ValueError),
+        ("z", torch.ones(2, 8, dtype=torch.int64), TypeError),
+        ("weight", torch.ones(7), ValueError),
+        ("weight", torch.ones(8, dtype=torch.int64), TypeError),
+    ],
+)
+def test_bad_input_is_refused_by_name(argument: str, bad: torch.Tensor, error: type[Exception]) -> None:
+    arguments = {"x": torch.ones(2, 8), "z": torch.ones(2, 8), "weight": torch.ones(8)}
+    with pytest.raises(error, match=f"^{argument}:"):
+        gated_rms_norm(**(arguments | {argument: bad}), eps=EPS)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_inputs import BACKENDS, DTYPES, assert_close, same_bits
+from qnext_kernels import force_backend, rms_norm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
+
+EPS = 1e-6
+SHAPES = [(7, 2048), (3, 5, 33), (1, 4), (0, 16)]
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_float64_and_rounds_once(
+    backend: str, shape: tuple[int, ...], dtype: torch.dtype, with_residual: bool
+) -> None:
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype)
+    residual = torch.randn(shape, dtype=dtype) if with_residual else None
+    with force_backend(backend):
+        normed, total = rms_norm(x, weight, EPS, residual)
+    assert same_bits(total, x if residual is None else x + residual)
+    with force_backend("reference"):
+        truth, _ = rms_norm(total.double(), weight.double(), EPS)
+    assert normed.dtype == dtype
+    assert_close(normed, truth, {torch.float32: shape[-1]})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_transformers(backend: str) -> None:
+    module = Qwen3NextRMSNorm(48, eps=EPS)
+    torch.nn.init.normal_(module.weight)
+    x = torch.randn(9, 48)
+    with force_backend(backend):
+        normed, _ = rms_norm(x, module.weight, EPS)
+    assert_close(normed, module(x), {torch.float32: 2 * 48})
+
+
+def test_a_row_of_zeros_is_finite() -> None:
+    normed, _ = rms_norm(torch.zeros(2, 16), torch.randn(16), EPS)
+    assert same_bits(normed.abs(), torch.zeros(2, 16))
+
+
+@pytest.mark.parametrize("width", [20, 129, 2048])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype, width: int) -> None:
+    x, residual, weight = torch.randn(25, width, dtype=dtype), torch.randn(25, width, dtype=dtype), torch.randn(width)
+    order = torch.randperm(25)
+    with force_backend(backend):
+        together, _ = rms_norm(x, weight, EPS, residual)
+        shuffled, _ = rms_norm(x[order], weight, EPS, residual[order])
+        alone = torch.cat([rms_norm(x[n : n + 1], weight, EPS, residual[n : n + 1])[0] for n in range(25)])
+    assert same_bits(together, alone)
+    assert same_bits(together[order], shuffled)
+
+
+@pytest.mark.parametrize(
+    ("argument", "bad", "error"),
+    [
+        ("x", torch.ones(2, 8, dtype=torch.int64), TypeError),
+        ("weight", torch.ones(7), ValueError),
+        ("weight", torch.ones(1, 8), ValueError),
+        ("weight", torch.ones(8, dtype=torch.int64), TypeError),
+        ("residual", torch.ones(1, 8), ValueError),
+        ("residual", torch.ones(2, 8, dtype=torch.bfloat16), TypeError),
+    ],
+)
+def test_bad_input_is_refused_by_name(argument: str, bad: torch.Tensor, error: type[Exception]) -> None:
+    arguments: dict[str, Any] = {"x": torch.ones(2, 8), "weight": torch.ones(8), "residual": torch.ones(2, 8)}
+    with pytest.raises(error, match=f"^{argument}:"):
+        rms_norm(**(arguments | {argument: bad}), eps=EPS)

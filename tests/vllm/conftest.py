@@ -1,0 +1,17 @@
+"""Fixtures of the tests on a real vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.engines import Engine, engine
+
+
+@pytest.fixture(scope="class")
+def running(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[Engine]:
+    """An engine on the class's checkpoint; its indirect parameter holds options of :func:`tests.vllm.engines.engine`."""
+    with engine(checkpoint, **getattr(request, "param", {})) as running:
+        yield running

@@ -1,0 +1,99 @@
+"""Starts real vLLM engines and asks them for tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams, TokensPrompt
+
+from tests.reference import MAX_TOKENS, Tokens
+
+
+@dataclass
+class Drafts:
+    """Speculation counters of an engine."""
+
+    drafted: int
+    accepted: int
+    steps: int
+
+
+@dataclass
+class Engine:
+    """A running engine."""
+
+    llm: LLM
+
+    def greedy(self, prompts: Sequence[Tokens], max_tokens: int = MAX_TOKENS) -> list[Tokens]:
+        """Greedy continuations of all prompts at once, end of sequence ignored."""
+        return [tokens for tokens, _ in self.greedy_with_log_probs(prompts, max_tokens, want_log_probs=False)]
+
+    def greedy_with_log_probs(
+        self, prompts: Sequence[Tokens], max_tokens: int = MAX_TOKENS, *, want_log_probs: bool = True
+    ) -> list[tuple[Tokens, torch.Tensor]]:
+        """Greedy continuations and the log-probability [max_tokens] that the engine gave each token."""
+        parameters = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0 if want_log_probs else None,
+        )
+        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        results = []
+        for output in self.llm.generate(inputs, parameters, use_tqdm=False):
+            completion = output.outputs[0]
+            tokens = tuple(completion.token_ids)
+            given = [entry[token].logprob for token, entry in zip(tokens, completion.logprobs or [], strict=False)]
+            results.append((tokens, torch.tensor(given)))
+        return results
+
+    def drafts(self) -> Drafts:
+        """Counters since the engine started."""
+        values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
+        prefix = "vllm:spec_decode_num_"
+        return Drafts(
+            drafted=values[f"{prefix}draft_tokens"],
+            accepted=values[f"{prefix}accepted_tokens"],
+            steps=values[f"{prefix}drafts"],
+        )
+
+    def prefix_cache_hits(self) -> int:
+        """Prompt tokens taken from the prefix cache since the engine started."""
+        return sum(getattr(m, "value", 0) for m in self.llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
+
+
+@contextmanager
+def engine(
+    checkpoint: Path, *, dtype: str = "float32", drafts: int = 0, eager: bool = True, **options: Any
+) -> Iterator[Engine]:
+    """Start ``LLM`` on a checkpoint; everything not named here is vLLM's default."""
+    if drafts:
+        options["speculative_config"] = {"method": "qwen3_next_mtp", "num_speculative_tokens": drafts}
+    llm = LLM(
+        str(checkpoint),
+        dtype=dtype,
+        enforce_eager=eager,
+        max_model_len=1024,
+        kv_cache_memory_bytes=256 << 20,
+        disable_log_stats=False,
+        **options,
+    )
+    try:
+        yield Engine(llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def first_difference(expected: Sequence[Tokens], got: Sequence[Tokens]) -> str | None:
+    """Describe the first prompt whose tokens differ, or None."""
+    for n, (want, have) in enumerate(zip(expected, got, strict=True)):
+        if want != have:
+            at = next((i for i, pair in enumerate(zip(want, have, strict=False)) if pair[0] != pair[1]), len(have))
+            return f"prompt {n} parts at token {at}: expected {want[at : at + 4]}, got {have[at : at + 4]}"
+    return None

@@ -1,0 +1,42 @@
+"""Float32: the tokens of transformers, alone and batched, cold and from the prefix cache, compiled or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import reference
+from tests.vllm.engines import Engine, first_difference
+
+pytestmark = pytest.mark.vllm
+
+LOG_PROB_TOLERANCE = 1e-3
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny", "random"], indirect=True, scope="class")
+class TestEager:
+    def test_tokens_and_log_probs_equal_transformers_batched(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)
+        assert len(prompts) >= 30
+        results = running.greedy_with_log_probs(prompts)
+        expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
+        assert first_difference(expected, [tokens for tokens, _ in results]) is None
+        for prompt, (tokens, log_probs) in zip(prompts, results, strict=True):
+            truth = reference.log_probs(checkpoint, prompt, tokens)
+            assert (log_probs - truth).abs().max() < LOG_PROB_TOLERANCE
+
+    def test_tokens_equal_transformers_alone_and_from_the_prefix_cache(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)
+        before = running.prefix_cache_hits()
+        alone = [running.greedy([prompt])[0] for prompt in prompts]
+        assert running.prefix_cache_hits() > before, "prompts of several blocks were batched before: they are cached"
+        assert first_difference([reference.greedy(checkpoint, prompt) for prompt in prompts], alone) is None
+
+
+@pytest.mark.parametrize(("checkpoint", "running"), [("tiny", {"eager": False})], indirect=True, scope="class")
+class TestCompiled:
+    def test_tokens_equal_transformers(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)
+        expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
+        assert first_difference(expected, running.greedy(prompts)) is None

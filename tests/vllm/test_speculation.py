@@ -1,0 +1,65 @@
+"""Speculation changes nothing: float32 greedy with MTP gives the tokens of transformers without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import reference
+from tests.vllm.engines import Engine, first_difference
+
+pytestmark = pytest.mark.vllm
+
+
+def assert_partly_rejected(running: Engine) -> None:
+    drafts = running.drafts()
+    assert 0 < drafts.accepted < drafts.drafted, drafts
+
+
+def turns(checkpoint: Path, prompt: reference.Tokens, count: int) -> Iterator[tuple[reference.Tokens, reference.Tokens]]:
+    """A conversation: each turn's prompt is all that was said, with a few new tokens; and what transformers answers."""
+    for turn in range(count):
+        answer = reference.greedy(checkpoint, prompt)
+        yield prompt, answer
+        prompt = prompt + answer + tuple(reference.prompts(checkpoint)[-1][7 * turn : 7 * turn + 7])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "running"),
+    [("tiny", {"drafts": 1}), ("tiny", {"drafts": 2}), ("tiny", {"drafts": 3}), ("random", {"drafts": 2})],
+    indirect=True,
+    scope="class",
+)
+class TestSpeculation:
+    def test_tokens_equal_transformers_cold_and_warm(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)
+        expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
+        assert first_difference(expected, running.greedy(prompts)) is None
+        before = running.prefix_cache_hits()
+        assert first_difference(expected, running.greedy(prompts)) is None
+        assert running.prefix_cache_hits() > before
+        assert_partly_rejected(running)
+
+    def test_conversation_equals_transformers(self, running: Engine, checkpoint: Path) -> None:
+        for start in (reference.prompts(checkpoint)[12], reference.prompts(checkpoint)[24]):
+            for prompt, answer in turns(checkpoint, start, count=4):
+                assert first_difference([answer], running.greedy([prompt])) is None
+
+
+SMALL_BUDGET = {"drafts": 3, "max_num_batched_tokens": 160, "max_num_seqs": 6}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "running"), [("tiny", SMALL_BUDGET), ("random", SMALL_BUDGET)], indirect=True, scope="class"
+)
+class TestMixedBatches:
+    """A small token budget: prompts are prefilled in pieces beside sequences that decode and speculate."""
+
+    def test_chunked_prefill_and_continuous_batching_equal_transformers(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)
+        order = sorted(range(len(prompts)), key=lambda n: (n * 7) % len(prompts))
+        expected = [reference.greedy(checkpoint, prompts[n]) for n in order]
+        assert first_difference(expected, running.greedy([prompts[n] for n in order])) is None
+        assert_partly_rejected(running)
