@@ -35,8 +35,8 @@ format: env ## Format the code and sort its imports
 	"$(BIN)/ruff" format .
 
 wheel: env ## Build the wheel into dist/ and check it in an empty environment
-	rm -rf build dist
-	"$(BIN)/python" -m build --wheel --outdir dist
+	rm -rf build/lib build/bdist* dist
+	"$(BIN)/python" -m build --quiet --wheel --outdir dist
 	"$(BIN)/python" scripts/check_wheel.py dist/*.whl
 
 train-tiny: env ## Train examples/tiny/checkpoint again

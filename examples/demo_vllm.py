@@ -19,15 +19,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from types import TracebackType
 from typing import Any
 
-import httpx
-from openai import OpenAI, OpenAIError
+from openai import DefaultHttpxClient, OpenAI, OpenAIError
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.markup import escape
@@ -44,12 +43,21 @@ PROMPT = "The with statement is used to wrap the execution of a block"
 # Long enough for several blocks of the prefix cache, short enough for --max-model-len.
 PASSAGE = topics["compound"][:3000]
 ENDINGS = ("with", "try")
+SAMPLING = {
+    "model": MODEL,
+    "temperature": 0,
+    "max_tokens": 128,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
 START_LIMIT_S = 600
 SERVED = re.compile(r"qnext-plugins (?P<version>\S+) serves (?P<architecture>\w+) in (?P<dtype>\S+): (?P<kernels>.+)")
 DECLINED = re.compile(r"qnext-plugins leaves vLLM's own Qwen3-Next in place: (?P<reason>.+)")
 LOG_MESSAGE = re.compile(r"INFO \d\d-\d\d \d\d:\d\d:\d\d \[[^]]+\] (?P<message>\S.*)")
 
 console = Console(highlight=False)
+# No proxy of the environment comes between us and our own server.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class DemoError(Exception):
@@ -95,7 +103,7 @@ class Run:
 class Server:
     """`vllm serve` in a process group of its own, gone when the `with` block is left."""
 
-    def __init__(self, checkpoint: Path, log: Path, *, speculative: bool) -> None:
+    def __init__(self, checkpoint: Path, log: Path, *, speculative: bool, flags: tuple[str, ...] = ()) -> None:
         self.log = log
         self.speculative = speculative
         port = free_port()
@@ -106,9 +114,8 @@ class Server:
         self.command = [str(vllm), "serve", str(checkpoint), "--served-model-name", MODEL]
         self.command += ["--host", "127.0.0.1", "--port", str(port)]
         self.command += ["--max-model-len", "2048", "--kv-cache-memory-bytes", "256M"]
-        self.command += SPECULATION if speculative else ()
-        # A proxy from the environment has no business between us and our own server.
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=120)
+        self.command += (*(SPECULATION if speculative else ()), *flags)
+        self.url = f"http://127.0.0.1:{port}"
 
     def __enter__(self) -> Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -116,9 +123,7 @@ class Server:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         try:
             for number, patience in ((signal.SIGINT, 20), (signal.SIGTERM, 10)):
                 if self.process.poll() is None:
@@ -135,7 +140,10 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            self.http.close()
+
+    def get(self, path: str) -> str:
+        with DIRECT.open(self.url + path, timeout=10) as response:
+            return str(response.read().decode())
 
     def lines(self) -> list[str]:
         return self.log.read_text(errors="replace").splitlines()
@@ -149,9 +157,10 @@ class Server:
         if (status := self.process.poll()) is not None:
             raise self.failure(f"the server ended with status {status} while starting")
         try:
-            return self.http.get("/health", timeout=5).is_success
-        except httpx.TransportError:
+            self.get("/health")
+        except OSError:
             return False
+        return True
 
     def wait(self) -> float:
         """Show the start-up until the server is ready; returns its seconds."""
@@ -177,13 +186,13 @@ class Server:
         for architecture in ("Qwen3NextForCausalLM", *(("Qwen3NextMTP",) if self.speculative else ())):
             if architecture not in found:
                 declined = DECLINED.search(log)
-                reason = declined["reason"] if declined else f"{self.log} does not say why"
+                reason = declined["reason"] if declined else f"{self.log} does not say why (is QNEXT_DISABLE set?)"
                 raise DemoError(f"vLLM served its own {architecture} instead of the plugin's: {reason}")
         return list(found.values())
 
     def metrics(self) -> Metrics:
         """Read /metrics; raises DemoError if a counter is missing."""
-        families = text_string_to_metric_families(self.http.get("/metrics").raise_for_status().text)
+        families = text_string_to_metric_families(self.get("/metrics"))
         samples = [sample for family in families for sample in family.samples]
 
         def counter(name: str) -> int:
@@ -192,11 +201,9 @@ class Server:
                 raise DemoError(f"/metrics of the server has no vllm:{name}_total.")
             return int(sum(values))
 
-        cached = counter("prefix_cache_hits")
-        if not self.speculative:
-            return Metrics(0, 0, 0, cached)
         names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-        return Metrics(*(counter(f"spec_decode_{name}") for name in names), cached)
+        drafts, drafted, accepted = (counter(f"spec_decode_{name}") if self.speculative else 0 for name in names)
+        return Metrics(drafts, drafted, accepted, cached=counter("prefix_cache_hits"))
 
 
 def free_port() -> int:
@@ -205,45 +212,34 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def pieces(chunks: Iterable[Any], usage: list[int]) -> Iterator[str]:
-    """The text of a stream's chunks; the number of tokens goes to `usage`."""
-    for chunk in chunks:
+def show(title: str, create: Callable[..., Iterable[Any]], **prompt: Any) -> Reply:
+    """Ask, and print the answer as it arrives."""
+    console.print(f"\n{title}", style="bold", markup=False)
+    start, text, tokens = time.monotonic(), "", 0
+    for chunk in create(**prompt, **SAMPLING):
         if chunk.usage is not None:
-            usage.append(chunk.usage.completion_tokens)
+            tokens = chunk.usage.completion_tokens
         for choice in chunk.choices:
-            yield (choice.delta.content if hasattr(choice, "delta") else choice.text) or ""
-
-
-def show(title: str, chunks: Iterable[Any]) -> Reply:
-    """Print a stream as it arrives."""
-    console.print(f"\n[bold]{title}[/bold]")
-    start, text, usage = time.monotonic(), "", [0]
-    for piece in pieces(chunks, usage):
-        print(piece, end="", flush=True)
-        text += piece
+            piece = (choice.delta.content if hasattr(choice, "delta") else choice.text) or ""
+            print(piece, end="", flush=True)
+            text += piece
     print()
     if not text.strip():
         raise DemoError(f"the server answered no text ({title}).")
-    return Reply(text, usage[-1], time.monotonic() - start)
+    return Reply(text, tokens, time.monotonic() - start)
 
 
-def talk(server: Server) -> tuple[Reply, Reply]:
+def talk(url: str) -> tuple[Reply, Reply]:
     """A chat, a completion, and two completions that share a long prefix; returns the first two."""
-    client = OpenAI(base_url=f"{server.http.base_url}/v1", api_key="none", http_client=server.http, max_retries=0)
-    options: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 128, "stream": True}
-    options["stream_options"] = {"include_usage": True}
-
-    def complete(title: str, prompt: str) -> Reply:
-        return show(title, client.completions.create(prompt=prompt, **options))
-
+    http = DefaultHttpxClient(trust_env=False)
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", http_client=http, max_retries=0, timeout=120)
     messages = [{"role": "user", "content": QUESTION}]
-    chat = show(f"Chat: {QUESTION}", client.chat.completions.create(messages=messages, **options))
-    completion = complete(f"Completion: {PROMPT} ...", PROMPT)
+    chat = show(f"Chat: {QUESTION}", client.chat.completions.create, messages=messages)
+    completion = show(f"Completion: {PROMPT} ...", client.completions.create, prompt=PROMPT)
     for name in ENDINGS:
-        ending = f'\n\nThe "{name}" statement is used'
-        complete(
-            f"Completion of {len(PASSAGE)} characters of the reference and: {ending.strip()} ...", PASSAGE + ending
-        )
+        ending = f'The "{name}" statement is used'
+        title = f"Completion of {len(PASSAGE)} characters of the reference and: {ending} ..."
+        show(title, client.completions.create, prompt=f"{PASSAGE}\n\n{ending}")
     return chat, completion
 
 
@@ -253,9 +249,9 @@ def serve(checkpoint: Path, log: Path, *, speculative: bool) -> Run:
         start_up = server.wait()
         served = server.served()
         try:
-            chat, completion = talk(server)
+            chat, completion = talk(server.url)
             return Run(start_up, served, chat, completion, server.metrics())
-        except (OpenAIError, httpx.HTTPError) as error:
+        except (OpenAIError, OSError) as error:
             raise server.failure(f"a request failed ({type(error).__name__}: {error})") from error
 
 
@@ -269,16 +265,12 @@ def report(run: Run, plain: Run | None) -> Table:
     table.add_row("mean accepted length", f"{metrics.accepted_length:.2f} of {1 + DRAFT_TOKENS} ({drafts})")
     table.add_row("from the prefix cache", f"{metrics.cached} tokens")
     for served in run.served:
-        kernels = served["kernels"].replace(", ", "\n")
-        table.add_row(f"{served['architecture']}\n{served['dtype']}", kernels)
+        table.add_row(served["architecture"], f"{served['dtype']}: {served['kernels']}")
     if plain is not None:
-        for name, ours, theirs in (
-            ("chat", run.chat, plain.chat),
-            ("completion", run.completion, plain.completion),
-        ):
+        for name, ours, theirs in (("chat", run.chat, plain.chat), ("completion", run.completion, plain.completion)):
             text = "identical" if ours.text == theirs.text else "different"
-            comparison = f"{theirs.rate:.0f} tokens/s; with it {ours.rate / theirs.rate:.2f}x, greedy text {text}"
-            table.add_row(f"{name} without speculation", comparison)
+            ratio = f"with it {ours.rate / theirs.rate:.2f} times as fast, greedy text {text}"
+            table.add_row(f"{name} without speculation", f"{theirs.rate:.0f} tokens/s; {ratio}")
     return table
 
 
@@ -304,11 +296,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         run = serve(args.checkpoint.resolve(), args.log, speculative=True)
-        plain = (
-            serve(args.checkpoint.resolve(), args.log.with_suffix(".plain.log"), speculative=False)
-            if args.compare
-            else None
-        )
+        plain = None
+        if args.compare:
+            plain = serve(args.checkpoint.resolve(), args.log.with_suffix(".plain.log"), speculative=False)
         if run.metrics.drafts:
             console.print("", report(run, plain))
         check(run.metrics)

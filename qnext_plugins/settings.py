@@ -6,7 +6,6 @@ import os
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from qnext_kernels.dispatch import parse_forced
 
 
 class Settings(BaseSettings):
@@ -20,6 +19,8 @@ class Settings(BaseSettings):
 
     def forced_backends(self) -> dict[str, str]:
         """``backend`` as {operation or "*": backend name}; raises BackendError on an unknown name."""
+        from qnext_kernels.dispatch import parse_forced
+
         return parse_forced(self.backend)
 
 

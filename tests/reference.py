@@ -31,9 +31,7 @@ def prompts(checkpoint: Path) -> tuple[Tokens, ...]:
     long_topics = sorted(name for name, text in pydoc_data.topics.topics.items() if len(text) > 2400)
     chosen = [long_topics[n % len(long_topics)] for n in range(len(lengths))]
     passages = [pydoc_data.topics.topics[name][200 + 50 * n :][:2000] for n, name in enumerate(chosen)]
-    return tuple(
-        tuple(tokenizer.encode(text)[:length]) for text, length in zip(passages, lengths, strict=True)
-    )
+    return tuple(tuple(tokenizer.encode(text)[:length]) for text, length in zip(passages, lengths, strict=True))
 
 
 @cache

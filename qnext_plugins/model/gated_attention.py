@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qnext_kernels import qk_norm_rope_gate, sigmoid_gate
 from torch import Tensor, nn
 
+from qnext_kernels import qk_norm_rope_gate, sigmoid_gate
 from qnext_plugins.model.config import Qwen3NextConfig
 from qnext_plugins.model.norm import RMSNorm
 from qnext_plugins.model.port import Engine

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from qnext_kernels import (
     causal_conv1d_decode,
     causal_conv1d_prefill,
@@ -17,8 +19,6 @@ from qnext_kernels import (
     gated_delta_rule_verify,
     gated_rms_norm,
 )
-from torch import Tensor, nn
-
 from qnext_plugins.model.config import Qwen3NextConfig
 from qnext_plugins.model.port import Engine
 

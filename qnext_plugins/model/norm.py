@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from qnext_kernels import rms_norm
 from torch import Tensor, nn
+
+from qnext_kernels import rms_norm
 
 
 class RMSNorm(nn.Module):

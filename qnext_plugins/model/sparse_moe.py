@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qnext_kernels import sigmoid_gate, silu_and_mul
 from torch import Tensor, nn
 
+from qnext_kernels import sigmoid_gate, silu_and_mul
 from qnext_plugins.model.config import Qwen3NextConfig
 from qnext_plugins.model.port import Engine
 

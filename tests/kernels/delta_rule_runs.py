@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from kernel_inputs import distinct_slots, nan_pool, start_offsets
-from qnext_kernels import gated_delta_rule_decode, gated_delta_rule_prefill, gated_delta_rule_verify
 from torch import Tensor
+
+from qnext_kernels import gated_delta_rule_decode, gated_delta_rule_prefill, gated_delta_rule_verify
+from tests.kernels.kernel_inputs import distinct_slots, nan_pool, start_offsets
 
 COLUMNS = 4
 """Columns of ``slots`` in a verify: the last accepted token and three drafts."""

@@ -1,4 +1,4 @@
-"""What the kernel tests share: shapes, pools of slots, ragged offsets, and comparisons whose tolerance follows from dtypes."""
+"""What the kernel tests share: pools of slots, ragged offsets, and comparisons whose tolerance follows from dtypes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def assert_close(actual: Tensor, truth: Tensor, roundings: Mapping[torch.dtype, 
     Args:
         actual: the result.
         truth: the same values without rounding errors.
-        roundings: how often, in each dtype, something that enters one element of the result has been rounded: the length
-            of the reduction times the roundings of a term.
+        roundings: how often, in each dtype, something that enters one element of the result has been rounded: the
+            length of the reduction times the roundings of a term.
     """
     # A rounding errs by at most eps/2 of a value that is of the order of the largest result. Independent roundings add
     # up as a random walk, so n of them err by about eps/2 · √n; 8 times that leaves room for terms that are larger than
@@ -36,7 +36,8 @@ def assert_close(actual: Tensor, truth: Tensor, roundings: Mapping[torch.dtype, 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """torch.equal, but NaN equals itself and 0 differs from −0."""
-    assert a.dtype == b.dtype and a.shape == b.shape
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 

@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_inputs import BACKENDS, DTYPES, assert_close, same_bits
-from qnext_kernels import force_backend, qk_norm_rope_gate, sigmoid_gate
 from torch import Tensor
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import (
@@ -13,6 +11,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextRotaryEmbedding,
     apply_rotary_pos_emb,
 )
+
+from qnext_kernels import force_backend, qk_norm_rope_gate, sigmoid_gate
+from tests.kernels.kernel_inputs import BACKENDS, DTYPES, Bad, assert_close, same_bits
 
 EPS = 1e-6
 MAX_POSITION = 512
@@ -134,7 +135,9 @@ def test_positions_may_be_int32_or_int64(backend: str, positions_dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "gate_shape"), [((7, 48), (7, 48)), ((7, 48), (7, 1)), ((2, 3, 5), (5,)), ((0, 4), (0, 1))])
+@pytest.mark.parametrize(
+    ("shape", "gate_shape"), [((7, 48), (7, 48)), ((7, 48), (7, 1)), ((2, 3, 5), (5,)), ((0, 4), (0, 1))]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sigmoid_gate_agrees_with_float64_and_rounds_once(
     backend: str, shape: tuple[int, ...], gate_shape: tuple[int, ...], dtype: torch.dtype
@@ -160,45 +163,48 @@ def test_sigmoid_gate_of_a_row_does_not_depend_on_the_batch(backend: str, dtype:
 
 
 @pytest.mark.parametrize(
-    ("argument", "change", "error"),
+    "bad",
     [
-        ("qkv", lambda x: x[:, :-1], ValueError),
-        ("qkv", lambda x: x[0], ValueError),
-        ("qkv", lambda x: x.long(), TypeError),
-        ("positions", lambda x: x[:-1], ValueError),
-        ("positions", lambda x: x.float(), TypeError),
-        ("positions", lambda x: x > 0, TypeError),
-        ("positions", lambda x: x + MAX_POSITION, IndexError),
-        ("positions", lambda x: x - MAX_POSITION, IndexError),
-        ("q_weight", lambda x: x[None], ValueError),
-        ("k_weight", lambda x: x[:-1], ValueError),
-        ("cos_sin", lambda x: x[0], ValueError),
-        ("cos_sin", lambda x: x[:, :-1], ValueError),
-        ("cos_sin", lambda x: torch.cat([x] * 5, dim=1), ValueError),
-        ("cos_sin", lambda x: x.int(), TypeError),
+        Bad("qkv", "another width", lambda x: x[:, :-1], ValueError),
+        Bad("qkv", "one dimension", lambda x: x[0], ValueError),
+        Bad("qkv", "integers", lambda x: x.long(), TypeError),
+        Bad("positions", "of fewer tokens", lambda x: x[:-1], ValueError),
+        Bad("positions", "floats", lambda x: x.float(), TypeError),
+        Bad("positions", "booleans", lambda x: x > 0, TypeError),
+        Bad("positions", "beyond the table", lambda x: x + MAX_POSITION, IndexError),
+        Bad("positions", "negative", lambda x: x - MAX_POSITION, IndexError),
+        Bad("q_weight", "two dimensions", lambda x: x[None], ValueError),
+        Bad("k_weight", "another head dim", lambda x: x[:-1], ValueError),
+        Bad("cos_sin", "one dimension", lambda x: x[0], ValueError),
+        Bad("cos_sin", "odd", lambda x: x[:, :-1], ValueError),
+        Bad("cos_sin", "wider than a head", lambda x: torch.cat([x] * 5, dim=1), ValueError),
+        Bad("cos_sin", "integers", lambda x: x.int(), TypeError),
     ],
+    ids=str,
 )
-def test_bad_input_is_refused_by_name(argument: str, change: Any, error: type[Exception]) -> None:
+def test_bad_input_is_refused_by_name(bad: Bad) -> None:
     given = arguments(LAYOUTS[0], 5, torch.float32)
-    with pytest.raises(error, match=f"^{argument}:"):
-        qk_norm_rope_gate(**(given | {argument: change(given[argument])}))
+    with pytest.raises(bad.error, match=f"^{bad.argument}:"):
+        qk_norm_rope_gate(**(given | {bad.argument: bad.change(given[bad.argument])}))
 
 
 @pytest.mark.parametrize(
-    ("argument", "bad", "error"),
+    "bad",
     [
-        ("x", torch.ones(4, 8, dtype=torch.int64), TypeError),
-        ("gate", torch.ones(4, 8, dtype=torch.int64), TypeError),
-        ("gate", torch.ones(4, 7), ValueError),
-        ("gate", torch.ones(2, 4, 8), ValueError),
-        ("gate", torch.ones(5, 1), ValueError),
+        Bad("x", "integers", lambda x: x.long(), TypeError),
+        Bad("gate", "integers", lambda x: x.long(), TypeError),
+        Bad("gate", "another width", lambda x: x[:, :-1], ValueError),
+        Bad("gate", "more tokens", lambda x: torch.cat([x, x]), ValueError),
+        Bad("gate", "more dimensions", lambda x: x.expand(2, -1, -1), ValueError),
     ],
+    ids=str,
 )
-def test_sigmoid_gate_refuses_bad_input_by_name(argument: str, bad: Tensor, error: type[Exception]) -> None:
-    with pytest.raises(error, match=f"^{argument}:"):
-        sigmoid_gate(**({"x": torch.ones(4, 8), "gate": torch.ones(4, 8)} | {argument: bad}))
+def test_sigmoid_gate_refuses_bad_input_by_name(bad: Bad) -> None:
+    given = {"x": torch.ones(4, 8), "gate": torch.ones(4, 8)}
+    with pytest.raises(bad.error, match=f"^{bad.argument}:"):
+        sigmoid_gate(**(given | {bad.argument: bad.change(given[bad.argument])}))
 
 
 def test_sigmoid_gate_refuses_a_gate_that_would_widen_the_result() -> None:
-    with pytest.raises(ValueError, match="^gate:"):
+    with pytest.raises(ValueError, match=r"^gate:"):
         sigmoid_gate(torch.ones(4, 1), torch.ones(4, 8))

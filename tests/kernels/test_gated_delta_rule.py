@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from delta_rule_runs import (
+from torch import Tensor
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    torch_chunk_gated_delta_rule,
+    torch_recurrent_gated_delta_rule,
+)
+
+from qnext_kernels import (
+    force_backend,
+    gated_delta_rule_decode,
+    gated_delta_rule_prefill,
+    gated_delta_rule_verify,
+)
+from qnext_kernels.gated_delta_rule import CHUNK_SIZE
+from tests.kernels.delta_rule_runs import (
     COLUMNS,
     SHAPES,
     Result,
@@ -21,7 +34,7 @@ from delta_rule_runs import (
     random_tokens,
     verify,
 )
-from kernel_inputs import (
+from tests.kernels.kernel_inputs import (
     BACKENDS,
     DTYPES,
     LENGTHS,
@@ -33,22 +46,10 @@ from kernel_inputs import (
     only_written,
     start_offsets,
 )
-from qnext_kernels import (
-    force_backend,
-    gated_delta_rule_decode,
-    gated_delta_rule_prefill,
-    gated_delta_rule_verify,
-)
-from qnext_kernels.gated_delta_rule import CHUNK_SIZE
-from torch import Tensor
-from transformers.models.qwen3_next.modeling_qwen3_next import (
-    torch_chunk_gated_delta_rule,
-    torch_recurrent_gated_delta_rule,
-)
 
 
 def roundings(shape: Shape, tokens: int, state_dtype: torch.dtype, stored: int) -> dict[torch.dtype, int]:
-    """Eight roundings of an element of the state a token, a sum over the key dimension, and ``stored`` stays in the pool."""
+    """Eight roundings of the state a token, a sum over the key dimension, and ``stored`` stays in the pool."""
     counts = {torch.float32: 8 * tokens + shape.key_dim}
     return counts if state_dtype == torch.float32 else {**counts, state_dtype: stored}
 
@@ -57,9 +58,7 @@ def roundings(shape: Shape, tokens: int, state_dtype: torch.dtype, stored: int) 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_prefill_agrees_with_float64(
-    backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype
-) -> None:
+def test_prefill_agrees_with_float64(backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     lengths = [*LENGTHS, *LENGTHS, 2, 65]
     tokens, gates = random_tokens(shape, sum(lengths), dtype), random_gates(shape)
     pool = nan_pool(40, shape.state, state_dtype)
@@ -152,7 +151,8 @@ def test_prefill_and_its_state_agree_with_transformers(
 ) -> None:
     gates = random_gates(shape)
     for length in (1, 5, 64, 130):
-        run = Run(random_tokens(shape, length, torch.float32), random_state(shape, torch.float32) if with_state else None)
+        state = random_state(shape, torch.float32) if with_state else None
+        run = Run(random_tokens(shape, length, torch.float32), state)
         with force_backend(backend):
             (ours,) = prefill([run], gates, torch.float32)
         theirs = by_transformers(referee, run, *gates)
@@ -179,9 +179,7 @@ def test_decode_and_verify_agree_with_transformers(
         assert_close(ours.state, theirs.state, expected)
 
 
-def by_transformers(
-    referee: Callable[..., tuple[Tensor, Tensor]], run: Run, A_log: Tensor, dt_bias: Tensor
-) -> Result:
+def by_transformers(referee: Callable[..., tuple[Tensor, Tensor]], run: Run, A_log: Tensor, dt_bias: Tensor) -> Result:
     """The lines of ``Qwen3NextGatedDeltaNet.forward`` around the rule; the state there is [HV, K, V]."""
     q, k, v, a, b = (x[None] for x in run.tokens)
     group = v.shape[2] // q.shape[2]
@@ -214,7 +212,8 @@ def test_zero_keys_and_strong_decays_stay_finite(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch_is_served(backend: str) -> None:
     shape = SHAPES[1]
-    tokens, gates, pool = random_tokens(shape, 0, torch.float32), random_gates(shape), nan_pool(3, shape.state, torch.float32)
+    tokens, gates = random_tokens(shape, 0, torch.float32), random_gates(shape)
+    pool = nan_pool(3, shape.state, torch.float32)
     none, offsets = torch.empty(0, dtype=torch.int32), start_offsets([])
     with force_backend(backend):
         results = [

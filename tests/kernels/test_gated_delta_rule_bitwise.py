@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from delta_rule_runs import (
+
+from qnext_kernels import force_backend, gated_delta_rule_decode, gated_delta_rule_verify
+from qnext_kernels.gated_delta_rule import CHUNK_SIZE
+from tests.kernels.delta_rule_runs import (
     COLUMNS,
     MODEL_SHAPE,
     SHAPES,
@@ -22,9 +25,7 @@ from delta_rule_runs import (
     repeated_decode,
     verify,
 )
-from kernel_inputs import BACKENDS, DTYPES, LENGTHS, distinct_slots, nan_pool, same_bits, start_offsets
-from qnext_kernels import force_backend, gated_delta_rule_decode, gated_delta_rule_verify
-from qnext_kernels.gated_delta_rule import CHUNK_SIZE
+from tests.kernels.kernel_inputs import BACKENDS, DTYPES, LENGTHS, distinct_slots, nan_pool, same_bits, start_offsets
 
 ALL_SHAPES = [*SHAPES, MODEL_SHAPE]
 
@@ -77,29 +78,38 @@ def test_tokens_that_were_not_accepted_leave_no_trace(backend: str, shape: Shape
             assert_same(Result(out[n : n + 1], pool[resumed[n]]), repeated_decode(one, gates, state_dtype))
 
 
+Call = Callable[..., list[Result]]
+
+
+def assert_batch_is_invisible(call: Call, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    gates = random_gates(shape)
+    longest = {prefill: max(LENGTHS), decode: 1, verify: COLUMNS}[call]
+    lengths = [length for length in LENGTHS * 25 if 0 < length <= longest]
+    runs = random_runs(shape, lengths[:25], dtype, state_dtype)
+    order = torch.randperm(25).tolist()
+    together = call(runs, gates, state_dtype)
+    shuffled = call([runs[n] for n in order], gates, state_dtype)
+    for n, other in zip(order, shuffled, strict=True):
+        assert_same(other, together[n])
+        assert_same(call([runs[n]], gates, state_dtype)[0], together[n])
+
+
 @pytest.mark.parametrize("call", [prefill, decode, verify])
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ALL_SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sequence_does_not_depend_on_the_batch(
-    backend: str,
-    shape: Shape,
-    dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    call: Callable[..., list[Result]],
+    backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype, call: Call
 ) -> None:
-    gates = random_gates(shape)
-    longest = {prefill: max(LENGTHS), decode: 1, verify: COLUMNS}[call]
-    lengths = [length for length in LENGTHS * 3 if 0 < length <= longest]
-    runs = random_runs(shape, (lengths * 25)[:25], dtype, state_dtype)
-    order = torch.randperm(25).tolist()
     with force_backend(backend):
-        together = call(runs, gates, state_dtype)
-        shuffled = call([runs[n] for n in order], gates, state_dtype)
-        for n, other in zip(order, shuffled, strict=True):
-            assert_same(other, together[n])
-            assert_same(call([runs[n]], gates, state_dtype)[0], together[n])
+        assert_batch_is_invisible(call, shape, dtype, state_dtype)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("call", [prefill, decode, verify])
+def test_a_sequence_does_not_depend_on_how_threads_share_the_batch(call: Call) -> None:
+    assert_batch_is_invisible(call, MODEL_SHAPE, torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("with_state", [True, False])

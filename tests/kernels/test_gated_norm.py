@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from kernel_inputs import BACKENDS, DTYPES, assert_close, same_bits
-from qnext_kernels import force_backend, gated_rms_norm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+
+from qnext_kernels import force_backend, gated_rms_norm
+from tests.kernels.kernel_inputs import BACKENDS, DTYPES, Bad, assert_close, same_bits
 
 EPS = 1e-6
 
@@ -46,16 +49,17 @@ def test_a_row_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype, wi
 
 
 @pytest.mark.parametrize(
-    ("argument", "bad", "error"),
+    "bad",
     [
-        ("x", torch.ones(2, 8, dtype=torch.int64), TypeError),
-        ("z", torch.ones(1, 8), ValueError),
-        ("z", torch.ones(2, 8, dtype=torch.int64), TypeError),
-        ("weight", torch.ones(7), ValueError),
-        ("weight", torch.ones(8, dtype=torch.int64), TypeError),
+        Bad("x", "integers", lambda x: x.long(), TypeError),
+        Bad("z", "of fewer rows", lambda x: x[:1], ValueError),
+        Bad("z", "integers", lambda x: x.long(), TypeError),
+        Bad("weight", "another width", lambda x: x[:-1], ValueError),
+        Bad("weight", "integers", lambda x: x.long(), TypeError),
     ],
+    ids=str,
 )
-def test_bad_input_is_refused_by_name(argument: str, bad: torch.Tensor, error: type[Exception]) -> None:
-    arguments = {"x": torch.ones(2, 8), "z": torch.ones(2, 8), "weight": torch.ones(8)}
-    with pytest.raises(error, match=f"^{argument}:"):
-        gated_rms_norm(**(arguments | {argument: bad}), eps=EPS)
+def test_bad_input_is_refused_by_name(bad: Bad) -> None:
+    given: dict[str, Any] = {"x": torch.ones(2, 8), "weight": torch.ones(8), "z": torch.ones(2, 8)}
+    with pytest.raises(bad.error, match=f"^{bad.argument}:"):
+        gated_rms_norm(**(given | {bad.argument: bad.change(given[bad.argument])}), eps=EPS)

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from kernel_inputs import BACKENDS, DTYPES, assert_close, same_bits
-from qnext_kernels import experts, force_backend, sigmoid_gate, silu_and_mul, topk_softmax
 from torch import Tensor
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import (
@@ -13,6 +9,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextSparseMoeBlock,
     Qwen3NextTopKRouter,
 )
+
+from qnext_kernels import experts, force_backend, sigmoid_gate, silu_and_mul, topk_softmax
+from tests.kernels.kernel_inputs import BACKENDS, DTYPES, Bad, assert_close, same_bits
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 9, 3, 40, 24
 
@@ -177,34 +176,34 @@ def test_the_operations_compose_to_transformers_sparse_block(backend: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("argument", "change", "error"),
+    "bad",
     [
-        ("x", lambda x: x[0], ValueError),
-        ("x", lambda x: x.long(), TypeError),
-        ("w13", lambda x: x[:, :, :-1], ValueError),
-        ("w13", lambda x: x[:, :-1], ValueError),
-        ("w13", lambda x: x.bfloat16(), TypeError),
-        ("w2", lambda x: x[:-1], ValueError),
-        ("w2", lambda x: x[:, :, :-1], ValueError),
-        ("w2", lambda x: x.bfloat16(), TypeError),
-        ("topk_weights", lambda x: x[:-1], ValueError),
-        ("topk_weights", lambda x: x.double(), TypeError),
-        ("topk_ids", lambda x: x[:, :-1], ValueError),
-        ("topk_ids", lambda x: x.float(), TypeError),
-        ("topk_ids", lambda x: x + EXPERTS, IndexError),
-        ("topk_ids", lambda x: x - EXPERTS - 1, IndexError),
+        Bad("x", "one dimension", lambda x: x[0], ValueError),
+        Bad("x", "integers", lambda x: x.long(), TypeError),
+        Bad("w13", "another hidden size", lambda x: x[:, :, :-1], ValueError),
+        Bad("w13", "another float dtype", lambda x: x.bfloat16(), TypeError),
+        Bad("w2", "of fewer experts", lambda x: x[:-1], ValueError),
+        Bad("w2", "another intermediate size", lambda x: x[:, :, :-1], ValueError),
+        Bad("w2", "another float dtype", lambda x: x.bfloat16(), TypeError),
+        Bad("topk_weights", "of fewer tokens", lambda x: x[:-1], ValueError),
+        Bad("topk_weights", "not float32", lambda x: x.double(), TypeError),
+        Bad("topk_ids", "fewer than weights", lambda x: x[:, :-1], ValueError),
+        Bad("topk_ids", "floats", lambda x: x.float(), TypeError),
+        Bad("topk_ids", "beyond the experts", lambda x: x + EXPERTS, IndexError),
+        Bad("topk_ids", "below −1", lambda x: x - EXPERTS - 1, IndexError),
     ],
+    ids=str,
 )
-def test_experts_refuse_bad_input_by_name(argument: str, change: Any, error: type[Exception]) -> None:
+def test_experts_refuse_bad_input_by_name(bad: Bad) -> None:
     arguments = expert_arguments(5, torch.float32)
-    with pytest.raises(error, match=f"^{argument}:"):
-        experts(**(arguments | {argument: change(arguments[argument])}))
+    with pytest.raises(bad.error, match=f"^{bad.argument}:"):
+        experts(**(arguments | {bad.argument: bad.change(arguments[bad.argument])}))
 
 
 def test_experts_refuse_an_odd_gate_and_up_by_name() -> None:
     arguments = expert_arguments(5, torch.float32)
     odd = {"w13": torch.ones(EXPERTS, 5, HIDDEN), "w2": torch.ones(EXPERTS, HIDDEN, 2)}
-    with pytest.raises(ValueError, match="^w13:"):
+    with pytest.raises(ValueError, match=r"^w13:"):
         experts(**(arguments | odd))
 
 
@@ -228,5 +227,5 @@ def test_topk_softmax_refuses_bad_input_by_name(
     ("x", "error"), [(torch.ones(4, 7), ValueError), (torch.ones(4, 8, dtype=torch.int64), TypeError)]
 )
 def test_silu_and_mul_refuses_bad_input_by_name(x: Tensor, error: type[Exception]) -> None:
-    with pytest.raises(error, match="^x:"):
+    with pytest.raises(error, match=r"^x:"):
         silu_and_mul(x)

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_inputs import BACKENDS, DTYPES, assert_close, same_bits
-from qnext_kernels import force_backend, rms_norm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
+
+from qnext_kernels import force_backend, rms_norm
+from tests.kernels.kernel_inputs import BACKENDS, DTYPES, Bad, assert_close, same_bits
 
 EPS = 1e-6
 SHAPES = [(7, 2048), (3, 5, 33), (1, 4), (0, 16)]
@@ -45,6 +46,7 @@ def test_a_row_of_zeros_is_finite() -> None:
     assert same_bits(normed.abs(), torch.zeros(2, 16))
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("width", [20, 129, 2048])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -60,17 +62,18 @@ def test_a_row_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype, wi
 
 
 @pytest.mark.parametrize(
-    ("argument", "bad", "error"),
+    "bad",
     [
-        ("x", torch.ones(2, 8, dtype=torch.int64), TypeError),
-        ("weight", torch.ones(7), ValueError),
-        ("weight", torch.ones(1, 8), ValueError),
-        ("weight", torch.ones(8, dtype=torch.int64), TypeError),
-        ("residual", torch.ones(1, 8), ValueError),
-        ("residual", torch.ones(2, 8, dtype=torch.bfloat16), TypeError),
+        Bad("x", "integers", lambda x: x.long(), TypeError),
+        Bad("weight", "another width", lambda x: x[:-1], ValueError),
+        Bad("weight", "two dimensions", lambda x: x[None], ValueError),
+        Bad("weight", "integers", lambda x: x.long(), TypeError),
+        Bad("residual", "of fewer rows", lambda x: x[:1], ValueError),
+        Bad("residual", "another float dtype", lambda x: x.bfloat16(), TypeError),
     ],
+    ids=str,
 )
-def test_bad_input_is_refused_by_name(argument: str, bad: torch.Tensor, error: type[Exception]) -> None:
-    arguments: dict[str, Any] = {"x": torch.ones(2, 8), "weight": torch.ones(8), "residual": torch.ones(2, 8)}
-    with pytest.raises(error, match=f"^{argument}:"):
-        rms_norm(**(arguments | {argument: bad}), eps=EPS)
+def test_bad_input_is_refused_by_name(bad: Bad) -> None:
+    given: dict[str, Any] = {"x": torch.ones(2, 8), "weight": torch.ones(8), "residual": torch.ones(2, 8)}
+    with pytest.raises(bad.error, match=f"^{bad.argument}:"):
+        rms_norm(**(given | {bad.argument: bad.change(given[bad.argument])}), eps=EPS)

@@ -18,7 +18,9 @@ def assert_partly_rejected(running: Engine) -> None:
     assert 0 < drafts.accepted < drafts.drafted, drafts
 
 
-def turns(checkpoint: Path, prompt: reference.Tokens, count: int) -> Iterator[tuple[reference.Tokens, reference.Tokens]]:
+def turns(
+    checkpoint: Path, prompt: reference.Tokens, count: int
+) -> Iterator[tuple[reference.Tokens, reference.Tokens]]:
     """A conversation: each turn's prompt is all that was said, with a few new tokens; and what transformers answers."""
     for turn in range(count):
         answer = reference.greedy(checkpoint, prompt)
@@ -57,7 +59,9 @@ SMALL_BUDGET = {"drafts": 3, "max_num_batched_tokens": 160, "max_num_seqs": 6}
 class TestMixedBatches:
     """A small token budget: prompts are prefilled in pieces beside sequences that decode and speculate."""
 
-    def test_chunked_prefill_and_continuous_batching_equal_transformers(self, running: Engine, checkpoint: Path) -> None:
+    def test_chunked_prefill_and_continuous_batching_equal_transformers(
+        self, running: Engine, checkpoint: Path
+    ) -> None:
         prompts = reference.prompts(checkpoint)
         order = sorted(range(len(prompts)), key=lambda n: (n * 7) % len(prompts))
         expected = [reference.greedy(checkpoint, prompts[n]) for n in order]

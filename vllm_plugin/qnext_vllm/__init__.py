@@ -28,25 +28,28 @@ def register() -> None:
     Raises:
         UnsupportedEngineError: only with ``QNEXT_STRICT=1``.
     """
-    from qnext_plugins.settings import Settings
-
-    settings = Settings()
-    if settings.disable:
-        return
+    strict = False
     try:
+        from qnext_plugins.settings import Settings
+
+        settings = Settings()
+        strict = settings.strict
+        if settings.disable:
+            return
         settings.forced_backends()
         reason = refusal()
         if reason is None:
-            from qnext_vllm.config_hook import register_config_hook
             from vllm.model_executor.models.registry import ModelRegistry
+
+            from qnext_vllm.config_hook import register_config_hook
 
             for architecture, target in ARCHITECTURES.items():
                 ModelRegistry.register_model(architecture, target)
             register_config_hook()
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
     if reason is not None:
-        if settings.strict:
+        if strict:
             raise UnsupportedEngineError(f"qnext-plugins: {reason}")
         logger.warning("qnext-plugins leaves vLLM's own Qwen3-Next in place: %s", reason)
 

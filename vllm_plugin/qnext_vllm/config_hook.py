@@ -6,7 +6,6 @@ import os
 from typing import TYPE_CHECKING
 
 from qnext_plugins.settings import is_set
-
 from qnext_vllm import logger
 
 if TYPE_CHECKING:

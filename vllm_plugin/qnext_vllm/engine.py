@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from qnext_plugins.model import Qwen3NextConfig
 from torch import Tensor, nn
 
+from qnext_plugins.model import Qwen3NextConfig
 from qnext_vllm import vllm_api as api
 from qnext_vllm.experts import QnextRoutedExperts, route
 from qnext_vllm.gated_delta_net import GatedDeltaNetState

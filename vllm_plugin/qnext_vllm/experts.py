@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qnext_kernels import experts, topk_softmax
 from torch import Tensor
 
+from qnext_kernels import experts, topk_softmax
 from qnext_vllm import vllm_api as api
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from qnext_plugins.model import Qwen3NextConfig, RecurrentBatch, Segment, VerifySegment
-from qnext_plugins.model.gated_delta_net import gated_delta_net_core
 from torch import Tensor, nn
 
+from qnext_plugins.model import Qwen3NextConfig, RecurrentBatch, Segment, VerifySegment
+from qnext_plugins.model.gated_delta_net import gated_delta_net_core
 from qnext_vllm import vllm_api as api
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from itertools import islice
 
 import torch
-from qnext_plugins.model import DecoderLayer, Qwen3NextConfig, RMSNorm, checked_weights, expected_shapes
-from qnext_plugins.model.weights import MTP_PREFIX
 from torch import Tensor, nn
 
+from qnext_plugins.model import DecoderLayer, Qwen3NextConfig, RMSNorm, checked_weights, expected_shapes
+from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.gated_delta_net import state_dtypes, state_shapes

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights, expected_shapes
-from qnext_plugins.model.weights import MTP_PREFIX
 from torch import Tensor, nn
 
+from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights, expected_shapes
+from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.model import PACKED_MODULES, STACKED, MixtureOfExpertsInfo

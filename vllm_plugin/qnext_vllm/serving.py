@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import qnext_plugins
 import torch
-from qnext_kernels import OPERATIONS
 
+import qnext_plugins
+from qnext_kernels import OPERATIONS
 from qnext_vllm import logger
 from qnext_vllm import vllm_api as api
 from qnext_vllm.align_copy import install_align_copy

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qnext_plugins.model import CheckpointError, Qwen3NextConfig, checked_weights, expected_shapes
+from tests.model.transformers_models import GROUP_OF_THREE, GROUP_OF_TWO, small_config, small_model
+
+Shapes = dict[str, tuple[int, ...]]
+SHAPES: Shapes = {"model.norm.weight": (4,), "lm_head.weight": (6, 4)}
+ATTENTION_LAYER = "model.layers.3."
+
+
+def tensors(shapes: Shapes) -> list[tuple[str, Tensor]]:
+    return [(name, torch.zeros(shape)) for name, shape in shapes.items()]
+
+
+def saved_shapes(overrides: dict[str, Any], path: Path) -> Shapes:
+    """Names and shapes in the file that transformers writes."""
+    small_model(small_config(**overrides)).save_pretrained(path)
+    with safe_open(path / "model.safetensors", "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(GROUP_OF_TWO, id="groups of two"),
+        pytest.param(GROUP_OF_THREE, id="groups of three, biases"),
+        pytest.param({"tie_word_embeddings": True}, id="tied"),
+        pytest.param({"num_experts": 0}, id="dense"),
+        pytest.param({"decoder_sparse_step": 2, "mlp_only_layers": []}, id="every second layer dense"),
+    ],
+)
+def test_expected_tensors_are_those_that_transformers_saves(overrides: dict[str, Any], tmp_path: Path) -> None:
+    assert expected_shapes(Qwen3NextConfig.from_hf(small_config(**overrides))) == saved_shapes(overrides, tmp_path)
+
+
+@pytest.mark.parametrize("overrides", [GROUP_OF_TWO, GROUP_OF_THREE])
+def test_expected_tensors_of_the_draft_are_an_attention_layer_and_its_joints(
+    overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    saved = saved_shapes(overrides, tmp_path)
+    hidden = small_config().hidden_size
+    layer = {
+        name.replace(ATTENTION_LAYER, "mtp.layers.0."): shape
+        for name, shape in saved.items()
+        if name.startswith(ATTENTION_LAYER)
+    }
+    joints: Shapes = {
+        "mtp.fc.weight": (hidden, 2 * hidden),
+        "mtp.pre_fc_norm_embedding.weight": (hidden,),
+        "mtp.pre_fc_norm_hidden.weight": (hidden,),
+        "mtp.norm.weight": (hidden,),
+    }
+    shared = {name: saved[name] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    config = Qwen3NextConfig.from_hf(small_config(**overrides))
+    assert expected_shapes(config, target=False, mtp=True) == layer | joints | shared
+    assert expected_shapes(config, target=True, mtp=True) == saved | layer | joints
+
+
+def test_expected_tensors_pass_in_their_order() -> None:
+    given = tensors(SHAPES)
+    passed = list(checked_weights(iter(given), SHAPES))
+    assert [name for name, _ in passed] == list(SHAPES)
+    assert all(ours is theirs for (_, ours), (_, theirs) in zip(passed, given, strict=True))
+
+
+def test_a_surplus_tensor_is_refused_before_it_is_passed_on() -> None:
+    weights = checked_weights([*tensors(SHAPES), ("model.extra", torch.zeros(2, 3)), *tensors(SHAPES)], SHAPES)
+    assert [next(weights)[0], next(weights)[0]] == list(SHAPES)
+    with pytest.raises(CheckpointError, match=r"^checkpoint: surplus tensor model\.extra \[2, 3\]$"):
+        next(weights)
+
+
+def test_a_misshapen_tensor_is_refused_before_it_is_passed_on() -> None:
+    weights = checked_weights(tensors(SHAPES | {"lm_head.weight": (4, 6)}), SHAPES)
+    next(weights)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: expected shape \[6, 4\], got \[4, 6\]$"):
+        next(weights)
+
+
+def test_missing_tensors_are_named_at_the_end() -> None:
+    weights = checked_weights(tensors(SHAPES)[:1], SHAPES)
+    next(weights)
+    with pytest.raises(CheckpointError, match=r"^checkpoint: missing lm_head\.weight$"):
+        next(weights)
+
+
+def test_of_many_missing_tensors_eight_are_named_and_the_rest_counted() -> None:
+    shapes: Shapes = {f"t{n:02}": (1,) for n in range(11)}
+    with pytest.raises(
+        CheckpointError, match=r"^checkpoint: missing t00, t01, t02, t03, t04, t05, t06, t07 and 3 more$"
+    ):
+        list(checked_weights([], shapes))
+
+
+def test_tensors_of_passing_prefixes_and_rotary_frequencies_are_dropped() -> None:
+    surplus: Shapes = {"mtp.fc.weight": (1,), "model.layers.0.self_attn.rotary_emb.inv_freq": (8,)}
+    passed = checked_weights(tensors(surplus | SHAPES), SHAPES, passing=("mtp.",))
+    assert [name for name, _ in passed] == list(SHAPES)
+    with pytest.raises(CheckpointError, match=r"surplus tensor mtp\.fc\.weight"):
+        list(checked_weights(tensors(surplus | SHAPES), SHAPES))
+
+
+def test_tensors_are_drawn_one_by_one() -> None:
+    drawn: list[str] = []
+
+    def source() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors(SHAPES):
+            drawn.append(name)
+            yield name, tensor
+
+    next(checked_weights(source(), SHAPES))
+    assert drawn == list(SHAPES)[:1]

@@ -1,0 +1,200 @@
+"""Which vLLM symbols the plugin stands on. When an engine update breaks one, the test that fails carries its name."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+
+import qnext_vllm
+from qnext_vllm.align_copy import HOST_KERNELS
+
+PACKAGE = Path(qnext_vllm.__file__).parent
+
+# Arguments that we pass by name.
+PARAMETERS: dict[str, set[str]] = {
+    "vllm.model_executor.layers.linear.ColumnParallelLinear": {"bias", "return_bias", "quant_config", "prefix"},
+    "vllm.model_executor.layers.linear.MergedColumnParallelLinear": {"bias", "return_bias", "quant_config", "prefix"},
+    "vllm.model_executor.layers.linear.QKVParallelLinear": {"bias", "return_bias", "quant_config", "prefix"},
+    "vllm.model_executor.layers.linear.ReplicatedLinear": {"bias", "return_bias", "quant_config", "prefix"},
+    "vllm.model_executor.layers.linear.RowParallelLinear": {
+        "bias",
+        "return_bias",
+        "quant_config",
+        "prefix",
+        "reduce_results",
+    },
+    "vllm.model_executor.layers.attention.Attention": {"num_kv_heads", "cache_config", "quant_config", "prefix"},
+    "vllm.model_executor.layers.fused_moe.FusedMoEFactory": {
+        "num_experts",
+        "top_k",
+        "hidden_size",
+        "intermediate_size",
+        "renormalize",
+        "quant_config",
+        "prefix",
+        "shared_experts",
+        "custom_routing_function",
+        "enable_eplb",
+        "num_redundant_experts",
+        "routed_experts_cls",
+    },
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner.forward": {"hidden_states", "router_logits"},
+    "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method.UnquantizedFusedMoEMethod.apply": {
+        "layer",
+        "x",
+        "topk_weights",
+        "topk_ids",
+        "shared_experts",
+        "shared_experts_input",
+    },
+    "vllm.model_executor.layers.rotary_embedding.get_rope": {"head_size", "max_position", "rope_parameters", "dtype"},
+    "vllm.compilation.decorators.support_torch_compile": {"dynamic_arg_dims"},
+    "vllm.model_executor.models.utils.AutoWeightsLoader.load_weights": {"weights", "mapper"},
+    "vllm.model_executor.models.utils.WeightsMapper": {"orig_to_new_prefix", "orig_to_new_stacked"},
+    "vllm.model_executor.models.interfaces.EagleModelMixin._maybe_add_hidden_state": {
+        "aux_hidden_states",
+        "layer_idx",
+        "hidden_states",
+        "residual",
+    },
+}
+
+# Fields that we read.
+FIELDS: dict[str, set[str]] = {
+    "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadata": {
+        "num_prefills",
+        "num_prefill_tokens",
+        "num_decodes",
+        "num_decode_tokens",
+        "num_spec_decodes",
+        "num_spec_decode_tokens",
+        "has_initial_state",
+        "spec_query_start_loc",
+        "non_spec_query_start_loc",
+        "spec_state_indices_tensor",
+        "non_spec_state_indices_tensor",
+        "spec_sequence_masks",
+        "spec_token_indx",
+        "non_spec_token_indx",
+        "num_accepted_tokens",
+    },
+    "vllm.forward_context.ForwardContext": {"attn_metadata", "no_compile_layers"},
+    "vllm.config.CacheConfig": {"mamba_ssm_cache_dtype", "mamba_cache_dtype"},
+    "vllm.config.CompilationConfig": {"static_forward_context"},
+    "vllm.config.ParallelConfig": {
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "enable_eplb",
+        "eplb_config",
+    },
+    "vllm.model_executor.layers.fused_moe.config.FusedMoEConfig": {
+        "num_experts",
+        "num_logical_experts",
+        "num_local_experts",
+    },
+}
+
+# Methods and attributes that we override or call.
+ATTRIBUTES: dict[str, set[str]] = {
+    "vllm.model_executor.layers.mamba.abstract.MambaBase": {
+        "bind_kv_cache",
+        "get_state_shape",
+        "get_state_dtype",
+        "mamba_type",
+        "get_kv_cache_spec",
+    },
+    "vllm.v1.attention.backends.registry.MambaAttentionBackendEnum": {"GDN_ATTN"},
+    "vllm.model_executor.layers.mamba.mamba_utils.MambaStateShapeCalculator": {"gated_delta_net_state_shape"},
+    "vllm.model_executor.layers.mamba.mamba_utils.MambaStateDtypeCalculator": {"gated_delta_net_state_dtype"},
+    "vllm.model_executor.layers.mamba.mamba_utils.MambaStateCopyFuncCalculator": {"gated_delta_net_state_copy_func"},
+    "vllm.model_executor.layers.fused_moe.routed_experts.RoutedExperts": {"_get_quant_method", "expert_map"},
+    "vllm.model_executor.layers.fused_moe.oracle.unquantized.UnquantizedMoeBackend": {"CPU"},
+    "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP", "VerifyAndUpdateConfig"},
+    "vllm.model_executor.models.config.VerifyAndUpdateConfig": {"verify_and_update_config"},
+    "vllm.model_executor.models.registry.ModelRegistry": {"register_model"},
+    "vllm.utils.cpu_resource_utils": {"get_visible_memory_node"},
+    "vllm.platforms.current_platform": {"is_cpu", "device_name"},
+}
+
+
+def resolve(path: str) -> Any:
+    """Import a dotted path whose tail may be attributes."""
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError as error:
+            if error.name and not path.startswith(error.name):
+                raise
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(f"vLLM {vllm.__version__} has no {path}")
+
+
+def imported_symbols() -> list[str]:
+    """Every ``vllm…`` name that a module of the plugin imports."""
+    symbols = set()
+    for source in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vllm":
+                symbols |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return sorted(symbols)
+
+
+def test_only_the_named_modules_import_vllm() -> None:
+    named = {"vllm_api.py", "config_hook.py", "align_copy.py", "__init__.py"}
+    importing = {
+        source.name
+        for source in PACKAGE.glob("*.py")
+        for node in ast.walk(ast.parse(source.read_text()))
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm")
+        or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "vllm" for alias in node.names))
+    }
+    assert importing <= named
+
+
+@pytest.mark.parametrize("symbol", imported_symbols())
+def test_symbol_exists(symbol: str) -> None:
+    resolve(symbol)
+
+
+@pytest.mark.parametrize("symbol", PARAMETERS)
+def test_symbol_takes_our_arguments(symbol: str) -> None:
+    parameters = set(inspect.signature(resolve(symbol)).parameters)
+    missing = PARAMETERS[symbol] - parameters
+    assert not missing, f"vLLM {vllm.__version__}: {symbol} no longer takes {sorted(missing)}"
+
+
+@pytest.mark.parametrize("symbol", FIELDS)
+def test_dataclass_has_our_fields(symbol: str) -> None:
+    found = resolve(symbol)
+    fields = {field.name for field in dataclasses.fields(found)} | set(dir(found))
+    missing = FIELDS[symbol] - fields
+    assert not missing, f"vLLM {vllm.__version__}: {symbol} lost {sorted(missing)}"
+
+
+@pytest.mark.parametrize("symbol", ATTRIBUTES)
+def test_symbol_has_our_attributes(symbol: str) -> None:
+    missing = {name for name in ATTRIBUTES[symbol] if not hasattr(resolve(symbol), name)}
+    assert not missing - set(getattr(resolve(symbol), "__annotations__", {})), (
+        f"vLLM {vllm.__version__}: {symbol} lost {sorted(missing)}"
+    )
+
+
+@pytest.mark.parametrize("name", HOST_KERNELS)
+def test_host_kernel_takes_the_arguments_of_the_triton_kernel(name: str) -> None:
+    tree = ast.parse(Path(resolve("vllm.v1.worker.mamba_utils").__file__).read_text())
+    kernel = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    theirs = [argument.arg for argument in kernel.args.args]
+    ours = list(inspect.signature(HOST_KERNELS[name]).parameters)
+    assert ours == theirs, f"vLLM {vllm.__version__}: the arguments of {name} changed"

@@ -1,0 +1,86 @@
+"""What ``register()`` does, on the real registry: serve, or step back with one line."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import entry_points
+
+import pytest
+import vllm
+from vllm.model_executor.models.registry import ModelRegistry, _LazyRegisteredModel
+
+import qnext_vllm
+from qnext_vllm import ARCHITECTURES, UnsupportedEngineError, register
+
+IN_TREE = {
+    "Qwen3NextForCausalLM": "vllm.model_executor.models.qwen3_next",
+    "Qwen3NextMTP": "vllm.model_executor.models.qwen3_next_mtp",
+}
+
+
+@pytest.fixture(autouse=True)
+def in_tree_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's registry as it is before any plugin is loaded."""
+    for architecture, module in IN_TREE.items():
+        monkeypatch.setitem(ModelRegistry.models, architecture, _LazyRegisteredModel(module, architecture))
+
+
+def serving() -> dict[str, str]:
+    return {architecture: ModelRegistry.models[architecture].module_name for architecture in ARCHITECTURES}
+
+
+def test_the_entry_point_is_register() -> None:
+    (entry,) = entry_points(group="vllm.general_plugins", name="qnext")
+    assert entry.load() is register
+
+
+def test_both_models_become_ours() -> None:
+    register()
+    assert serving() == {"Qwen3NextForCausalLM": "qnext_vllm.model", "Qwen3NextMTP": "qnext_vllm.mtp"}
+
+
+def test_unsupported_version_leaves_the_in_tree_model_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.31.0")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    register()
+    assert serving() == IN_TREE
+    (record,) = caplog.records
+    assert "0.31.0" in record.message
+    assert qnext_vllm.SUPPORTED_VLLM in record.message
+    assert "\n" not in record.message
+
+
+def test_unsupported_platform_leaves_the_in_tree_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    register()
+    assert serving() == IN_TREE
+
+
+def test_strict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.31.0")
+    monkeypatch.setenv("QNEXT_STRICT", "1")
+    with pytest.raises(UnsupportedEngineError, match=r"0\.31\.0"):
+        register()
+
+
+def test_unknown_forced_backend_leaves_the_in_tree_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("QNEXT_BACKEND", "fastest")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    register()
+    assert serving() == IN_TREE
+    assert "QNEXT_BACKEND" in caplog.text
+
+
+def test_disabled_leaves_the_in_tree_model_silently(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("QNEXT_DISABLE", "1")
+    register()
+    assert serving() == IN_TREE
+    assert not caplog.records
