@@ -12,7 +12,7 @@ SHELL := bash
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-env: ## Make or update the environment (3 GB; skipped when up to date)
+env: ## Make or update the environment (3.5 GB; skipped when up to date)
 	@scripts/setup_env.sh "$(VENV)"
 
 demo: env ## Serve the tiny checkpoint with vLLM, talk to it, print what was measured

@@ -13,9 +13,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="QNEXT_", extra="ignore")
 
-    backend: str = Field("", description="Forces kernel backends: a name, or operation=name, separated by commas.")
-    disable: bool = Field(False, description="Leaves the engine's own Qwen3-Next in place.")
-    strict: bool = Field(False, description="Raises where the plugin would otherwise step back with one line.")
+    backend: str = Field(default="", description="Forces kernel backends: names or operation=name, with commas.")
+    disable: bool = Field(default=False, description="Leaves the engine's own Qwen3-Next in place.")
+    strict: bool = Field(default=False, description="Raises where the plugin would otherwise step back with one line.")
 
     def forced_backends(self) -> dict[str, str]:
         """``backend`` as {operation or "*": backend name}; raises BackendError on an unknown name."""

@@ -146,7 +146,7 @@ if [[ -f $stamp && $(key) == "$(<"$stamp")" ]]; then
     exit
 fi
 
-echo "Setting up $venv (about 3 GB; a few minutes the first time)"
+echo "Setting up $venv (3.5 GB; a few minutes the first time)"
 check_machine
 make_venv
 rm -f "$stamp"

@@ -1,4 +1,4 @@
-"""Checkpoints for tests: the trained one of ``examples/tiny`` and random ones with a draft that is often, not always, right."""
+"""Checkpoints for tests: the trained one of ``examples/tiny``, and random ones whose draft is sometimes right."""
 
 from __future__ import annotations
 

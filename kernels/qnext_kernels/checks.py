@@ -7,6 +7,7 @@ kernels themselves skip slot −1 and clamp.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def expect_query_start_loc(query_start_loc: Tensor, num_tokens: int) -> int:
         raise ValueError("query_start_loc: expected at least one offset, got none")
     if query_start_loc.device.type == "cpu":
         offsets = query_start_loc.tolist()
-        rising = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
+        rising = all(a <= b for a, b in pairwise(offsets))
         if offsets[0] != 0 or offsets[-1] != num_tokens or not rising:
             raise ValueError(f"query_start_loc: expected offsets rising from 0 to {num_tokens}, got {offsets}")
     return query_start_loc.numel() - 1

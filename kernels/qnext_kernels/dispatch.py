@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -46,8 +46,8 @@ class Operation:
         self.backends = tuple(backends)
         OPERATIONS[name] = self
 
-    def select(self, device: torch.device, dtype: torch.dtype) -> Backend:
-        """Return the backend that serves tensors of this device and dtype.
+    def select(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """Return the backend that serves tensors of this device and dtype; its methods are those of the reference.
 
         Raises:
             BackendError: a forced backend is missing or declines, or none supports the call.

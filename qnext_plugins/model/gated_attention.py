@@ -13,6 +13,8 @@ from qnext_plugins.model.port import Engine
 class GatedAttention(nn.Module):
     """[T, hidden] → [T, hidden]; ``q_proj``, ``k_proj`` and ``v_proj`` of the checkpoint are ``qkv_proj`` here."""
 
+    cos_sin: Tensor
+
     def __init__(self, config: Qwen3NextConfig, engine: Engine, *, prefix: str) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads // engine.tensor_parallel_size

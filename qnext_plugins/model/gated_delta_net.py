@@ -88,22 +88,25 @@ def gated_delta_net_core(
     """
     out = mixed_qkv.new_zeros(mixed_qkv.shape[0], *state.shape[1:3])
 
-    def inputs(tokens: TokenIndex, convolved: Tensor) -> tuple[Tensor, ...]:
-        return (*_split_qkv(convolved, state), a[tokens], b[tokens], A_log, dt_bias, state)
+    def inputs(tokens: TokenIndex, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return *_split_qkv(convolved, state), a[tokens], b[tokens]
+
+    layer = (A_log, dt_bias, state)
 
     if (verify := batch.verify) is not None:
         where = (verify.query_start_loc, verify.num_accepted_tokens)
         slots = verify.slots[:, 0]
         convolved = causal_conv1d_verify(mixed_qkv[verify.tokens], conv_weight, conv_state, slots, *where)
-        out[verify.tokens] = gated_delta_rule_verify(*inputs(verify.tokens, convolved), verify.slots, *where)
+        out[verify.tokens] = gated_delta_rule_verify(*inputs(verify.tokens, convolved), *layer, verify.slots, *where)
     if (decode := batch.decode) is not None:
         convolved = causal_conv1d_decode(mixed_qkv[decode.tokens], conv_weight, conv_state, decode.slots)
-        out[decode.tokens] = gated_delta_rule_decode(*inputs(decode.tokens, convolved), decode.slots)
+        out[decode.tokens] = gated_delta_rule_decode(*inputs(decode.tokens, convolved), *layer, decode.slots)
     if (prefill := batch.prefill) is not None:
-        assert prefill.query_start_loc is not None and prefill.has_initial_state is not None
+        assert prefill.query_start_loc is not None
+        assert prefill.has_initial_state is not None
         rest = (prefill.slots, prefill.query_start_loc, prefill.has_initial_state)
         convolved = causal_conv1d_prefill(mixed_qkv[prefill.tokens], conv_weight, conv_state, *rest)
-        out[prefill.tokens] = gated_delta_rule_prefill(*inputs(prefill.tokens, convolved), *rest)
+        out[prefill.tokens] = gated_delta_rule_prefill(*inputs(prefill.tokens, convolved), *layer, *rest)
     return out
 
 
@@ -129,7 +132,7 @@ class GatedDeltaNet(nn.Module):
         self.in_proj_qkvz = engine.column_linear(config.hidden_size, qkvz, prefix=f"{prefix}.in_proj_qkvz")
         self.in_proj_ba = engine.column_linear(config.hidden_size, ba, prefix=f"{prefix}.in_proj_ba")
         segments = (config.key_dim, config.key_dim, config.value_dim)
-        self.conv1d = engine.conv_weight(segments, config.linear_conv_kernel_dim, prefix=f"{prefix}.conv1d")
+        self.conv1d = ShortConvolution(engine.conv_weight(segments, config.linear_conv_kernel_dim))
         self.A_log = engine.head_parameter(config.linear_num_value_heads)
         self.dt_bias = engine.head_parameter(config.linear_num_value_heads)
         self.norm = GatedRMSNorm(self.value_dim, config.rms_norm_eps)
@@ -155,6 +158,14 @@ class GatedDeltaNet(nn.Module):
         b, a = ba.unflatten(1, (self.num_key_heads, 2 * self.group)).split(self.group, dim=2)
         mixed_qkv = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=1)
         return mixed_qkv, z.reshape(len(z), -1, self.value_dim), b.flatten(1), a.flatten(1)
+
+
+class ShortConvolution(nn.Module):
+    """Holds the weight [channels, 1, W] under the checkpoint's name; the recurrent core convolves."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
 
 
 class GatedRMSNorm(nn.Module):

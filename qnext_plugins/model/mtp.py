@@ -1,8 +1,8 @@
 """Multi-token prediction, the draft of speculative decoding: one layer that looks one token further.
 
-It sees, at position t, the embedding of token t + 1 and the target's hidden state behind its final norm, and predicts token
-t + 2; a further draft feeds it its own output. Embedding and head are the target's (DeepSeek-V3, arXiv 2412.19437,
-section 2.2; the ``mtp.*`` tensors of the checkpoint).
+It sees, at position t, the embedding of token t + 1 and the target's hidden state behind its final norm, and predicts
+token t + 2; a further draft feeds it its own output. Embedding and head are the target's (DeepSeek-V3, arXiv
+2412.19437, section 2.2; the ``mtp.*`` tensors of the checkpoint).
 """
 
 from __future__ import annotations

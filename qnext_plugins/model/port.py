@@ -1,7 +1,7 @@
 """What the model needs from an engine, and nothing more.
 
-Every linear is a module that maps [T, in] to [T, out of this rank]. Parameters that the engine makes carry whatever it needs
-to load and shard them; the model only names them as the checkpoint does.
+Every linear is a module that maps [T, in] to [T, out of this rank]. Parameters that the engine makes carry whatever it
+needs to load and shard them; the model only names them as the checkpoint does.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Engine(Protocol):
         """A linear whose output dimension is split over the ranks, in order."""
 
     def gate_up_linear(self, input_size: int, intermediate_size: int, *, prefix: str) -> nn.Module:
-        """Checkpoint's ``gate_proj`` and ``up_proj`` as one linear; a rank's output is its gate part, then its up part."""
+        """Checkpoint's ``gate_proj`` and ``up_proj`` as one linear; a rank's output is its gate, then its up part."""
 
     def qkv_linear(self, config: Qwen3NextConfig, *, prefix: str) -> nn.Module:
         """Checkpoint's ``q_proj`` (a query and a gate a head), ``k_proj`` and ``v_proj`` as one linear.
@@ -81,8 +81,8 @@ class Engine(Protocol):
     def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:
         """A linear that every rank holds whole; ``quantized``: as the checkpoint's quantization says."""
 
-    def conv_weight(self, segments: tuple[int, ...], kernel_size: int, *, prefix: str) -> nn.Module:
-        """A module with ``weight`` [Σ segments of this rank, 1, kernel_size], each segment split over the ranks."""
+    def conv_weight(self, segments: tuple[int, ...], kernel_size: int) -> nn.Parameter:
+        """A parameter [Σ segments of this rank, 1, kernel_size], each segment split over the ranks."""
 
     def head_parameter(self, num_heads: int) -> nn.Parameter:
         """A float32 parameter [num_heads of this rank], split over the ranks."""

@@ -45,6 +45,7 @@ class SparseMoe(nn.Module):
         hidden = config.hidden_size
         self.gate = engine.replicated_linear(hidden, config.num_experts, quantized=False, prefix=f"{prefix}.gate")
         shared_size = config.shared_expert_intermediate_size
+        self.shared_expert: MLP | None = None
         if shared_size > 0:
             gate_prefix = f"{prefix}.shared_expert_gate"
             self.shared_expert_gate = engine.replicated_linear(hidden, 1, quantized=False, prefix=gate_prefix)
@@ -56,8 +57,6 @@ class SparseMoe(nn.Module):
                 gate=self.shared_expert_gate,
                 prefix=f"{prefix}.shared_expert",
             )
-        else:
-            self.shared_expert = None
         self.experts = engine.experts(config, self.shared_expert, prefix=f"{prefix}.experts")
 
     def forward(self, hidden_states: Tensor) -> Tensor:

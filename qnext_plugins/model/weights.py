@@ -52,7 +52,8 @@ def checked_weights(
         passing: prefixes of names that belong to another model and are dropped.
 
     Raises:
-        CheckpointError: at the first surplus or misshapen tensor, before it is passed on; at the end, if any is missing.
+        CheckpointError: at the first surplus or misshapen tensor, before it is passed on; at the end, if any is
+            missing.
     """
     missing = dict(shapes)
     for name, tensor in weights:

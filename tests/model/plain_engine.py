@@ -99,10 +99,8 @@ class PlainEngine:
     def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:
         return nn.Linear(input_size, output_size, bias=False)
 
-    def conv_weight(self, segments: tuple[int, ...], kernel_size: int, *, prefix: str) -> nn.Module:
-        module = nn.Module()
-        module.weight = nn.Parameter(torch.empty(sum(segments), 1, kernel_size))
-        return module
+    def conv_weight(self, segments: tuple[int, ...], kernel_size: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(sum(segments), 1, kernel_size))
 
     def head_parameter(self, num_heads: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(num_heads))

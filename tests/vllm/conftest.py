@@ -12,6 +12,6 @@ from tests.vllm.engines import Engine, engine
 
 @pytest.fixture(scope="class")
 def running(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[Engine]:
-    """An engine on the class's checkpoint; its indirect parameter holds options of :func:`tests.vllm.engines.engine`."""
+    """An engine on the class's checkpoint; the indirect parameter is options of ``engines.engine``."""
     with engine(checkpoint, **getattr(request, "param", {})) as running:
         yield running

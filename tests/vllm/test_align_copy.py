@@ -99,8 +99,8 @@ def test_postprocess_keeps_the_state_at_the_block_boundary(dim_first: bool) -> N
     expected = pools.snapshot()
     accepted = ints(3, 1)
     out = accepted.clone()
-    # Request 0: 14 tokens computed, 1 + 2 drafts scheduled, all accepted: 17 reach beyond the boundary at 16. Its running
-    # state, behind token 15, is in block 2; the state behind token 16, one column on, belongs to block 1.
+    # Request 0: 14 tokens computed, 1 + 2 drafts scheduled, all accepted: 17 reach beyond the boundary at 16. Its
+    # running state, behind token 15, is in block 2; the state behind token 16, one column on, belongs to block 1.
     pools.expect_copy(expected, request=0, source=2, target=1, bias=1)
     HOST_KERNELS["postprocess_mamba_fused_kernel"](
         num_accepted_tokens_ptr=accepted,

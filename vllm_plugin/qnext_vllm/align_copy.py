@@ -1,9 +1,10 @@
 """The state copies of prefix caching, on a CPU.
 
-With prefix caching vLLM keeps recurrent states at cache-block boundaries (``mamba_cache_mode = "align"``) and copies them
-with three Triton kernels of ``vllm.v1.worker.mamba_utils``. Without Triton those are plain functions that cannot be launched,
-and the first request that crosses a block (with speculation: the first request) takes the engine down. The functions
-here have their names and arguments and do the same copies with memmove; the decisions around them stay vLLM's.
+With prefix caching vLLM keeps recurrent states at cache-block boundaries (``mamba_cache_mode = "align"``) and copies
+them with three Triton kernels of ``vllm.v1.worker.mamba_utils``. Without Triton those are plain functions that cannot
+be launched, and the first request that crosses a block (with speculation: the first request) takes the engine down. The
+functions here have their names and arguments and do the same copies with memmove; the decisions around them stay
+vLLM's.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def postprocess_mamba_fused_kernel(
     PRECOMPUTED_NEW_COMPUTED: bool = False,
     TEMPORAL_TILES: int = 1,
 ) -> None:
-    """After a step: where the accepted tokens reach a block boundary, keep the state behind its last token for the cache."""
+    """After a step: where accepted tokens reach a block boundary, keep the state there for the cache."""
     states = _StateBlocks(
         block_table_ptrs_ptr,
         block_table_stride_req,
@@ -118,7 +119,8 @@ def postprocess_mamba_fused_kernel(
         if PRECOMPUTED_NEW_COMPUTED:
             running = computed - accepted + 1
         else:
-            assert num_scheduled_tokens_ptr is not None and num_draft_tokens_ptr is not None
+            assert num_scheduled_tokens_ptr is not None
+            assert num_draft_tokens_ptr is not None
             running = computed + int(num_scheduled_tokens_ptr[request]) - int(num_draft_tokens_ptr[request])
             computed = running + accepted - 1
         aligned = computed // block_size * block_size
@@ -172,8 +174,8 @@ class _StateBlocks:
     def copy(self, request: int, source_column: int, target_column: int, bias: int) -> None:
         """Copy every state of ``request`` between two columns of its block tables.
 
-        ``bias`` accepted tokens lie between the running state and the one wanted: a window of convolution inputs moves on
-        by that many, a recurrent state is the one in that many columns further on.
+        ``bias`` accepted tokens lie between the running state and the one wanted: a window of convolution inputs moves
+        on by that many, a recurrent state is the one in that many columns further on.
         """
         tables = [address + 4 * request * self.table_stride for address in self.tables.tolist()]
         for base, stride, element, inner, width, group, rows, row_stride in zip(

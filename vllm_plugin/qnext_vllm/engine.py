@@ -49,11 +49,9 @@ class VllmEngine:
             options["quant_config"] = None
         return api.ReplicatedLinear(input_size, output_size, **options)
 
-    def conv_weight(self, segments: tuple[int, ...], kernel_size: int, *, prefix: str) -> nn.Module:
-        module = nn.Module()
-        local = [segment // self.tensor_parallel_size for segment in segments]
-        module.weight = self._parameter((sum(local), 1, kernel_size), torch.get_default_dtype(), segments)
-        return module
+    def conv_weight(self, segments: tuple[int, ...], kernel_size: int) -> nn.Parameter:
+        channels = sum(segments) // self.tensor_parallel_size
+        return self._parameter((channels, 1, kernel_size), torch.get_default_dtype(), segments)
 
     def head_parameter(self, num_heads: int) -> nn.Parameter:
         return self._parameter((num_heads // self.tensor_parallel_size,), torch.float32, (num_heads,))
@@ -107,11 +105,11 @@ class VllmEngine:
         loader: Callable[[Tensor, Tensor], None] = partial(
             load_segments, segments=segments, rank=self.tensor_parallel_rank, ranks=self.tensor_parallel_size
         )
-        parameter.weight_loader = loader
+        parameter.weight_loader = loader  # type: ignore[attr-defined]
         return parameter
 
 
 def load_segments(parameter: Tensor, loaded: Tensor, *, segments: tuple[int, ...], rank: int, ranks: int) -> None:
-    """Copy this rank's share of each segment of ``loaded`` [Σ segments, ...] into ``parameter`` [Σ segments / ranks, ...]."""
+    """Copy this rank's share of each segment along dim 0 of ``loaded`` into ``parameter``."""
     shares = [segment.chunk(ranks)[rank] for segment in loaded.split(segments)]
     parameter.data.copy_(torch.cat(shares))

@@ -79,6 +79,8 @@ def recurrent_batch(metadata: api.GDNAttentionMetadata) -> RecurrentBatch:
 class GatedDeltaNetState(nn.Module, api.MambaBase):
     """Owns the slots of one layer; the shared model calls it as its recurrent core."""
 
+    kv_cache: tuple[Tensor, Tensor]
+
     def __init__(self, config: Qwen3NextConfig, vllm_config: api.VllmConfig, *, prefix: str) -> None:
         super().__init__()
         self.prefix = prefix

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qnext_plugins.model import DecoderLayer, Qwen3NextConfig, RMSNorm, checked_weights, expected_shapes
+from qnext_plugins.model import DecoderLayer, Qwen3NextConfig, RMSNorm, SparseMoe, checked_weights, expected_shapes
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
@@ -38,10 +39,17 @@ PACKED_MODULES = {
 class MixtureOfExpertsInfo(api.MixtureOfExperts):
     """What vLLM's expert-parallel load balancer asks of a model."""
 
+    expert_weights: list[Any]
+    moe_layers: list[Any]
+    num_physical_experts: int
+    num_logical_experts: int
+    num_local_physical_experts: int
+
     def set_moe_parameters(self, layers: Iterable[nn.Module]) -> None:
         """Collect the experts of ``layers`` and their counts."""
         self.expert_weights = []
-        self.moe_layers = [layer.mlp.experts for layer in layers if hasattr(getattr(layer, "mlp", None), "experts")]
+        blocks = (getattr(layer, "mlp", None) for layer in layers)
+        self.moe_layers = [block.experts for block in blocks if isinstance(block, SparseMoe)]
         self.num_moe_layers = len(self.moe_layers)
         self.num_expert_groups, self.num_shared_experts = 1, 0
         if self.moe_layers:
@@ -66,6 +74,9 @@ TOKEN_DIMS = {"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs
 class Qwen3NextModel(nn.Module, api.EagleModelMixin):
     """Embedding, this pipeline stage's layers, final norm."""
 
+    layers: nn.ModuleList
+    norm: nn.Module
+
     def __init__(self, *, vllm_config: api.VllmConfig, prefix: str = "") -> None:
         super().__init__()
         hf_config = vllm_config.model_config.hf_text_config
@@ -87,7 +98,7 @@ class Qwen3NextModel(nn.Module, api.EagleModelMixin):
             ["hidden_states", "residual"], config.hidden_size
         )
 
-    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+    def embed_input_ids(self, input_ids: Tensor | None) -> Tensor:
         return self.embed_tokens(input_ids)
 
     def forward(
@@ -103,10 +114,10 @@ class Qwen3NextModel(nn.Module, api.EagleModelMixin):
         else:
             assert intermediate_tensors is not None
             hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
-        auxiliary = self._maybe_add_hidden_state([], 0, hidden_states, residual)
+        auxiliary = self._maybe_add_hidden_state([], 0, hidden_states, residual)  # type: ignore[operator]
         for n, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), start=self.start_layer):
             hidden_states, residual = layer(hidden_states, residual, positions)
-            self._maybe_add_hidden_state(auxiliary, n + 1, hidden_states, residual)
+            self._maybe_add_hidden_state(auxiliary, n + 1, hidden_states, residual)  # type: ignore[operator]
         if not api.get_pp_group().is_last_rank:
             return api.IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
         hidden_states, _ = self.norm(hidden_states, residual)

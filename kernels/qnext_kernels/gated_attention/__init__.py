@@ -1,8 +1,8 @@
 """What gated attention does around the attention itself: split, QK-norm, partial RoPE, output gate.
 
 Source: transformers' ``Qwen3NextAttention``. ``q_proj`` makes, per head, the query and then its gate; query and key are
-normalised per head with a zero-centred RMSNorm; RoPE (NeoX halves) turns the first ``rotary_dim`` dimensions of each head;
-the attention output is multiplied by sigmoid(gate).
+normalised per head with a zero-centred RMSNorm; RoPE (NeoX halves) turns the first ``rotary_dim`` dimensions of each
+head; the attention output is multiplied by sigmoid(gate).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def qk_norm_rope_gate(
     """Split the joint projection, normalise query and key, rotate them.
 
     Args:
-        qkv: [T, (2·num_heads + 2·num_kv_heads) · head_dim]: per query head its query and its gate, then keys, then values.
+        qkv: [T, (2·num_heads + 2·num_kv_heads) · head_dim]: per query head its query and its gate, then keys, then
+            values.
         positions: [T] int32 or int64.
         q_weight, k_weight: [head_dim], zero-centred.
         cos_sin: [max_position, rotary_dim]: the cosines of the rotary_dim/2 frequencies, then their sines.

@@ -9,9 +9,9 @@ For one value head with state S (value dim × key dim, the key dim last; Gated D
     S ← S + β_t (v_t − S k_t) ⊗ k_t
     o_t = S q_t
 
-A value head h reads key head h // (HV / H). Gating, norm and scale are part of the operation. Three promises hold bitwise:
-verify over T tokens equals T decodes; a sequence's result does not depend on what else is in the batch; a prefill split
-at multiples of :data:`CHUNK_SIZE` equals the unsplit one.
+A value head h reads key head h // (HV / H). Gating, norm and scale are part of the operation. Three promises hold
+bitwise: verify over T tokens equals T decodes; a sequence's result does not depend on what else is in the batch; a
+prefill split at multiples of :data:`CHUNK_SIZE` equals the unsplit one.
 
 Common arguments:
 
@@ -85,13 +85,13 @@ def gated_delta_rule_verify(
 ) -> Tensor:
     """Run a few tokens a sequence (the last accepted one and its drafts), keeping the state behind every one.
 
-    A sequence starts from the state in ``slots[n, num_accepted_tokens[n] − 1]``, where the previous verify left the state
-    behind its last accepted token; the state behind token t goes to ``slots[n, t]``.
+    A sequence starts from the state in ``slots[n, num_accepted_tokens[n] − 1]``, where the previous verify left the
+    state behind its last accepted token; the state behind token t goes to ``slots[n, t]``.
 
     Args:
         q, k, v, a, b, A_log, dt_bias, state, query_start_loc: see the module.
-        slots: [N, S] int32 or int64; a sequence has at most S tokens. A state for slot −1 is not written; a sequence that
-            would start from slot −1 is skipped and its outputs are zero.
+        slots: [N, S] int32 or int64; a sequence has at most S tokens. A state for slot −1 is not written; a sequence
+            that would start from slot −1 is skipped and its outputs are zero.
         num_accepted_tokens: [N] int32 or int64, 1 to S.
 
     Returns:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.dispatch import Backend
-from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, gating, l2_norm, recurrence
+from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, Tokens, gating, l2_norm, recurrence, take
 
 RECURRENT_TOKENS = 4
 """A chunk of at most this many tokens runs token by token, with the bits of decode and verify."""
@@ -42,7 +42,7 @@ class CpuBackend(Backend):
             for start in range(offsets[n], offsets[n + 1], CHUNK_SIZE):
                 end = min(start + CHUNK_SIZE, offsets[n + 1])
                 run = _recurrent_run if end - start <= RECURRENT_TOKENS else _chunk
-                o, current = run([x[start:end] for x in tokens], current, state.dtype)
+                o, current = run(take(tokens, slice(start, end)), current, state.dtype)
                 out[start:end] = o
             state[slot] = current
         return out
@@ -70,7 +70,7 @@ class CpuBackend(Backend):
         for t in range(int(lengths.max()) if len(lengths) else 0):
             rows = (lengths > t).nonzero().squeeze(1)
             index = starts[rows] + t
-            o, new = recurrence(*(x[index] for x in tokens), current[rows])
+            o, new = recurrence(*take(tokens, index), current[rows])
             out[index] = o.to(out.dtype)
             stored = new.to(state.dtype)
             current[rows] = stored.float()
@@ -97,9 +97,7 @@ class CpuBackend(Backend):
         return torch.where(write[:, None, None], o.to(v.dtype), 0)
 
 
-def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _prepare(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tokens:
     """Float32 q, k [T, HV, K] (normalised, scaled, a value head each), v [T, HV, V], g and beta [T, HV]."""
     group = v.shape[1] // q.shape[1]
     q = (l2_norm(q.float().contiguous()) * q.shape[2] ** -0.5).repeat_interleave(group, dim=1)
@@ -108,17 +106,17 @@ def _prepare(
     return q, k, v.float(), g, beta
 
 
-def _recurrent_run(tokens: list[Tensor], state: Tensor, state_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _recurrent_run(tokens: Tokens, state: Tensor, state_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Token by token, rounding to the dtype of the pool after each as a decode does; state [HV, V, K] float32."""
     outputs = []
-    for token in zip(*tokens, strict=True):
-        o, state = recurrence(*token, state)
+    for t in range(tokens[0].shape[0]):
+        o, state = recurrence(*take(tokens, t), state)
         state = state.to(state_dtype).float()
         outputs.append(o)
     return torch.stack(outputs), state
 
 
-def _chunk(tokens: list[Tensor], state: Tensor, state_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _chunk(tokens: Tokens, state: Tensor, state_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """One chunk in the WY form (Gated Delta Networks, section 3.3): matrix products instead of a loop over tokens.
 
     Args:

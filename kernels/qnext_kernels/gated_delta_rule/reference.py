@@ -12,6 +12,15 @@ CHUNK_SIZE = 64
 """Tokens a chunk of the chunked prefill; splitting a prefill at its multiples changes no bit."""
 L2_NORM_EPS = 1e-6
 
+Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""q and k (normalised, scaled, a value head each), v, g and beta, tokens first."""
+
+
+def take(tokens: Tokens, index: int | slice | Tensor) -> Tokens:
+    """The tokens at an index, a range or an index tensor."""
+    q, k, v, g, beta = tokens
+    return q[index], k[index], v[index], g[index], beta[index]
+
 
 def gating(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """Log decay g = −exp(A_log) · softplus(a + dt_bias) and write strength β = sigmoid(b).
@@ -71,7 +80,7 @@ class ReferenceBackend(Backend):
         query_start_loc: Tensor,
         has_initial: Tensor,
     ) -> Tensor:
-        prepared = self._prepare(q, k, v, a, b, A_log, dt_bias)
+        tokens = self._prepare(q, k, v, a, b, A_log, dt_bias)
         out = torch.zeros_like(v)
         for n, slot in enumerate(slots.tolist()):
             start, end = query_start_loc[n : n + 2].tolist()
@@ -79,7 +88,7 @@ class ReferenceBackend(Backend):
                 continue
             current = state[slot] if has_initial[n] else torch.zeros_like(state[slot])
             for t in range(start, end):
-                o, current = recurrence(*(x[t] for x in prepared), current.to(prepared[0].dtype))
+                o, current = recurrence(*take(tokens, t), current.to(tokens[0].dtype))
                 out[t] = o
             state[slot] = current
         return out
@@ -98,7 +107,7 @@ class ReferenceBackend(Backend):
         query_start_loc: Tensor,
         accepted: Tensor,
     ) -> Tensor:
-        prepared = self._prepare(q, k, v, a, b, A_log, dt_bias)
+        tokens = self._prepare(q, k, v, a, b, A_log, dt_bias)
         out = torch.zeros_like(v)
         for n, row in enumerate(slots.tolist()):
             start, end = query_start_loc[n : n + 2].tolist()
@@ -107,7 +116,7 @@ class ReferenceBackend(Backend):
                 continue
             current = state[initial].clone()
             for t in range(start, end):
-                o, new = recurrence(*(x[t] for x in prepared), current.to(prepared[0].dtype))
+                o, new = recurrence(*take(tokens, t), current.to(tokens[0].dtype))
                 out[t], current = o, new.to(state.dtype)
                 if row[t - start] >= 0:
                     state[row[t - start]] = current
@@ -128,9 +137,7 @@ class ReferenceBackend(Backend):
         offsets, accepted = torch.arange(len(slots) + 1), torch.ones(len(slots), dtype=torch.int64)
         return self.verify(q, k, v, a, b, A_log, dt_bias, state, slots[:, None], offsets, accepted)
 
-    def _prepare(
-        self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _prepare(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tokens:
         dtype = torch.promote_types(v.dtype, torch.float32)
         group = v.shape[1] // q.shape[1]
         q = (l2_norm(q.to(dtype)) * q.shape[2] ** -0.5).repeat_interleave(group, dim=1)
