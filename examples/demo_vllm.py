@@ -38,11 +38,11 @@ DRAFT_TOKENS = 2
 SPECULATION = ("--speculative-config", f'{{"method":"qwen3_next_mtp","num_speculative_tokens":{DRAFT_TOKENS}}}')
 # The checkpoint knows this text largely by heart, target and draft alike; anything lower means a broken rollback.
 MIN_ACCEPTED_LENGTH = 2.0
-QUESTION = "What is a coroutine?"
+QUESTION = "What is `lambda`?"
 PROMPT = "The with statement is used to wrap the execution of a block"
 # Long enough for several blocks of the prefix cache, short enough for --max-model-len.
 PASSAGE = topics["compound"][:3000]
-ENDINGS = ("with", "try")
+ENDINGS = ('The "with" statement is used', 'The "try" statement specifies')
 SAMPLING = {
     "model": MODEL,
     "temperature": 0,
@@ -236,8 +236,7 @@ def talk(url: str) -> tuple[Reply, Reply]:
     messages = [{"role": "user", "content": QUESTION}]
     chat = show(f"Chat: {QUESTION}", client.chat.completions.create, messages=messages)
     completion = show(f"Completion: {PROMPT} ...", client.completions.create, prompt=PROMPT)
-    for name in ENDINGS:
-        ending = f'The "{name}" statement is used'
+    for ending in ENDINGS:
         title = f"Completion of {len(PASSAGE)} characters of the reference and: {ending} ..."
         show(title, client.completions.create, prompt=f"{PASSAGE}\n\n{ending}")
     return chat, completion

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 BACKEND_NAMES = ("reference", "cpu", "triton", "flashinfer")
+OPERATION_NAMES = ("causal_conv1d", "gated_attention", "gated_delta_rule", "gated_norm", "moe", "rms_norm")
 
 
 class BackendError(RuntimeError):
@@ -42,6 +43,7 @@ class Operation:
     """An operation and its backends, fastest first."""
 
     def __init__(self, name: str, backends: Sequence[Backend]) -> None:
+        assert name in OPERATION_NAMES
         self.name = name
         self.backends = tuple(backends)
         OPERATIONS[name] = self
@@ -74,14 +76,18 @@ def parse_forced(value: str) -> dict[str, str]:
     """Parse the value of ``QNEXT_BACKEND`` into {operation or "*": backend name}.
 
     Raises:
-        BackendError: a name in it is no backend.
+        BackendError: a name in it is no backend or no operation.
     """
     forced: dict[str, str] = {}
     for part in filter(None, (item.strip() for item in value.split(","))):
-        operation, _, backend = part.rpartition("=")
+        operation, _, backend = (word.strip() for word in part.rpartition("="))
         if backend not in BACKEND_NAMES:
             raise BackendError(f"QNEXT_BACKEND: expected one of {', '.join(BACKEND_NAMES)}, got {backend!r}")
-        forced[operation.strip() or "*"] = backend
+        if operation and operation not in OPERATION_NAMES:
+            raise BackendError(
+                f"QNEXT_BACKEND: expected an operation ({', '.join(OPERATION_NAMES)}), got {operation!r}"
+            )
+        forced[operation or "*"] = backend
     return forced
 
 

@@ -113,7 +113,7 @@ def decode(runs: Sequence[Run], gates: Gates, state_dtype: torch.dtype) -> list[
     tokens = join([Run(run.tokens.rows(slice(1)), run.state) for run in runs])
     pool = nan_pool(len(runs) + 3, _state_shape(tokens), state_dtype)
     slots = distinct_slots(len(runs), len(pool))
-    pool[slots] = torch.stack([run.state for run in runs])
+    pool[slots] = torch.stack([run.state for run in runs if run.state is not None])
     out = gated_delta_rule_decode(*tokens, *gates, pool, slots)
     return [Result(out[n : n + 1], pool[slot].clone()) for n, slot in enumerate(slots)]
 
@@ -124,13 +124,15 @@ def verify(runs: Sequence[Run], gates: Gates, state_dtype: torch.dtype) -> list[
     pool = nan_pool(len(runs) * COLUMNS + 3, _state_shape(tokens), state_dtype)
     slots = distinct_slots(len(runs) * COLUMNS, len(pool)).view(-1, COLUMNS)
     accepted = torch.randint(1, COLUMNS + 1, (len(runs),))
-    pool[slots[torch.arange(len(runs)), accepted - 1]] = torch.stack([run.state for run in runs])
+    initial = slots[torch.arange(len(runs)), accepted - 1]
+    pool[initial] = torch.stack([run.state for run in runs if run.state is not None])
     out = gated_delta_rule_verify(*tokens, *gates, pool, slots, start_offsets(lengths), accepted)
     last = [row[length - 1] for row, length in zip(slots, lengths, strict=True)]
     return [Result(o, pool[slot].clone()) for o, slot in zip(out.split(lengths), last, strict=True)]
 
 
 def repeated_decode(run: Run, gates: Gates, state_dtype: torch.dtype) -> Result:
+    assert run.state is not None
     outputs, state = [], run.state
     for t in range(len(run.tokens.v)):
         ((out, state),) = decode([Run(run.tokens.rows(slice(t, t + 1)), state)], gates, state_dtype)

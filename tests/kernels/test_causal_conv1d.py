@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +30,8 @@ POOLS = ("channels first", "channels last")
 STORED = [(x, pool) for x in DTYPES for pool in DTYPES]
 
 
-class History(NamedTuple):
-    """A sequence between two calls: the W − 1 inputs before its next token, [D, W − 1]; None: there were none."""
-
-    inputs: Tensor | None
+History = Tensor | None
+"""The W − 1 inputs before a sequence's next token, [D, W − 1]; None: it starts here."""
 
 
 def make_pool(slots: int, width: int, dtype: torch.dtype, layout: str, *, drafts: int = 0) -> Tensor:
@@ -60,10 +58,10 @@ def prefill(
     width = weight.shape[1] - 1
     slots = distinct_slots(len(xs), len(pool))
     for slot, history in zip(slots, histories, strict=True):
-        if history.inputs is not None:
-            pool[slot, :, :width] = history.inputs
+        if history is not None:
+            pool[slot, :, :width] = history
     offsets = start_offsets([len(x) for x in xs])
-    known = torch.tensor([history.inputs is not None for history in histories])
+    known = torch.tensor([history is not None for history in histories])
     y = causal_conv1d_prefill(torch.cat(list(xs)), weight, pool, slots, offsets, known)
     outputs = y.split([len(x) for x in xs])
     return [(out, pool[slot, :, :width].clone()) for out, slot in zip(outputs, slots, strict=True)]
@@ -75,7 +73,7 @@ def decode(
     """Decode the first token of each sequence."""
     width = weight.shape[1] - 1
     slots = distinct_slots(len(xs), len(pool))
-    pool[slots, :, :width] = torch.stack([history.inputs for history in histories])
+    pool[slots, :, :width] = torch.stack([history for history in histories if history is not None])
     y = causal_conv1d_decode(torch.stack([x[0] for x in xs]), weight, pool, slots)
     return [(y[n : n + 1], pool[slot, :, :width].clone()) for n, slot in enumerate(slots)]
 
@@ -88,7 +86,8 @@ def verify(
     slots = distinct_slots(len(xs), len(pool))
     accepted = torch.randint(1, DRAFTS + 2, (len(xs),))
     for slot, history, count in zip(slots, histories, accepted, strict=True):
-        pool[slot, :, count - 1 : count - 1 + width] = history.inputs
+        assert history is not None
+        pool[slot, :, count - 1 : count - 1 + width] = history
     offsets = start_offsets([len(x) for x in xs])
     y = causal_conv1d_verify(torch.cat(list(xs)), weight, pool, slots, offsets, accepted)
     results = []
@@ -102,8 +101,8 @@ def past_inputs(count: int, width: int, dtype: torch.dtype, pool_dtype: torch.dt
     return torch.randn(count, CHANNELS, width - 1).to(dtype).to(pool_dtype)
 
 
-def random_history(width: int, dtype: torch.dtype, pool_dtype: torch.dtype) -> History:
-    return History(past_inputs(1, width, dtype, pool_dtype)[0])
+def random_history(width: int, dtype: torch.dtype, pool_dtype: torch.dtype) -> Tensor:
+    return past_inputs(1, width, dtype, pool_dtype)[0]
 
 
 def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -121,7 +120,8 @@ def test_prefill_agrees_with_float64(
     lengths = [*LENGTHS, *LENGTHS, 2, 65]
     x, weight = torch.randn(sum(lengths), CHANNELS).to(dtype), make_weight(width, dtype)
     pool = make_pool(40, width, pool_dtype, layout, drafts=1)
-    slots, known = distinct_slots(len(lengths), 40), torch.arange(len(lengths)) % 2 == 0
+    # Every length with and without earlier inputs; the last two are padding.
+    slots, known = distinct_slots(len(lengths), 40), torch.arange(len(lengths)) < len(LENGTHS)
     slots[-2:] = -1
     live = slots >= 0
     filled = slots[live & known]
@@ -202,7 +202,7 @@ def test_prefill_agrees_with_transformers(backend: str, width: int) -> None:
     for length in (1, 2, 3, 70):
         x = torch.randn(length, CHANNELS)
         with force_backend(backend):
-            ((y, _),) = prefill(weight, pool, [x], [History(None)])
+            ((y, _),) = prefill(weight, pool, [x], [None])
         theirs = causal_conv1d_fn(x.t()[None], weight, None, "silu")
         assert_close(y, theirs[0].t(), roundings(2 * width))
 
@@ -234,9 +234,9 @@ def test_verify_equals_repeated_decode_bitwise(
     histories = [random_history(width, dtype, pool_dtype) for _ in xs]
     with force_backend(backend):
         for x, history, verified in zip(xs, histories, verify(weight, pool, xs, histories), strict=True):
-            outputs, state = [], history.inputs
+            outputs, state = [], history
             for token in x:
-                ((y, state),) = decode(weight, pool, [token[None]], [History(state)])
+                ((y, state),) = decode(weight, pool, [token[None]], [state])
                 outputs.append(y)
             assert_same(verified, (torch.cat(outputs), state))
 
@@ -252,7 +252,7 @@ def test_tokens_that_were_not_accepted_leave_no_trace(
     pool = make_pool(9, width, dtype, layout, drafts=DRAFTS)
     control_pool = make_pool(9, width, dtype, layout)
     slots = distinct_slots(6, 9)
-    states = [random_history(width, dtype, dtype).inputs for _ in slots]
+    states = [random_history(width, dtype, dtype) for _ in slots]
     pool[slots, :, : width - 1] = torch.stack(states)
     accepted = torch.ones(6, dtype=torch.int64)
     with force_backend(backend):
@@ -264,7 +264,7 @@ def test_tokens_that_were_not_accepted_leave_no_trace(
             accepted = (torch.rand(6) * lengths).long() + 1
             for n, y in enumerate(verified.split(lengths.tolist())):
                 for t in range(int(accepted[n])):
-                    ((expected, states[n]),) = decode(weight, control_pool, [xs[n][t : t + 1]], [History(states[n])])
+                    ((expected, states[n]),) = decode(weight, control_pool, [xs[n][t : t + 1]], [states[n]])
                     assert same_bits(y[t : t + 1], expected)
 
 
@@ -297,11 +297,11 @@ def test_prefill_split_anywhere_equals_unsplit_bitwise(
     weight, pool = make_weight(width, dtype), make_pool(9, width, pool_dtype, "channels last")
     x = torch.randn(11, CHANNELS).to(dtype)
     with force_backend(backend):
-        for history in (History(None), random_history(width, dtype, pool_dtype)):
+        for history in (None, random_history(width, dtype, pool_dtype)):
             (whole,) = prefill(weight, pool, [x], [history])
             for cut in range(1, len(x)):
                 ((head, state),) = prefill(weight, pool, [x[:cut]], [history])
-                ((tail, state),) = prefill(weight, pool, [x[cut:]], [History(state)])
+                ((tail, state),) = prefill(weight, pool, [x[cut:]], [state])
                 assert_same((torch.cat([head, tail]), state), whole)
 
 

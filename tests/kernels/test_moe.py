@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import TypeVar
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 from qnext_kernels import experts, force_backend, sigmoid_gate, silu_and_mul, topk_softmax
 from tests.kernels.kernel_inputs import BACKENDS, DTYPES, Bad, assert_close, same_bits
 
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 9, 3, 40, 24
 
 
@@ -41,7 +44,7 @@ def transformers_config() -> Qwen3NextConfig:
     )
 
 
-def randomize(module: torch.nn.Module) -> torch.nn.Module:
+def randomize(module: ModuleT) -> ModuleT:
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return module.requires_grad_(False)

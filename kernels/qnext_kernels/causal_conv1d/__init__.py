@@ -4,7 +4,9 @@
 
 It is the short convolution in front of the gated delta rule (Gated Delta Networks, arXiv 2412.06464, section 3.4;
 transformers' ``causal_conv1d_fn`` and ``causal_conv1d_update``). Inputs before the first token of a call come from the
-sequence's slot of ``conv_state``. Sums are float32 in a fixed order, so prefill, decode and verify agree bitwise.
+sequence's slot of ``conv_state``. Sums are float32 in a fixed order, so prefill, decode and verify agree bitwise. If
+the pool's dtype is narrower than that of ``x``, an output takes its own token as it comes and the ones before it as the
+pool keeps them, rounded, wherever they come from.
 
 The state of a slot is a window of ``state_len ≥ W − 1`` inputs along its last axis. With ``state_len = W − 1`` it holds
 the last inputs. A pool for speculative decoding has ``state_len = W − 1 + S`` for S draft tokens: after a verify of n
@@ -13,11 +15,12 @@ tokens the inputs that precede the continuation behind ``a`` accepted ones start
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qnext_kernels.causal_conv1d.cpu import CpuBackend
 from qnext_kernels.causal_conv1d.reference import ReferenceBackend
-from qnext_kernels.checks import expect_floating, expect_indices, expect_query_start_loc, expect_shape
+from qnext_kernels.checks import expect_dtype, expect_floating, expect_indices, expect_query_start_loc, expect_shape
 from qnext_kernels.dispatch import Operation
 
 operation = Operation("causal_conv1d", [CpuBackend(), ReferenceBackend()])
@@ -44,6 +47,7 @@ def causal_conv1d_prefill(
     """
     num_sequences = _check(x, weight, conv_state, slots, query_start_loc)
     expect_shape("has_initial_state", has_initial_state, (num_sequences,))
+    expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
     backend = operation.select(x.device, x.dtype)
     return backend.prefill(x, weight, conv_state, slots, query_start_loc, has_initial_state)
 
@@ -102,6 +106,7 @@ def _check(x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_s
     expect_shape("x", x, (None, None))
     expect_floating("x", x)
     expect_shape("weight", weight, (x.shape[1], None))
+    expect_floating("weight", weight)
     expect_shape("conv_state", conv_state, (None, x.shape[1], None))
     expect_floating("conv_state", conv_state)
     if conv_state.shape[2] < weight.shape[1] - 1:

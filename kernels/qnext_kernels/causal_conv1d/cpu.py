@@ -20,12 +20,12 @@ class CpuBackend(Backend):
     ) -> Tensor:
         width = weight.shape[1] - 1
         slots = slots.long()
-        history = conv_state[slots.clamp(min=0), :, :width].transpose(1, 2).to(x.dtype)
+        history = conv_state[slots.clamp(min=0), :, :width].transpose(1, 2)
         history = torch.where(has_initial[:, None, None], history, 0)
         y, buffer, ends = _convolve_ragged(x, weight, history, query_start_loc)
         last = buffer[ends[:, None] + torch.arange(-width, 0)]
         write = (slots >= 0) & (query_start_loc.diff() > 0)
-        conv_state[slots[write], :, :width] = last[write].transpose(1, 2).to(conv_state.dtype)
+        conv_state[slots[write], :, :width] = last[write].transpose(1, 2)
         return _zero_skipped(y, slots, query_start_loc)
 
     def verify(
@@ -33,7 +33,7 @@ class CpuBackend(Backend):
     ) -> Tensor:
         width = weight.shape[1] - 1
         slots = slots.long()
-        old = conv_state[slots.clamp(min=0)].transpose(1, 2).to(x.dtype)
+        old = conv_state[slots.clamp(min=0)].transpose(1, 2)
         columns = (accepted.long() - 1)[:, None] + torch.arange(width)
         history = old.gather(1, columns[:, :, None].expand(-1, -1, x.shape[1]))
         y, buffer, ends = _convolve_ragged(x, weight, history, query_start_loc)
@@ -44,16 +44,17 @@ class CpuBackend(Backend):
         rows = (ends - lengths - width + 1)[:, None] + position
         window = torch.where(filled[:, :, None], buffer[torch.where(filled, rows, 0)], old)
         write = (slots >= 0) & (lengths > 0)
-        conv_state[slots[write]] = window[write].transpose(1, 2).to(conv_state.dtype)
+        conv_state[slots[write]] = window[write].transpose(1, 2)
         return _zero_skipped(y, slots, query_start_loc)
 
     def decode(self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor) -> Tensor:
         width = weight.shape[1] - 1
         slots = slots.long()
-        window = torch.cat([conv_state[slots.clamp(min=0), :, :width].to(x.dtype), x[:, :, None]], dim=2)
+        history = conv_state[slots.clamp(min=0), :, :width]
+        y = _weighted_sum([*history.unbind(dim=2), x], weight).to(x.dtype)
         write = slots >= 0
-        conv_state[slots[write], :, :width] = window[write, :, 1:].to(conv_state.dtype)
-        y = _weighted_sum([window[:, :, w] for w in range(width + 1)], weight).to(x.dtype)
+        window = torch.cat([history[:, :, 1:], x[:, :, None].to(history.dtype)], dim=2)
+        conv_state[slots[write], :, :width] = window[write]
         return torch.where(write[:, None], y, 0)
 
 
@@ -71,8 +72,9 @@ def _convolve_ragged(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolve tokens [T, D] behind history [N, W − 1, D].
 
-    Returns the outputs [T, D], the buffer [T + N·(W − 1), D] of every sequence's history and tokens, and the row [N]
-    behind each sequence's last token in it.
+    Returns the outputs [T, D], the buffer [T + N·(W − 1), D] of every sequence's history and tokens in the dtype of the
+    history, and the row [N] behind each sequence's last token in it. An output takes its own token from ``x`` and the
+    ones before it from the buffer, rounded as the pool would have kept them.
     """
     num_sequences, width, _ = history.shape
     offsets = query_start_loc.long()
@@ -80,10 +82,10 @@ def _convolve_ragged(
     sequence = order.repeat_interleave(offsets.diff(), output_size=x.shape[0])
     token_rows = torch.arange(x.shape[0]) + (sequence + 1) * width
     history_rows = (offsets[:-1] + order * width)[:, None] + torch.arange(width)
-    buffer = x.new_empty(x.shape[0] + num_sequences * width, x.shape[1])
-    buffer[token_rows] = x
+    buffer = history.new_empty(x.shape[0] + num_sequences * width, x.shape[1])
+    buffer[token_rows] = x.to(history.dtype)
     buffer[history_rows] = history
-    y = _weighted_sum([buffer[token_rows - width + w] for w in range(width + 1)], weight)
+    y = _weighted_sum([*(buffer[token_rows - width + w] for w in range(width)), x], weight)
     return y.to(x.dtype), buffer, offsets[1:] + (order + 1) * width
 
 

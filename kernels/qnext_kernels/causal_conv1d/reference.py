@@ -31,12 +31,11 @@ class ReferenceBackend(Backend):
             start, end = query_start_loc[n : n + 2].tolist()
             if slot < 0 or start == end:
                 continue
-            before = conv_state[slot, :, :history].t().to(x.dtype)
+            before = conv_state[slot, :, :history].t()
             if not has_initial[n]:
                 before = torch.zeros_like(before)
-            inputs = torch.cat([before, x[start:end]])
-            y[start:end] = self._outputs(inputs, weight)
-            conv_state[slot, :, :history] = inputs[-history:].t().to(conv_state.dtype)
+            y[start:end], inputs = self._run(before, x[start:end], weight)
+            conv_state[slot, :, :history] = inputs[-history:].t()
         return y
 
     def verify(
@@ -49,20 +48,21 @@ class ReferenceBackend(Backend):
             if slot < 0 or start == end:
                 continue
             offset = int(accepted[n]) - 1
-            before = conv_state[slot, :, offset : offset + history].t().to(x.dtype)
-            inputs = torch.cat([before, x[start:end]])
-            y[start:end] = self._outputs(inputs, weight)
-            conv_state[slot, :, : len(inputs) - 1] = inputs[1:].t().to(conv_state.dtype)
+            before = conv_state[slot, :, offset : offset + history].t()
+            y[start:end], inputs = self._run(before, x[start:end], weight)
+            conv_state[slot, :, : len(inputs) - 1] = inputs[1:].t()
         return y
 
     def decode(self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor) -> Tensor:
         offsets = torch.arange(len(x) + 1)
         return self.verify(x, weight, conv_state, slots, offsets, torch.ones(len(x), dtype=torch.int64))
 
-    def _outputs(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        dtype = torch.promote_types(inputs.dtype, torch.float32)
-        width = weight.shape[1]
-        tokens = range(len(inputs) - width + 1)
-        return torch.stack([convolve(inputs[t : t + width].to(dtype), weight.to(dtype)) for t in tokens]).to(
-            inputs.dtype
-        )
+    def _run(self, before: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the outputs of x [T, D] behind ``before`` [W − 1, D], and all inputs as the pool keeps them."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        inputs = torch.cat([before, x.to(before.dtype)])
+        outputs = []
+        for t, token in enumerate(x):
+            window = torch.cat([inputs[t : t + len(before)].to(dtype), token[None].to(dtype)])
+            outputs.append(convolve(window, weight.to(dtype)))
+        return torch.stack(outputs).to(x.dtype), inputs

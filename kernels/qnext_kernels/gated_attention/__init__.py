@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qnext_kernels.checks import expect_floating, expect_shape
+from qnext_kernels.checks import expect_floating, expect_indices, expect_shape
 from qnext_kernels.dispatch import Operation
 from qnext_kernels.gated_attention.cpu import CpuBackend
 from qnext_kernels.gated_attention.reference import ReferenceBackend
@@ -53,6 +53,7 @@ def qk_norm_rope_gate(
     expect_shape("cos_sin", cos_sin, (None, None))
     expect_floating("cos_sin", cos_sin)
     expect_shape("positions", positions, (qkv.shape[0],))
+    expect_indices("positions", positions, 0, cos_sin.shape[0])
     if cos_sin.shape[1] > head_dim or cos_sin.shape[1] % 2:
         raise ValueError(f"cos_sin: expected an even rotary_dim of at most {head_dim}, got {cos_sin.shape[1]}")
     backend = operation.select(qkv.device, qkv.dtype)
@@ -64,14 +65,16 @@ def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
 
     Args:
         x: [..., D], any float dtype.
-        gate: a shape that broadcasts to that of ``x``.
+        gate: [..., D] or [..., 1], any float dtype.
 
     Returns:
         [..., D] in the dtype of ``x``.
 
     Raises:
-        TypeError: a dtype does not fit.
+        ValueError, TypeError: a shape or dtype does not fit.
     """
     expect_floating("x", x)
+    if gate.shape != x.shape:
+        expect_shape("gate", gate, (*x.shape[:-1], 1))
     expect_floating("gate", gate)
     return operation.select(x.device, x.dtype).sigmoid_gate(x, gate)

@@ -39,7 +39,7 @@ class ReferenceBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(qkv.dtype, torch.float32)
         head_dim = q_weight.shape[0]
-        heads = qkv.view(qkv.shape[0], -1, head_dim)
+        heads = qkv.view(qkv.shape[0], 2 * (num_heads + num_kv_heads), head_dim)
         q_gate, k, v = heads.split([2 * num_heads, num_kv_heads, num_kv_heads], dim=1)
         q, gate = q_gate[:, 0::2], q_gate[:, 1::2]
         cos, sin = cos_sin[positions].to(dtype).chunk(2, dim=-1)

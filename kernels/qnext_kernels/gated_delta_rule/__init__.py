@@ -24,6 +24,7 @@ Common arguments:
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qnext_kernels.checks import expect_dtype, expect_floating, expect_indices, expect_query_start_loc, expect_shape
@@ -66,6 +67,7 @@ def gated_delta_rule_prefill(
     expect_shape("slots", slots, (num_sequences,))
     expect_indices("slots", slots, -1, state.shape[0])
     expect_shape("has_initial_state", has_initial_state, (num_sequences,))
+    expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
     backend = operation.select(v.device, v.dtype)
     return backend.prefill(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, has_initial_state)
 

@@ -88,8 +88,8 @@ class ReferenceBackend(Backend):
                 continue
             current = state[slot] if has_initial[n] else torch.zeros_like(state[slot])
             for t in range(start, end):
-                o, current = recurrence(*take(tokens, t), current.to(tokens[0].dtype))
-                out[t] = o
+                o, new = recurrence(*take(tokens, t), current.to(tokens[0].dtype))
+                out[t], current = o, new.to(state.dtype)
             state[slot] = current
         return out
 

@@ -32,5 +32,7 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     expect_floating("x", x)
     expect_shape("z", z, x.shape)
+    expect_floating("z", z)
     expect_shape("weight", weight, (x.shape[-1],))
+    expect_floating("weight", weight)
     return operation.select(x.device, x.dtype).gated_rms_norm(x, z, weight, eps)

@@ -81,6 +81,8 @@ def _experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids:
     expect_shape("w13", w13, (None, None, x.shape[1]))
     expect_dtype("w13", w13, (x.dtype,))
     num_experts, double, hidden = w13.shape
+    if double % 2:
+        raise ValueError(f"w13: expected an even number of rows an expert, gate then up, got {double}")
     expect_shape("w2", w2, (num_experts, hidden, double // 2))
     expect_dtype("w2", w2, (x.dtype,))
     expect_shape("topk_weights", topk_weights, (x.shape[0], None))

@@ -43,7 +43,7 @@ class CpuBackend(Backend):
                 middle = self.silu_and_mul(F.linear(x[rows // top_k], w13[e]))
                 results[rows] = F.linear(middle, w2[e])
                 start += count
-        results = results.view(num_tokens, top_k, -1)
+        results = results.view(num_tokens, top_k, x.shape[1])
         total = torch.zeros(x.shape, dtype=torch.float32)
         for j in range(top_k):
             total += results[:, j].float() * topk_weights[:, j, None]

@@ -32,6 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """
     expect_floating("x", x)
     expect_shape("weight", weight, (x.shape[-1],))
+    expect_floating("weight", weight)
     if residual is not None:
         expect_shape("residual", residual, x.shape)
         expect_dtype("residual", residual, (x.dtype,))
