@@ -42,7 +42,8 @@ QUESTION = "What is `lambda`?"
 PROMPT = "The with statement is used to wrap the execution of a block"
 # Long enough for several blocks of the prefix cache, short enough for --max-model-len.
 PASSAGE = topics["compound"][:3000]
-ENDINGS = ('The "with" statement is used', 'The "try" statement specifies')
+# The first the checkpoint knows by heart; the second it has never seen, so that drafts are rejected and rolled back.
+ENDINGS = ('The "with" statement is used', "A list is a lot like a tuple, but")
 SAMPLING = {
     "model": MODEL,
     "temperature": 0,

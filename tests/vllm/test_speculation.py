@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from examples.tiny.train import split_corpus
 from tests import reference
 from tests.vllm.engines import Engine, first_difference
 
@@ -48,6 +50,30 @@ class TestSpeculation:
         for start in (reference.prompts(checkpoint)[12], reference.prompts(checkpoint)[24]):
             for prompt, answer in turns(checkpoint, start, count=4):
                 assert first_difference([answer], running.greedy([prompt])) is None
+
+
+def held_out_prompts(checkpoint: Path, length: int = 48) -> list[reference.Tokens]:
+    """Passages of the topics that the trained checkpoint has not read."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    _, held_out = split_corpus()
+    prompts = []
+    for text in held_out.values():
+        ids = tokenizer.encode(text)
+        prompts += [tuple(ids[start : start + length]) for start in range(0, len(ids) - length, 4 * length)]
+    return prompts
+
+
+@pytest.mark.parametrize(("checkpoint", "running"), [("tiny", {"drafts": 2})], indirect=True, scope="class")
+class TestAcceptance:
+    def test_two_drafts_give_two_tokens_a_step_on_held_out_passages(self, running: Engine, checkpoint: Path) -> None:
+        prompts = held_out_prompts(checkpoint)
+        assert len(prompts) >= 20
+        before = running.drafts()
+        running.greedy(prompts, max_tokens=128)
+        after = running.drafts()
+        length = 1 + (after.accepted - before.accepted) / (after.steps - before.steps)
+        print(f"mean accepted length {length:.3f} at 2 draft tokens, {len(prompts)} held-out passages")
+        assert length >= 2.0
 
 
 SMALL_BUDGET = {"drafts": 3, "max_num_batched_tokens": 160, "max_num_seqs": 6}
