@@ -130,6 +130,8 @@ class Qwen3NextConfig:
                 f"config.json: linear_num_value_heads = {self.linear_num_value_heads} is not a multiple of "
                 f"linear_num_key_heads = {self.linear_num_key_heads}"
             )
+        if not self.intermediate_size and not all(map(self.is_sparse, range(self.num_hidden_layers))):
+            raise ConfigError("config.json: intermediate_size is missing, and some layers have no experts")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ConfigError(
                 f"config.json: num_experts_per_tok: expected 1 to {self.num_experts}, got {self.num_experts_per_tok}"

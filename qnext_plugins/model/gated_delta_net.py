@@ -157,7 +157,7 @@ class GatedDeltaNet(nn.Module):
         q, k, v, z = grouped.split([self.key_dim, self.key_dim, values, values], dim=2)
         b, a = ba.unflatten(1, (self.num_key_heads, 2 * self.group)).split(self.group, dim=2)
         mixed_qkv = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=1)
-        return mixed_qkv, z.reshape(len(z), -1, self.value_dim), b.flatten(1), a.flatten(1)
+        return mixed_qkv, z.reshape(len(z), self.num_key_heads * self.group, self.value_dim), b.flatten(1), a.flatten(1)
 
 
 class ShortConvolution(nn.Module):

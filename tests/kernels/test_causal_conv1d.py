@@ -273,8 +273,9 @@ def test_a_sequence_does_not_depend_on_the_batch_bitwise(
     backend: str, dtype: torch.dtype, layout: str, run: Callable[..., list[tuple[Tensor, Tensor]]]
 ) -> None:
     weight, pool = make_weight(4, dtype), make_pool(40, 4, dtype, layout, drafts=DRAFTS)
-    longest = {prefill: 129, decode: 1, verify: DRAFTS + 1}[run]
-    xs = [torch.randn(n, CHANNELS).to(dtype) for n in [*(n for n in LENGTHS if 0 < n <= longest), *[1] * 25][:25]]
+    longest = {prefill: max(LENGTHS), decode: 1, verify: DRAFTS + 1}[run]
+    lengths = [length for length in LENGTHS * 25 if 0 < length <= longest]
+    xs = [torch.randn(length, CHANNELS).to(dtype) for length in lengths[:25]]
     histories = [random_history(4, dtype, dtype) for _ in xs]
     order = torch.randperm(25).tolist()
     with force_backend(backend):

@@ -15,7 +15,11 @@ from tests.checkpoints import TINY
 
 pytestmark = pytest.mark.vllm
 
-START = "import sys; from vllm import LLM; LLM(sys.argv[1], enforce_eager=True, max_model_len=512)"
+START = """
+import sys
+from vllm import LLM
+LLM(sys.argv[1], enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=1 << 27)
+"""
 GONE = "model.layers.0.linear_attn.conv1d.weight"
 SURPLUS = "model.layers.3.self_attn.sinks"
 

@@ -107,6 +107,8 @@ def _check(x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_s
     expect_floating("x", x)
     expect_shape("weight", weight, (x.shape[1], None))
     expect_floating("weight", weight)
+    if weight.shape[1] == 0:
+        raise ValueError("weight: expected a kernel of at least one input, got none")
     expect_shape("conv_state", conv_state, (None, x.shape[1], None))
     expect_floating("conv_state", conv_state)
     if conv_state.shape[2] < weight.shape[1] - 1:

@@ -35,7 +35,7 @@ class ReferenceBackend(Backend):
             if not has_initial[n]:
                 before = torch.zeros_like(before)
             y[start:end], inputs = self._run(before, x[start:end], weight)
-            conv_state[slot, :, :history] = inputs[-history:].t()
+            conv_state[slot, :, :history] = inputs[len(inputs) - history :].t()
         return y
 
     def verify(

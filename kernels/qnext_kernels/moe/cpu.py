@@ -44,6 +44,8 @@ class CpuBackend(Backend):
                 results[rows] = F.linear(middle, w2[e])
                 start += count
         results = results.view(num_tokens, top_k, x.shape[1])
+        # A skipped expert has no result; its weight may be anything.
+        topk_weights = torch.where(topk_ids >= 0, topk_weights, 0)
         total = torch.zeros(x.shape, dtype=torch.float32)
         for j in range(top_k):
             total += results[:, j].float() * topk_weights[:, j, None]
