@@ -53,6 +53,12 @@ def greedy(checkpoint: Path, prompt: Tokens, max_tokens: int = MAX_TOKENS) -> To
 @torch.inference_mode()
 def log_probs(checkpoint: Path, prompt: Tokens, continuation: Tokens, dtype: torch.dtype = torch.float32) -> Tensor:
     """Teacher-forced log-probabilities [len(continuation)] of a continuation, in float32 from logits of ``dtype``."""
+    given = distributions(checkpoint, prompt, continuation, dtype)
+    return given.gather(1, torch.tensor(continuation)[:, None]).squeeze(1)
+
+
+@torch.inference_mode()
+def distributions(checkpoint: Path, prompt: Tokens, continuation: Tokens, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Log-probabilities [len(continuation), vocabulary] that each token of a continuation is drawn from."""
     ids = torch.tensor([prompt + continuation])
-    logits = load(checkpoint, dtype)(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-    return logits.log_softmax(dim=-1).gather(1, torch.tensor(continuation)[:, None]).squeeze(1)
+    return load(checkpoint, dtype)(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)

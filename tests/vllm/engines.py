@@ -53,6 +53,13 @@ class Engine:
             results.append((tokens, torch.tensor(given)))
         return results
 
+    def sample(self, prompts: Sequence[Tokens], max_tokens: int = MAX_TOKENS, **options: Any) -> list[Tokens]:
+        """Sampled continuations of all prompts at once; ``options`` are vLLM's sampling parameters."""
+        parameters = SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False, **options)
+        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
+        return [tuple(output.outputs[0].token_ids) for output in outputs]
+
     def drafts(self) -> Drafts:
         """Counters since the engine started."""
         values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}

@@ -13,7 +13,7 @@ import pytest
 import vllm
 
 import qnext_vllm
-from qnext_vllm.align_copy import HOST_KERNELS
+from qnext_vllm.host_kernels import HOST_KERNELS
 
 PACKAGE = Path(qnext_vllm.__file__).parent
 
@@ -58,6 +58,7 @@ PARAMETERS: dict[str, set[str]] = {
     "vllm.compilation.decorators.support_torch_compile": {"dynamic_arg_dims"},
     "vllm.model_executor.models.utils.AutoWeightsLoader.load_weights": {"weights", "mapper"},
     "vllm.model_executor.models.utils.WeightsMapper": {"orig_to_new_prefix", "orig_to_new_stacked"},
+    "vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_top_p": {"logits", "k", "p"},
     "vllm.model_executor.models.interfaces.EagleModelMixin._maybe_add_hidden_state": {
         "aux_hidden_states",
         "layer_idx",
@@ -120,6 +121,9 @@ ATTRIBUTES: dict[str, set[str]] = {
     "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP", "VerifyAndUpdateConfig"},
     "vllm.model_executor.models.config.VerifyAndUpdateConfig": {"verify_and_update_config"},
     "vllm.model_executor.models.registry.ModelRegistry": {"register_model"},
+    "vllm.triton_utils": {"HAS_TRITON"},
+    "vllm.v1.sample.rejection_sampler": {"apply_top_k_top_p"},
+    "vllm.triton_utils.dispatcher": {"register_kernels"},
     "vllm.utils.cpu_resource_utils": {"get_visible_memory_node"},
     "vllm.platforms.current_platform": {"is_cpu", "device_name"},
 }
@@ -152,7 +156,7 @@ def imported_symbols() -> list[str]:
 
 
 def test_only_the_named_modules_import_vllm() -> None:
-    named = {"vllm_api.py", "config_hook.py", "align_copy.py", "__init__.py"}
+    named = {"vllm_api.py", "config_hook.py", "host_kernels.py", "__init__.py"}
     importing = {
         source.name
         for source in PACKAGE.glob("*.py")
@@ -193,8 +197,9 @@ def test_symbol_has_our_attributes(symbol: str) -> None:
 
 @pytest.mark.parametrize("name", HOST_KERNELS)
 def test_host_kernel_takes_the_arguments_of_the_triton_kernel(name: str) -> None:
-    tree = ast.parse(Path(resolve("vllm.v1.worker.mamba_utils").__file__).read_text())
-    kernel = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    module, _, function = name.rpartition(".")
+    tree = ast.parse(Path(resolve(module).__file__).read_text())
+    kernel = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     theirs = [argument.arg for argument in kernel.args.args]
     ours = list(inspect.signature(HOST_KERNELS[name]).parameters)
     assert ours == theirs, f"vLLM {vllm.__version__}: the arguments of {name} changed"

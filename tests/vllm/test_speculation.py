@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from examples.tiny.train import split_corpus
@@ -74,6 +75,35 @@ class TestAcceptance:
         length = 1 + (after.accepted - before.accepted) / (after.steps - before.steps)
         print(f"mean accepted length {length:.3f} at 2 draft tokens, {len(prompts)} held-out passages")
         assert length >= 2.0
+
+
+@pytest.mark.parametrize(("checkpoint", "running"), [("tiny", {"drafts": 2})], indirect=True, scope="class")
+class TestSampling:
+    """Sampling with drafts draws from the model's own distribution."""
+
+    def test_sampled_tokens_are_as_likely_as_the_distribution_says(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)[5:20]
+        surprise, variance = 0.0, 0.0
+        for prompt, tokens in zip(prompts, running.sample(prompts, temperature=1.0, seed=3), strict=True):
+            log_probs = reference.distributions(checkpoint, prompt, tokens)
+            entropy = -(log_probs.exp() * log_probs).sum(dim=1)
+            given = log_probs.gather(1, torch.tensor(tokens)[:, None]).squeeze(1)
+            surprise += float((given + entropy).sum())
+            variance += float((log_probs.exp() * (log_probs + entropy[:, None]) ** 2).sum())
+        # A sum of martingale differences: normal, with mean zero, if every token is drawn from its distribution.
+        assert abs(surprise) < 4.5 * variance**0.5, (surprise, variance)
+        assert_partly_rejected(running)
+
+    def test_top_k_of_one_is_greedy(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)[5:20]
+        expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
+        assert first_difference(expected, running.sample(prompts, temperature=1.0, top_k=1)) is None
+
+    def test_a_seed_gives_the_same_tokens_again(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)[5:9]
+        options = {"temperature": 1.0, "top_p": 0.9, "seed": 11}
+        assert running.sample(prompts, **options) == running.sample(prompts, **options)
+        assert running.sample(prompts, **options) != running.sample(prompts, **options | {"seed": 12})
 
 
 SMALL_BUDGET = {"drafts": 3, "max_num_batched_tokens": 160, "max_num_seqs": 6}

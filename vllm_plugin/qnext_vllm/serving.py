@@ -8,7 +8,7 @@ import qnext_plugins
 from qnext_kernels import OPERATIONS
 from qnext_vllm import logger
 from qnext_vllm import vllm_api as api
-from qnext_vllm.align_copy import install_align_copy
+from qnext_vllm.host_kernels import register_host_kernels
 
 
 def prepare_process(vllm_config: api.VllmConfig, architecture: str) -> None:
@@ -17,7 +17,7 @@ def prepare_process(vllm_config: api.VllmConfig, architecture: str) -> None:
     Raises:
         BackendError: a backend that ``QNEXT_BACKEND`` forces cannot serve.
     """
-    install_align_copy()
+    register_host_kernels()
     device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
     kernels = ", ".join(f"{name}={operation.select(device, dtype).name}" for name, operation in OPERATIONS.items())
     logger.info("qnext-plugins %s serves %s in %s: %s", qnext_plugins.__version__, architecture, dtype, kernels)

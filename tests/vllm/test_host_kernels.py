@@ -1,11 +1,19 @@
-"""The host kernels of the prefix cache move the states that their definition names, in both layouts."""
+"""The host kernels do what the Triton kernels they stand for are defined to do."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
 
-from qnext_vllm.align_copy import HOST_KERNELS, HostKernel, install_align_copy
+from qnext_vllm.host_kernels import (
+    HOST_KERNELS,
+    expand_kernel,
+    postprocess_mamba_fused_kernel,
+    precopy_mamba_align_fused_kernel,
+    register_host_kernels,
+)
 
 BLOCKS, WIDTH, CHANNELS, HEADS, DIM, BLOCK_SIZE = 12, 5, 6, 2, 4, 8
 
@@ -65,9 +73,8 @@ def test_precopy_moves_states_to_the_new_block_and_leaves_the_others(dim_first: 
     pools = Pools(dim_first=dim_first)
     expected = pools.snapshot()
     pools.expect_copy(expected, request=1, source=1, target=3, bias=bias)
-    kernel = HostKernel(HOST_KERNELS["precopy_mamba_align_fused_kernel"])
     # Request 0 stays in its block; with source −1 it would be fresh. Neither is touched.
-    kernel[(2, 4)](
+    precopy_mamba_align_fused_kernel(
         mamba_state_idx_ptr=ints(2, 3),
         src_col_ptr=ints(2, 1),
         token_bias_ptr=ints(1, bias),
@@ -82,7 +89,7 @@ def test_precopy_moves_states_to_the_new_block_and_leaves_the_others(dim_first: 
 def test_precopy_skips_fresh_requests_and_padding() -> None:
     pools = Pools(dim_first=False)
     expected = pools.snapshot()
-    HOST_KERNELS["precopy_mamba_align_fused_kernel"](
+    precopy_mamba_align_fused_kernel(
         mamba_state_idx_ptr=ints(0, 3),
         src_col_ptr=ints(-1, 1),
         token_bias_ptr=ints(0, 0),
@@ -102,7 +109,7 @@ def test_postprocess_keeps_the_state_at_the_block_boundary(dim_first: bool) -> N
     # Request 0: 14 tokens computed, 1 + 2 drafts scheduled, all accepted: 17 reach beyond the boundary at 16. Its
     # running state, behind token 15, is in block 2; the state behind token 16, one column on, belongs to block 1.
     pools.expect_copy(expected, request=0, source=2, target=1, bias=1)
-    HOST_KERNELS["postprocess_mamba_fused_kernel"](
+    postprocess_mamba_fused_kernel(
         num_accepted_tokens_ptr=accepted,
         mamba_state_idx_ptr=ints(2, 0),
         num_scheduled_tokens_ptr=ints(3, 1),
@@ -123,7 +130,7 @@ def test_postprocess_within_the_block_resets_the_accepted_count() -> None:
     expected = pools.snapshot()
     pools.expect_copy(expected, request=0, source=1, target=1, bias=1)
     out = ints(3)
-    HOST_KERNELS["postprocess_mamba_fused_kernel"](
+    postprocess_mamba_fused_kernel(
         num_accepted_tokens_ptr=ints(3),
         mamba_state_idx_ptr=ints(1),
         num_scheduled_tokens_ptr=ints(3),
@@ -139,24 +146,20 @@ def test_postprocess_within_the_block_resets_the_accepted_count() -> None:
     assert out.tolist() == [1]
 
 
-def test_batch_memcpy_copies_overlapping_regions() -> None:
-    data = torch.arange(32, dtype=torch.uint8)
-    expected = data.clone()
-    expected[2:22] = data[6:26].clone()
-    pointers = [torch.tensor([data.data_ptr() + at], dtype=torch.uint64) for at in (6, 2)]
-    HOST_KERNELS["batch_memcpy_kernel"](*pointers, ints(20), BLOCK_SIZE=1024)
-    assert torch.equal(data, expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+def test_expand_repeats_each_value_for_its_tokens(dtype: torch.dtype) -> None:
+    output = torch.full((5,), 99).to(dtype)
+    values = torch.tensor([0.0, 7.0, 2.0]).to(dtype)
+    expand_kernel(output, values, ints(2, 2, 5), replace_from=0, replace_to=1, MAX_NUM_TOKENS=32)
+    assert output.tolist() == [1, 1, 2, 2, 2]
 
 
-def test_installs_only_where_vllm_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.worker import mamba_utils
+def test_vllm_launches_the_host_kernels() -> None:
+    from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 
-    class Launchable:
-        def __getitem__(self, grid: object) -> None: ...
-
-    real = Launchable()
-    monkeypatch.setattr(mamba_utils, "batch_memcpy_kernel", real)
-    monkeypatch.setattr(mamba_utils, "precopy_mamba_align_fused_kernel", lambda: None)
-    install_align_copy()
-    assert mamba_utils.batch_memcpy_kernel is real
-    assert isinstance(mamba_utils.precopy_mamba_align_fused_kernel, HostKernel)
+    register_host_kernels()
+    for name, kernel in HOST_KERNELS.items():
+        module, _, attribute = name.rpartition(".")
+        assert getattr(sys.modules[module], attribute)[(1,)].__self__.func is kernel
+    expanded = expand_batch_to_tokens(torch.tensor([0.5, 0.25]), ints(1, 3), 3)
+    assert expanded.tolist() == [0.5, 0.25, 0.25]

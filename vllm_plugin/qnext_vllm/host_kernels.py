@@ -1,35 +1,39 @@
-"""The state copies of prefix caching, on a CPU.
+"""What vLLM lacks, or has wrong, on a CPU without Triton, and speculation on Qwen3-Next needs.
 
-With prefix caching vLLM keeps recurrent states at cache-block boundaries (``mamba_cache_mode = "align"``) and copies
-them with three Triton kernels of ``vllm.v1.worker.mamba_utils``. Without Triton those are plain functions that cannot
-be launched, and the first request that crosses a block (with speculation: the first request) takes the engine down. The
-functions here have their names and arguments and do the same copies with memmove; the decisions around them stay
-vLLM's.
+The functions of :data:`HOST_KERNELS` have the names and arguments of Triton kernels and do the same; the decisions
+around them stay vLLM's. They are registered where vLLM registers its own counterparts for CPUs.
+
+- With prefix caching vLLM keeps recurrent states at cache-block boundaries (``mamba_cache_mode = "align"``); with
+  speculation as well, two kernels of ``vllm.v1.worker.mamba_utils`` copy them. They have no counterpart, and the first
+  request takes the engine down.
+- ``expand_kernel`` of the rejection sampler spreads temperature, top-k and top-p over the draft tokens. vLLM's
+  counterpart writes into a converted copy that it then drops, so that sampling uses uninitialised memory.
+
+One function is wrapped: the rejection sampler's top-k fails on a step without drafts, which ends the engine.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from functools import cache
 
+import torch
 from torch import Tensor
 
 
-class HostKernel:
-    """A function that is launched as a Triton kernel is, ``kernel[grid](...)``; it walks its own grid."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        return self.function
-
-
-def batch_memcpy_kernel(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, BLOCK_SIZE: int) -> None:
-    """Copy ``sizes[i]`` bytes from address ``src_ptrs[i]`` to ``dst_ptrs[i]``; regions may overlap."""
-    for source, target, size in zip(src_ptrs.tolist(), dst_ptrs.tolist(), sizes.tolist(), strict=True):
-        ctypes.memmove(target, source, size)
+def expand_kernel(
+    output_ptr: Tensor,
+    input_ptr: Tensor,
+    cu_num_tokens_ptr: Tensor,
+    replace_from: float,
+    replace_to: float,
+    MAX_NUM_TOKENS: int,
+) -> None:
+    """Repeat each request's value [batch] for its tokens [tokens], with ``replace_from`` replaced."""
+    counts = cu_num_tokens_ptr.diff(prepend=cu_num_tokens_ptr.new_zeros(1))
+    values = torch.where(input_ptr == replace_from, replace_to, input_ptr).to(output_ptr.dtype)
+    output_ptr.copy_(values.repeat_interleave(counts))
 
 
 def precopy_mamba_align_fused_kernel(
@@ -195,17 +199,25 @@ class _StateBlocks:
 
 
 HOST_KERNELS: dict[str, Callable[..., None]] = {
-    "batch_memcpy_kernel": batch_memcpy_kernel,
-    "precopy_mamba_align_fused_kernel": precopy_mamba_align_fused_kernel,
-    "postprocess_mamba_fused_kernel": postprocess_mamba_fused_kernel,
+    "vllm.v1.sample.rejection_sampler.expand_kernel": expand_kernel,
+    "vllm.v1.worker.mamba_utils.precopy_mamba_align_fused_kernel": precopy_mamba_align_fused_kernel,
+    "vllm.v1.worker.mamba_utils.postprocess_mamba_fused_kernel": postprocess_mamba_fused_kernel,
 }
 
 
-def install_align_copy() -> None:
-    """Put the host kernels where vLLM without Triton has functions that cannot be launched; elsewhere do nothing."""
-    from vllm.v1.worker import mamba_utils
+@cache
+def register_host_kernels() -> None:
+    """Put everything here in place; where Triton is there, its kernels run and nothing is done."""
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.triton_utils.dispatcher import register_kernels
+    from vllm.v1.sample import rejection_sampler
 
-    for name, function in HOST_KERNELS.items():
-        kernel: Any = getattr(mamba_utils, name)
-        if not hasattr(kernel, "__getitem__"):
-            setattr(mamba_utils, name, HostKernel(function))
+    if HAS_TRITON:
+        return
+    register_kernels(HOST_KERNELS)
+    apply_top_k_top_p = rejection_sampler.apply_top_k_top_p
+
+    def apply_to_drafts(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
+        return apply_top_k_top_p(logits, k, p) if len(logits) else logits
+
+    rejection_sampler.apply_top_k_top_p = apply_to_drafts
