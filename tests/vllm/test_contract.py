@@ -54,6 +54,11 @@ PARAMETERS: dict[str, set[str]] = {
         "shared_experts",
         "shared_experts_input",
     },
+    "vllm.model_executor.layers.fused_moe.routed_experts.RoutedExperts._get_quant_method": {
+        "prefix",
+        "quant_config",
+        "moe_config",
+    },
     "vllm.model_executor.layers.rotary_embedding.get_rope": {"head_size", "max_position", "rope_parameters", "dtype"},
     "vllm.compilation.decorators.support_torch_compile": {"dynamic_arg_dims"},
     "vllm.model_executor.models.utils.AutoWeightsLoader.load_weights": {"weights", "mapper"},

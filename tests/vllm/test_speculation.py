@@ -33,7 +33,7 @@ def turns(
 
 @pytest.mark.parametrize(
     ("checkpoint", "running"),
-    [("tiny", {"drafts": 1}), ("tiny", {"drafts": 2}), ("tiny", {"drafts": 3}), ("random", {"drafts": 2})],
+    [(name, {"drafts": drafts}) for name in ("tiny", "random") for drafts in (1, 2, 3)],
     indirect=True,
     scope="class",
 )

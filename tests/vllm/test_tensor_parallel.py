@@ -8,18 +8,23 @@ import pytest
 
 from tests import reference
 from tests.vllm.engines import engine, first_difference
+from tests.vllm.test_speculation import assert_partly_rejected, turns
 
 pytestmark = pytest.mark.vllm
 
 
-@pytest.mark.parametrize("drafts", [0, 2])
-@pytest.mark.parametrize("checkpoint", ["tiny", "random"], indirect=True)
-def test_two_ranks_equal_transformers(checkpoint: Path, drafts: int) -> None:
+@pytest.mark.parametrize(
+    ("checkpoint", "drafts"),
+    [("tiny", 0), ("tiny", 1), ("tiny", 2), ("tiny", 3), ("random", 0), ("random", 2)],
+    indirect=["checkpoint"],
+)
+def test_two_ranks_equal_transformers_cold_warm_and_in_conversation(checkpoint: Path, drafts: int) -> None:
     prompts = reference.prompts(checkpoint)
     expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
     with engine(checkpoint, drafts=drafts, tensor_parallel_size=2) as running:
         assert first_difference(expected, running.greedy(prompts)) is None
         assert first_difference(expected, running.greedy(prompts)) is None
+        for prompt, answer in turns(checkpoint, prompts[12], count=3):
+            assert first_difference([answer], running.greedy([prompt])) is None
         if drafts:
-            counters = running.drafts()
-            assert 0 < counters.accepted < counters.drafted
+            assert_partly_rejected(running)

@@ -47,6 +47,9 @@ class QnextMoEMethod(api.UnquantizedFusedMoEMethod):
 class QnextRoutedExperts(api.RoutedExperts):
     """Takes our method where vLLM would take its unquantized one; quantized layers keep vLLM's."""
 
-    def _get_quant_method(self, *args: Any, **kwargs: Any) -> Any:
-        method = super()._get_quant_method(*args, **kwargs)
-        return QnextMoEMethod(self.moe_config) if type(method) is api.UnquantizedFusedMoEMethod else method
+    def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
+        if quant_config is not None:
+            method = super()._get_quant_method(prefix, quant_config, moe_config)
+            if type(method) is not api.UnquantizedFusedMoEMethod:
+                return method
+        return QnextMoEMethod(moe_config)
