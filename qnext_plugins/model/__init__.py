@@ -13,7 +13,7 @@ from qnext_plugins.model.mtp import MultiTokenPredictor
 from qnext_plugins.model.norm import RMSNorm
 from qnext_plugins.model.port import Engine
 from qnext_plugins.model.sparse_moe import MLP, SparseMoe
-from qnext_plugins.model.weights import CheckpointError, checked_weights, expected_shapes
+from qnext_plugins.model.weights import CheckpointError, check_files, checked_weights, expected_shapes
 
 __all__ = [
     "MLP",
@@ -30,6 +30,7 @@ __all__ = [
     "Segment",
     "SparseMoe",
     "VerifySegment",
+    "check_files",
     "checked_weights",
     "expected_shapes",
 ]

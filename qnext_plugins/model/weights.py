@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+from safetensors import safe_open
 from torch import Tensor
 
 from qnext_plugins.model.config import FULL_ATTENTION, Qwen3NextConfig
@@ -59,14 +62,49 @@ def checked_weights(
     for name, tensor in weights:
         if name.startswith(passing) or name.endswith(IGNORED_SUFFIXES):
             continue
-        if name not in shapes:
-            raise CheckpointError(f"checkpoint: surplus tensor {name} {list(tensor.shape)}")
-        if tuple(tensor.shape) != shapes[name]:
-            raise CheckpointError(
-                f"checkpoint: tensor {name}: expected shape {list(shapes[name])}, got {list(tensor.shape)}"
-            )
+        _check_tensor(name, tuple(tensor.shape), shapes)
         missing.pop(name, None)
         yield name, tensor
+    _check_complete(missing)
+
+
+def check_files(folder: Path, shapes: dict[str, tuple[int, ...]], *, passing: tuple[str, ...] = ()) -> None:
+    """Check the headers of a checkpoint's safetensors files, before anything is allocated or read.
+
+    Args:
+        folder: of the checkpoint. Only the files that its index names are looked at, or ``model.safetensors``; without
+            either nothing is checked.
+        shapes: of :func:`expected_shapes`.
+        passing: prefixes of names that belong to another model.
+
+    Raises:
+        CheckpointError: a tensor is missing, surplus or misshapen.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    elif single.is_file():
+        files = [single]
+    else:
+        return
+    missing = dict(shapes)
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                if not (name.startswith(passing) or name.endswith(IGNORED_SUFFIXES)):
+                    _check_tensor(name, tuple(tensors.get_slice(name).get_shape()), shapes)
+                    missing.pop(name, None)
+    _check_complete(missing)
+
+
+def _check_tensor(name: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]) -> None:
+    if name not in shapes:
+        raise CheckpointError(f"checkpoint: surplus tensor {name} {list(shape)}")
+    if shape != shapes[name]:
+        raise CheckpointError(f"checkpoint: tensor {name}: expected shape {list(shapes[name])}, got {list(shape)}")
+
+
+def _check_complete(missing: dict[str, tuple[int, ...]]) -> None:
     if missing:
         shown = ", ".join(sorted(missing)[:8])
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from qnext_plugins.model import CheckpointError, Qwen3NextConfig, checked_weights, expected_shapes
+from qnext_plugins.model import CheckpointError, Qwen3NextConfig, check_files, checked_weights, expected_shapes
 from tests.model.transformers_models import GROUP_OF_THREE, GROUP_OF_TWO, small_config, small_model
 
 Shapes = dict[str, tuple[int, ...]]
@@ -119,3 +120,18 @@ def test_tensors_are_drawn_one_by_one() -> None:
 
     next(checked_weights(source(), SHAPES))
     assert drawn == list(SHAPES)[:1]
+
+
+def test_headers_of_the_files_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(4), "mtp.x": torch.zeros(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    save_file({"other": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    check_files(tmp_path, {"a": (2, 3), "b": (4,)}, passing=("mtp.",))
+    for shapes, named in (
+        ({"a": (2, 3)}, "surplus tensor b"),
+        ({"a": (3, 2), "b": (4,)}, r"tensor a: expected shape \[3, 2\], got \[2, 3\]"),
+        ({"a": (2, 3), "b": (4,), "c": (1,)}, "missing c"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            check_files(tmp_path, shapes, passing=("mtp.",))
+    check_files(tmp_path / "hub-name", {"a": (1,)})

@@ -41,3 +41,4 @@ def test_engine_names_the_tensor(tmp_path: Path, change: str, named: str) -> Non
     )
     assert done.returncode != 0
     assert named in done.stdout + done.stderr
+    assert "Loading safetensors" not in done.stdout + done.stderr, "found before anything is loaded"

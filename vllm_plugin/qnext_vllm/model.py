@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qnext_plugins.model import DecoderLayer, Qwen3NextConfig, RMSNorm, SparseMoe, checked_weights, expected_shapes
+from qnext_plugins.model import (
+    DecoderLayer,
+    Qwen3NextConfig,
+    RMSNorm,
+    SparseMoe,
+    check_files,
+    checked_weights,
+    expected_shapes,
+)
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
@@ -142,6 +151,9 @@ class Qwen3NextForCausalLM(
         prepare_process(vllm_config, "Qwen3NextForCausalLM")
         self.vllm_config = vllm_config
         self.config = vllm_config.model_config.hf_text_config
+        if vllm_config.quant_config is None and vllm_config.load_config.load_format in ("auto", "safetensors"):
+            shapes = expected_shapes(Qwen3NextConfig.from_hf(self.config))
+            check_files(Path(vllm_config.model_config.model), shapes, passing=(MTP_PREFIX,))
         self.quant_config = vllm_config.quant_config
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=api.maybe_prefix(prefix, "model"))
         self.lm_head = api.ParallelLMHead(
