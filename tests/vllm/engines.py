@@ -31,34 +31,27 @@ class Engine:
 
     def greedy(self, prompts: Sequence[Tokens], max_tokens: int = MAX_TOKENS) -> list[Tokens]:
         """Greedy continuations of all prompts at once, end of sequence ignored."""
-        return [tokens for tokens, _ in self.greedy_with_log_probs(prompts, max_tokens, want_log_probs=False)]
+        return self.sample(prompts, max_tokens, temperature=0.0)
+
+    def sample(self, prompts: Sequence[Tokens], max_tokens: int = MAX_TOKENS, **options: Any) -> list[Tokens]:
+        """Continuations of all prompts at once; ``options`` are vLLM's sampling parameters."""
+        return [tuple(completion.token_ids) for completion in self._complete(prompts, max_tokens, **options)]
 
     def greedy_with_log_probs(
-        self, prompts: Sequence[Tokens], max_tokens: int = MAX_TOKENS, *, want_log_probs: bool = True
+        self, prompts: Sequence[Tokens], max_tokens: int = MAX_TOKENS
     ) -> list[tuple[Tokens, torch.Tensor]]:
         """Greedy continuations and the log-probability [max_tokens] that the engine gave each token."""
-        parameters = SamplingParams(
-            temperature=0.0,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            logprobs=0 if want_log_probs else None,
-        )
-        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         results = []
-        for output in self.llm.generate(inputs, parameters, use_tqdm=False):
-            completion = output.outputs[0]
+        for completion in self._complete(prompts, max_tokens, temperature=0.0, logprobs=0):
             tokens = tuple(completion.token_ids)
-            given = [entry[token].logprob for token, entry in zip(tokens, completion.logprobs or [], strict=False)]
+            given = [entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)]
             results.append((tokens, torch.tensor(given)))
         return results
 
-    def sample(self, prompts: Sequence[Tokens], max_tokens: int = MAX_TOKENS, **options: Any) -> list[Tokens]:
-        """Sampled continuations of all prompts at once; ``options`` are vLLM's sampling parameters."""
+    def _complete(self, prompts: Sequence[Tokens], max_tokens: int, **options: Any) -> list[Any]:
         parameters = SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False, **options)
         inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
-        return [tuple(output.outputs[0].token_ids) for output in outputs]
+        return [output.outputs[0] for output in self.llm.generate(inputs, parameters, use_tqdm=False)]
 
     def drafts(self) -> Drafts:
         """Counters since the engine started."""

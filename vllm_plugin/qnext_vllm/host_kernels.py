@@ -162,7 +162,7 @@ class _StateBlocks:
     ) -> None:
         self.tables = block_table_addresses
         self.table_stride = block_table_stride
-        columns = (
+        self.columns = (
             base_addresses,
             block_strides,
             element_sizes,
@@ -172,7 +172,6 @@ class _StateBlocks:
             row_counts,
             row_strides,
         )
-        self.columns = columns
         self.conv_dim_first = conv_dim_first
 
     def copy(self, request: int, source_column: int, target_column: int, bias: int) -> None:
