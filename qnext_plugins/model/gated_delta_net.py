@@ -37,6 +37,10 @@ class Segment:
     """[N + 1], offsets within the segment."""
     has_initial_state: Tensor | None = None
     """[N] bool."""
+    snapshot_slots: Tensor | None = None
+    """[N]: of a prefill, further slots that get the state behind ``snapshot_lengths`` tokens; −1 for none."""
+    snapshot_lengths: Tensor | None = None
+    """[N], multiples of ``CHUNK_SIZE``."""
 
 
 @dataclass
@@ -45,11 +49,27 @@ class VerifySegment:
 
     tokens: TokenIndex
     slots: Tensor
-    """[N, S]: the state behind token t goes to column t; −1 is padding."""
+    """[N, S]: the state behind token t goes to column t, unless there are step pools; −1 is padding."""
     query_start_loc: Tensor
     """[N + 1], offsets within the segment."""
     num_accepted_tokens: Tensor
     """[N], 1 to S: the column minus one that the sequence resumes from."""
+    step_rows: Tensor | None = None
+    """[N]: rows of the step pools that the states behind the tokens go to instead; −1 for none."""
+
+
+@dataclass
+class StatePools:
+    """One layer's states, each written in place."""
+
+    conv: Tensor
+    """[slots, 2·H·K + HV·V, state_len]."""
+    recurrent: Tensor
+    """[slots, HV, V, K]."""
+    conv_steps: Tensor | None = None
+    """[rows, S, 2·H·K + HV·V, W − 1]: step pool of a verify."""
+    recurrent_steps: Tensor | None = None
+    """[rows, S, HV, V, K]."""
 
 
 @dataclass
@@ -68,8 +88,7 @@ def gated_delta_net_core(
     conv_weight: Tensor,
     A_log: Tensor,
     dt_bias: Tensor,
-    conv_state: Tensor,
-    state: Tensor,
+    pools: StatePools,
     batch: RecurrentBatch,
 ) -> Tensor:
     """Convolution and gated delta rule of one layer over a mixed batch.
@@ -79,34 +98,38 @@ def gated_delta_net_core(
         a, b: [T, HV].
         conv_weight: [2·H·K + HV·V, W].
         A_log, dt_bias: [HV].
-        conv_state: [slots, 2·H·K + HV·V, state_len] pool, written in place.
-        state: [slots, HV, V, K] pool, written in place.
+        pools: of this layer, written in place.
         batch: the segments; rows of no segment are zero in the result.
 
     Returns:
         [T, HV, V] in the dtype of ``mixed_qkv``.
     """
+    state = pools.recurrent
     out = mixed_qkv.new_zeros(mixed_qkv.shape[0], *state.shape[1:3])
 
     def inputs(tokens: TokenIndex, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return *_split_qkv(convolved, state), a[tokens], b[tokens]
 
-    layer = (A_log, dt_bias, state)
+    conv_layer, layer = (conv_weight, pools.conv), (A_log, dt_bias, state)
 
     if (verify := batch.verify) is not None:
-        where = (verify.query_start_loc, verify.num_accepted_tokens)
-        slots = verify.slots[:, 0]
-        convolved = causal_conv1d_verify(mixed_qkv[verify.tokens], conv_weight, conv_state, slots, *where)
-        out[verify.tokens] = gated_delta_rule_verify(*inputs(verify.tokens, convolved), *layer, verify.slots, *where)
+        tokens, where = verify.tokens, (verify.query_start_loc, verify.num_accepted_tokens)
+        conv_steps, steps = (
+            ((pool, verify.step_rows) if verify.step_rows is not None else (None, None))
+            for pool in (pools.conv_steps, pools.recurrent_steps)
+        )
+        convolved = causal_conv1d_verify(mixed_qkv[tokens], *conv_layer, verify.slots[:, 0], *where, *conv_steps)
+        out[tokens] = gated_delta_rule_verify(*inputs(tokens, convolved), *layer, verify.slots, *where, *steps)
     if (decode := batch.decode) is not None:
-        convolved = causal_conv1d_decode(mixed_qkv[decode.tokens], conv_weight, conv_state, decode.slots)
+        convolved = causal_conv1d_decode(mixed_qkv[decode.tokens], *conv_layer, decode.slots)
         out[decode.tokens] = gated_delta_rule_decode(*inputs(decode.tokens, convolved), *layer, decode.slots)
     if (prefill := batch.prefill) is not None:
         assert prefill.query_start_loc is not None
         assert prefill.has_initial_state is not None
         rest = (prefill.slots, prefill.query_start_loc, prefill.has_initial_state)
-        convolved = causal_conv1d_prefill(mixed_qkv[prefill.tokens], conv_weight, conv_state, *rest)
-        out[prefill.tokens] = gated_delta_rule_prefill(*inputs(prefill.tokens, convolved), *layer, *rest)
+        snapshots = (prefill.snapshot_slots, prefill.snapshot_lengths)
+        convolved = causal_conv1d_prefill(mixed_qkv[prefill.tokens], *conv_layer, *rest, *snapshots)
+        out[prefill.tokens] = gated_delta_rule_prefill(*inputs(prefill.tokens, convolved), *layer, *rest, *snapshots)
     return out
 
 

@@ -96,14 +96,24 @@ def join(runs: Sequence[Run]) -> Tokens:
     return Tokens(*(torch.cat(parts) for parts in zip(*(run.tokens for run in runs), strict=True)))
 
 
+def place(
+    runs: Sequence[Run], state_dtype: torch.dtype, *, columns: int = 1, accepted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A pool and slots [N, columns] in it; each run's state is in column ``accepted − 1`` (None: the first)."""
+    tokens = runs[0].tokens
+    shape = (tokens.v.shape[1], tokens.v.shape[2], tokens.q.shape[2])
+    pool = nan_pool(len(runs) * columns + 3, shape, state_dtype)
+    slots = distinct_slots(len(runs) * columns, len(pool)).view(-1, columns)
+    for n, run in enumerate(runs):
+        if run.state is not None:
+            pool[slots[n, 0 if accepted is None else accepted[n] - 1]] = run.state
+    return pool, slots
+
+
 def prefill(runs: Sequence[Run], gates: Gates, state_dtype: torch.dtype) -> list[Result]:
     tokens, lengths = join(runs), [len(run.tokens.v) for run in runs]
-    pool = nan_pool(len(runs) + 3, _state_shape(tokens), state_dtype)
-    slots = distinct_slots(len(runs), len(pool))
-    for slot, run in zip(slots, runs, strict=True):
-        if run.state is not None:
-            pool[slot] = run.state
-    known = torch.tensor([run.state is not None for run in runs])
+    pool, slots = place(runs, state_dtype)
+    slots, known = slots[:, 0], torch.tensor([run.state is not None for run in runs])
     out = gated_delta_rule_prefill(*tokens, *gates, pool, slots, start_offsets(lengths), known)
     return [Result(o, pool[slot].clone()) for o, slot in zip(out.split(lengths), slots, strict=True)]
 
@@ -111,9 +121,8 @@ def prefill(runs: Sequence[Run], gates: Gates, state_dtype: torch.dtype) -> list
 def decode(runs: Sequence[Run], gates: Gates, state_dtype: torch.dtype) -> list[Result]:
     """Decode the first token of each run."""
     tokens = join([Run(run.tokens.rows(slice(1)), run.state) for run in runs])
-    pool = nan_pool(len(runs) + 3, _state_shape(tokens), state_dtype)
-    slots = distinct_slots(len(runs), len(pool))
-    pool[slots] = torch.stack([run.state for run in runs if run.state is not None])
+    pool, slots = place(runs, state_dtype)
+    slots = slots[:, 0]
     out = gated_delta_rule_decode(*tokens, *gates, pool, slots)
     return [Result(out[n : n + 1], pool[slot].clone()) for n, slot in enumerate(slots)]
 
@@ -121,11 +130,8 @@ def decode(runs: Sequence[Run], gates: Gates, state_dtype: torch.dtype) -> list[
 def verify(runs: Sequence[Run], gates: Gates, state_dtype: torch.dtype) -> list[Result]:
     """Verify runs that resume from a random column of their slots."""
     tokens, lengths = join(runs), [len(run.tokens.v) for run in runs]
-    pool = nan_pool(len(runs) * COLUMNS + 3, _state_shape(tokens), state_dtype)
-    slots = distinct_slots(len(runs) * COLUMNS, len(pool)).view(-1, COLUMNS)
     accepted = torch.randint(1, COLUMNS + 1, (len(runs),))
-    initial = slots[torch.arange(len(runs)), accepted - 1]
-    pool[initial] = torch.stack([run.state for run in runs if run.state is not None])
+    pool, slots = place(runs, state_dtype, columns=COLUMNS, accepted=accepted)
     out = gated_delta_rule_verify(*tokens, *gates, pool, slots, start_offsets(lengths), accepted)
     last = [row[length - 1] for row, length in zip(slots, lengths, strict=True)]
     return [Result(o, pool[slot].clone()) for o, slot in zip(out.split(lengths), last, strict=True)]
@@ -138,7 +144,3 @@ def repeated_decode(run: Run, gates: Gates, state_dtype: torch.dtype) -> Result:
         ((out, state),) = decode([Run(run.tokens.rows(slice(t, t + 1)), state)], gates, state_dtype)
         outputs.append(out)
     return Result(torch.cat(outputs), state)
-
-
-def _state_shape(tokens: Tokens) -> tuple[int, int, int]:
-    return tokens.v.shape[1], tokens.v.shape[2], tokens.q.shape[2]

@@ -48,6 +48,13 @@ def nan_pool(slots: int, shape: Sequence[int], dtype: torch.dtype, *, gap: int =
     return torch.full((slots, size + gap), math.nan, dtype=dtype)[:, :size].unflatten(1, tuple(shape))
 
 
+def nan_steps(rows: int, steps: int, shape: Sequence[int], dtype: torch.dtype, *, steps_first: bool) -> Tensor:
+    """A step pool [rows, steps, *shape] of NaN, by rows or by steps in memory, with gaps in between."""
+    if steps_first:
+        return nan_pool(steps, (rows, *shape), dtype).transpose(0, 1)
+    return nan_pool(rows, (steps, *shape), dtype)
+
+
 def memory(pool: Tensor) -> Tensor:
     """All bytes of a pool, those between its slots among them; shares its storage."""
     return torch.empty(0, dtype=torch.uint8).set_(pool.untyped_storage())

@@ -18,6 +18,7 @@ from tests.kernels.kernel_inputs import (
     distinct_slots,
     memory,
     nan_pool,
+    nan_steps,
     only_written,
     same_bits,
     start_offsets,
@@ -27,8 +28,10 @@ CHANNELS = 13
 DRAFTS = 3
 WIDTHS = (2, 4)
 POOLS = ("channels first", "channels last")
+STEP_POOLS = ("by rows", "by steps", "shared columns")
 STORED = [(x, pool) for x in DTYPES for pool in DTYPES]
-
+SNAPSHOTS = [(0, 0), (1, 0), (1, 1), (2, 1), (3, 3), (63, 62), (64, 64), (65, 2), (197, 0), (197, 100), (197, 197)]
+"""Lengths of sequences, and behind how many of their tokens to take a snapshot."""
 
 History = Tensor | None
 """The W − 1 inputs before a sequence's next token, [D, W − 1]; None: it starts here."""
@@ -40,6 +43,16 @@ def make_pool(slots: int, width: int, dtype: torch.dtype, layout: str, *, drafts
     if layout == "channels first":
         return nan_pool(slots, (CHANNELS, length), dtype, gap=0)
     return nan_pool(slots, (length, CHANNELS), dtype).transpose(1, 2)
+
+
+def make_steps(rows: int, width: int, dtype: torch.dtype, layout: str) -> Tensor:
+    """[rows, 1 + DRAFTS, D, W − 1] of NaN; with shared columns step t is columns t to t + W − 2 of one buffer a row."""
+    steps = 1 + DRAFTS
+    if layout != "shared columns":
+        return nan_steps(rows, steps, (CHANNELS, width - 1), dtype, steps_first=layout == "by steps")
+    columns = steps + width - 2
+    buffer = nan_pool(rows, (CHANNELS, columns), dtype)
+    return buffer.as_strided((rows, steps, CHANNELS, width - 1), (buffer.stride(0), 1, columns, 1))
 
 
 def make_weight(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -321,20 +334,130 @@ def test_prefill_of_few_tokens_equals_verify_and_of_one_equals_decode_bitwise(
                 assert_same(ours, decoded)
 
 
+@pytest.mark.parametrize("layout", POOLS)
+@pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_snapshot_equals_a_prefill_of_its_tokens_and_changes_nothing_else_bitwise(
+    backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
+) -> None:
+    # Every sequence with and without earlier inputs.
+    lengths, cuts = (list(values) for values in zip(*SNAPSHOTS, *SNAPSHOTS, strict=True))
+    count, known = len(lengths), torch.arange(len(lengths)) < len(SNAPSHOTS)
+    weight, pool = make_weight(width, dtype), make_pool(60, width, pool_dtype, layout, drafts=1)
+    xs = [torch.randn(length, CHANNELS).to(dtype) for length in lengths]
+    histories = [random_history(width, dtype, pool_dtype) if earlier else None for earlier in known]
+    slots, snapshot_slots = distinct_slots(2 * count, 60).view(2, count)
+    slots[-1] = snapshot_slots[-2] = snapshot_slots[3] = -1
+    for slot, history in zip(slots, histories, strict=True):
+        if history is not None:
+            pool[slot, :, : width - 1] = history
+    before, bytes_before, plain = pool.clone(), memory(pool).clone(), pool.clone()
+    arguments = (slots, start_offsets(lengths), known)
+    snapshot_lengths = torch.tensor(cuts)
+    snapshot_lengths[-2] = 999
+    with force_backend(backend):
+        expected = prefill(
+            weight,
+            make_pool(60, width, pool_dtype, layout),
+            [x[:cut] for x, cut in zip(xs, cuts, strict=True)],
+            histories,
+        )
+        y_plain = causal_conv1d_prefill(torch.cat(xs), weight, plain, *arguments)
+        y = causal_conv1d_prefill(torch.cat(xs), weight, pool, *arguments, snapshot_slots, snapshot_lengths)
+    taken = (slots >= 0) & (snapshot_slots >= 0)
+    for n in taken.nonzero().flatten():
+        state = expected[n][1] if cuts[n] or known[n] else torch.zeros(CHANNELS, width - 1, dtype=pool_dtype)
+        assert same_bits(pool[snapshot_slots[n], :, : width - 1], state)
+    assert same_bits(y, y_plain)
+    assert same_bits(pool[slots[slots >= 0]], plain[slots[slots >= 0]])
+    assert pool[:, :, width - 1 :].isnan().all()
+    written = torch.cat([slots[slots >= 0], snapshot_slots[taken]])
+    assert only_written(pool, before, bytes_before, written)
+
+
+@pytest.mark.parametrize("drafts", [0, DRAFTS])
+@pytest.mark.parametrize("layout", STEP_POOLS)
+@pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_verify_with_a_step_pool_equals_repeated_decode_and_only_reads_the_state_bitwise(
+    backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str, drafts: int
+) -> None:
+    weight, pool = make_weight(width, dtype), make_pool(20, width, pool_dtype, "channels last", drafts=drafts)
+    lengths = [n % (DRAFTS + 2) for n in range(15)]
+    xs = [torch.randn(length, CHANNELS).to(dtype) for length in lengths]
+    histories = [random_history(width, dtype, pool_dtype) for _ in xs]
+    slots, rows, accepted = distinct_slots(15, 20), distinct_slots(15, 17), torch.randint(1, drafts + 2, (15,))
+    for slot, history, offset in zip(slots, histories, (accepted - 1).tolist(), strict=True):
+        pool[slot, :, offset : offset + width - 1] = history
+    slots[3], rows[8] = -1, -1
+    before = memory(pool).clone()
+    steps, expected = (make_steps(17, width, pool_dtype, layout) for _ in range(2))
+    control_pool = make_pool(3, width, pool_dtype, "channels first")
+    with force_backend(backend):
+        y = causal_conv1d_verify(torch.cat(xs), weight, pool, slots, start_offsets(lengths), accepted, steps, rows)
+        for n, out in enumerate(y.split(lengths)):
+            if slots[n] < 0:
+                assert not out.any()
+                continue
+            state = histories[n]
+            for t in range(lengths[n]):
+                ((decoded, state),) = decode(weight, control_pool, [xs[n][t : t + 1]], [state])
+                assert same_bits(out[t : t + 1], decoded)
+                if rows[n] >= 0:
+                    expected[rows[n], t] = state
+    assert torch.equal(memory(steps), memory(expected))
+    assert torch.equal(memory(pool), before)
+
+
+@pytest.mark.parametrize("layout", STEP_POOLS)
+@pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_verify_with_a_step_pool_agrees_with_verify_in_place_bitwise_and_with_float64(
+    backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
+) -> None:
+    weight, pool = make_weight(width, dtype), make_pool(20, width, pool_dtype, "channels first", drafts=DRAFTS)
+    pool.copy_(past_inputs(20, width + DRAFTS, dtype, pool_dtype))
+    lengths = [1 + n % (DRAFTS + 1) for n in range(15)]
+    x, slots, rows = torch.randn(sum(lengths), CHANNELS).to(dtype), distinct_slots(15, 20), distinct_slots(15, 17)
+    where = (slots, start_offsets(lengths), torch.randint(1, DRAFTS + 2, (15,)))
+    steps, truth_steps = (make_steps(17, width, pool_dtype, layout) for _ in range(2))
+    with force_backend("reference"):
+        truth = causal_conv1d_verify(x.double(), weight.double(), pool, *where, truth_steps, rows)
+    with force_backend(backend):
+        y = causal_conv1d_verify(x, weight, pool, *where, steps, rows)
+        y_in_place = causal_conv1d_verify(x, weight, pool, *where)
+    assert same_bits(y, y_in_place)
+    for slot, row, length in zip(slots, rows, lengths, strict=True):
+        for t in range(length):
+            assert same_bits(steps[row, t], pool[slot, :, t : t + width - 1])
+    assert_close(y, truth, roundings(width))
+    assert torch.equal(memory(steps), memory(truth_steps))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch_is_served(backend: str) -> None:
     weight, pool = make_weight(4), make_pool(3, 4, torch.float32, "channels first")
+    steps = make_steps(3, 4, torch.float32, "shared columns")
     x, none = torch.empty(0, CHANNELS), torch.empty(0, dtype=torch.int32)
     with force_backend(backend):
         assert causal_conv1d_decode(x, weight, pool, none).shape == x.shape
         assert causal_conv1d_verify(x, weight, pool, none, start_offsets([]), none).shape == x.shape
-        assert causal_conv1d_prefill(x, weight, pool, none, start_offsets([]), none.bool()).shape == x.shape
+        assert causal_conv1d_verify(x, weight, pool, none, start_offsets([]), none, steps, none).shape == x.shape
+        for snapshots in ((), (none, none)):
+            rest = (none, start_offsets([]), none.bool(), *snapshots)
+            assert causal_conv1d_prefill(x, weight, pool, *rest).shape == x.shape
     assert pool.isnan().all()
+    assert steps.isnan().all()
 
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "prefill": causal_conv1d_prefill,
+    "prefill with snapshots": causal_conv1d_prefill,
     "verify": causal_conv1d_verify,
+    "verify with steps": causal_conv1d_verify,
     "decode": causal_conv1d_decode,
 }
 BAD_ANYWHERE = [
@@ -370,15 +493,42 @@ BAD_VERIFY = [
     Bad("num_accepted_tokens", "more than the drafts", lambda x: x + DRAFTS + 1, IndexError),
     Bad("query_start_loc", "more tokens than the state holds", lambda x: x * torch.tensor([0, 0, 0, 1]), ValueError),
 ]
+BAD_SNAPSHOTS = [
+    Bad("snapshot_slots", "missing", lambda x: None, ValueError),
+    Bad("snapshot_slots", "of fewer sequences", lambda x: x[:-1], ValueError),
+    Bad("snapshot_slots", "floats", lambda x: x.float(), TypeError),
+    Bad("snapshot_slots", "beyond the pool", lambda x: x + 9, IndexError),
+    Bad("snapshot_slots", "below −1", lambda x: x - 12, IndexError),
+    Bad("snapshot_lengths", "missing", lambda x: None, ValueError),
+    Bad("snapshot_lengths", "of fewer sequences", lambda x: x[:-1], ValueError),
+    Bad("snapshot_lengths", "floats", lambda x: x.float(), TypeError),
+    Bad("snapshot_lengths", "below 0", lambda x: x - 3, ValueError),
+    Bad("snapshot_lengths", "beyond the sequence", lambda x: x + 1, ValueError),
+]
+BAD_STEPS = [
+    Bad("step_state", "missing", lambda x: None, ValueError),
+    Bad("step_state", "one row", lambda x: x[0], ValueError),
+    Bad("step_state", "of other channels", lambda x: x[:, :, :-1], ValueError),
+    Bad("step_state", "too short", lambda x: x[:, :, :, 1:], ValueError),
+    Bad("step_state", "another float dtype", lambda x: x.double(), TypeError),
+    Bad("step_rows", "missing", lambda x: None, ValueError),
+    Bad("step_rows", "of fewer sequences", lambda x: x[:-1], ValueError),
+    Bad("step_rows", "floats", lambda x: x.float(), TypeError),
+    Bad("step_rows", "beyond the step pool", lambda x: x + 5, IndexError),
+    Bad("step_rows", "below −1", lambda x: x - 6, IndexError),
+    Bad("query_start_loc", "more tokens than steps", lambda x: torch.tensor([0, 0, 2, 6]), ValueError),
+]
 
 
 @pytest.mark.parametrize(
     ("operation", "bad"),
     [
         *((name, bad) for name in OPERATIONS for bad in BAD_ANYWHERE),
-        *((name, bad) for name in ("prefill", "verify") for bad in BAD_OFFSETS),
+        *((name, bad) for name in OPERATIONS if name != "decode" for bad in BAD_OFFSETS),
         *(("prefill", bad) for bad in BAD_PREFILL),
-        *(("verify", bad) for bad in BAD_VERIFY),
+        *(("prefill with snapshots", bad) for bad in BAD_SNAPSHOTS),
+        *((name, bad) for name in ("verify", "verify with steps") for bad in BAD_VERIFY),
+        *(("verify with steps", bad) for bad in BAD_STEPS),
     ],
     ids=str,
 )
@@ -394,11 +544,18 @@ def test_bad_input_is_refused_by_name_before_anything_is_written(operation: str,
     }
     if operation != "decode":
         arguments["query_start_loc"] = start_offsets(lengths)
-    if operation == "prefill":
+    if operation.startswith("prefill"):
         arguments["has_initial_state"] = torch.tensor([True, False, True])
-    if operation == "verify":
+    if operation.startswith("verify"):
         arguments["num_accepted_tokens"] = torch.tensor([1, 1, 1])
+    if operation == "prefill with snapshots":
+        arguments["slots"], arguments["snapshot_slots"] = distinct_slots(6, 9).view(2, 3)
+        arguments["snapshot_lengths"] = torch.tensor([1, 0, 2])
+    steps = make_steps(5, 4, torch.float32, "by rows")[:, :3]
+    if operation == "verify with steps":
+        arguments["step_state"], arguments["step_rows"] = steps, distinct_slots(3, 5)
     before = memory(pool).clone()
     with pytest.raises(bad.error, match=f"^{bad.argument}:"):
         OPERATIONS[operation](**(arguments | {bad.argument: bad.change(arguments[bad.argument])}))
     assert torch.equal(memory(pool), before)
+    assert steps.isnan().all()

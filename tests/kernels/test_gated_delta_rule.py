@@ -28,8 +28,11 @@ from tests.kernels.delta_rule_runs import (
     Run,
     Shape,
     decode,
+    join,
+    place,
     prefill,
     random_gates,
+    random_runs,
     random_state,
     random_tokens,
     verify,
@@ -43,6 +46,7 @@ from tests.kernels.kernel_inputs import (
     distinct_slots,
     memory,
     nan_pool,
+    nan_steps,
     only_written,
     start_offsets,
 )
@@ -144,6 +148,52 @@ def test_decode_agrees_with_float64(backend: str, shape: Shape, dtype: torch.dty
     assert only_written(pool, before, bytes_before, live)
 
 
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_snapshots_agree_with_float64(backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    lengths, cuts = [0, 1, CHUNK_SIZE, CHUNK_SIZE + 1, 2 * CHUNK_SIZE], torch.tensor([0, 0, 1, 1, 2]) * CHUNK_SIZE
+    gates, runs = random_gates(shape), random_runs(shape, lengths, dtype, state_dtype)
+    pool, slots = place(runs, state_dtype, columns=2)
+    slots, snapshot_slots = slots.unbind(1)
+    truth_pool, tokens = pool.double(), join(runs)
+    where = (slots, start_offsets(lengths), torch.arange(len(runs)) != 2, snapshot_slots, cuts)
+    with force_backend("reference"):
+        truth = gated_delta_rule_prefill(*tokens.double(), *gates, truth_pool, *where)
+    with force_backend(backend):
+        out = gated_delta_rule_prefill(*tokens, *gates, pool, *where)
+    stored = max(lengths) if backend == "reference" else max(lengths) // CHUNK_SIZE
+    expected = roundings(shape, max(lengths), state_dtype, stored)
+    assert_close(out, truth, expected)
+    assert_close(pool[snapshot_slots], truth_pool[snapshot_slots], expected)
+
+
+@pytest.mark.parametrize("step_dtype", DTYPES)
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_verify_with_a_step_pool_agrees_with_float64(
+    backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype, step_dtype: torch.dtype
+) -> None:
+    lengths = [1, 2, 3, 4, 4, 3, 2, 1]
+    gates, runs = random_gates(shape), random_runs(shape, lengths, dtype, state_dtype)
+    pool, slots = place(runs, state_dtype)
+    step_rows, tokens = distinct_slots(8, 10), join(runs)
+    where = (slots, start_offsets(lengths), torch.ones(8, dtype=torch.int32))
+    steps = nan_steps(10, COLUMNS, shape.state, step_dtype, steps_first=False)
+    truth_steps = steps.double()
+    with force_backend("reference"):
+        truth = gated_delta_rule_verify(*tokens.double(), *gates, pool.double(), *where, truth_steps, step_rows)
+    with force_backend(backend):
+        out = gated_delta_rule_verify(*tokens, *gates, pool, *where, steps, step_rows)
+    expected = roundings(shape, COLUMNS, step_dtype, stored=COLUMNS)
+    assert_close(out, truth, expected)
+    for row, length in zip(step_rows, lengths, strict=True):
+        assert_close(steps[row, :length], truth_steps[row, :length], expected)
+
+
 @pytest.mark.parametrize("referee", [torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule])
 @pytest.mark.parametrize("with_state", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -216,20 +266,27 @@ def test_an_empty_batch_is_served(backend: str) -> None:
     shape = SHAPES[1]
     tokens, gates = random_tokens(shape, 0, torch.float32), random_gates(shape)
     pool = nan_pool(3, shape.state, torch.float32)
+    steps = nan_steps(3, COLUMNS, shape.state, torch.float32, steps_first=False)
     none, offsets = torch.empty(0, dtype=torch.int32), start_offsets([])
+    columns = none[:, None].expand(0, COLUMNS)
     with force_backend(backend):
         results = [
             gated_delta_rule_decode(*tokens, *gates, pool, none),
             gated_delta_rule_prefill(*tokens, *gates, pool, none, offsets, none.bool()),
-            gated_delta_rule_verify(*tokens, *gates, pool, none[:, None].expand(0, COLUMNS), offsets, none),
+            gated_delta_rule_prefill(*tokens, *gates, pool, none, offsets, none.bool(), none, none),
+            gated_delta_rule_verify(*tokens, *gates, pool, columns, offsets, none),
+            gated_delta_rule_verify(*tokens, *gates, pool, columns, offsets, none, steps, none),
         ]
-    assert [result.shape for result in results] == [tokens.v.shape] * 3
+    assert [result.shape for result in results] == [tokens.v.shape] * 5
     assert pool.isnan().all()
+    assert steps.isnan().all()
 
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "prefill": gated_delta_rule_prefill,
+    "prefill with snapshots": gated_delta_rule_prefill,
     "verify": gated_delta_rule_verify,
+    "verify with steps": gated_delta_rule_verify,
     "decode": gated_delta_rule_decode,
 }
 BAD_ANYWHERE = [
@@ -280,15 +337,43 @@ BAD_VERIFY = [
     Bad("num_accepted_tokens", "more than columns", lambda x: x + COLUMNS, IndexError),
     Bad("query_start_loc", "more tokens than columns", lambda x: x * torch.tensor([0, 0, 0, 1]), ValueError),
 ]
+BAD_SNAPSHOTS = [
+    Bad("snapshot_slots", "missing", lambda x: None, ValueError),
+    Bad("snapshot_slots", "of fewer sequences", lambda x: x[:-1], ValueError),
+    Bad("snapshot_slots", "floats", lambda x: x.float(), TypeError),
+    Bad("snapshot_slots", "beyond the pool", lambda x: x + 20, IndexError),
+    Bad("snapshot_slots", "below −1", lambda x: x - 21, IndexError),
+    Bad("snapshot_lengths", "missing", lambda x: None, ValueError),
+    Bad("snapshot_lengths", "of fewer sequences", lambda x: x[:-1], ValueError),
+    Bad("snapshot_lengths", "floats", lambda x: x.float(), TypeError),
+    Bad("snapshot_lengths", "below 0", lambda x: x - CHUNK_SIZE, ValueError),
+    Bad("snapshot_lengths", "beyond the sequence", lambda x: x + CHUNK_SIZE, ValueError),
+    Bad("snapshot_lengths", "within a chunk", lambda x: x + 1, ValueError),
+]
+BAD_STEPS = [
+    Bad("step_state", "missing", lambda x: None, ValueError),
+    Bad("step_state", "one row", lambda x: x[0], ValueError),
+    Bad("step_state", "of fewer heads", lambda x: x[:, :, :-1], ValueError),
+    Bad("step_state", "key dim first", lambda x: x.transpose(3, 4), ValueError),
+    Bad("step_state", "integers", lambda x: x.int(), TypeError),
+    Bad("step_rows", "missing", lambda x: None, ValueError),
+    Bad("step_rows", "of fewer sequences", lambda x: x[:-1], ValueError),
+    Bad("step_rows", "floats", lambda x: x.float(), TypeError),
+    Bad("step_rows", "beyond the step pool", lambda x: x + 5, IndexError),
+    Bad("step_rows", "below −1", lambda x: x - 6, IndexError),
+    Bad("query_start_loc", "more tokens than steps", lambda x: torch.tensor([0, 0, 2, 6]), ValueError),
+]
 
 
 @pytest.mark.parametrize(
     ("operation", "bad"),
     [
         *((name, bad) for name in OPERATIONS for bad in BAD_ANYWHERE),
-        *((name, bad) for name in ("prefill", "verify") for bad in BAD_OFFSETS),
+        *((name, bad) for name in OPERATIONS if name != "decode" for bad in BAD_OFFSETS),
         *(("prefill", bad) for bad in BAD_PREFILL),
-        *(("verify", bad) for bad in BAD_VERIFY),
+        *(("prefill with snapshots", bad) for bad in BAD_SNAPSHOTS),
+        *((name, bad) for name in ("verify", "verify with steps") for bad in BAD_VERIFY),
+        *(("verify with steps", bad) for bad in BAD_STEPS),
     ],
     ids=str,
 )
@@ -302,15 +387,21 @@ def test_bad_input_is_refused_by_name_before_anything_is_written(operation: str,
         **random_tokens(shape, sum(lengths), torch.float32)._asdict(),
         **random_gates(shape)._asdict(),
         "state": pool,
-        "slots": slots if operation == "verify" else slots[:, 0],
+        "slots": slots if operation.startswith("verify") else slots[:, 0],
     }
     if operation != "decode":
         arguments["query_start_loc"] = start_offsets(lengths)
-    if operation == "prefill":
+    if operation.startswith("prefill"):
         arguments["has_initial_state"] = torch.tensor([True, False, True])
-    if operation == "verify":
+    if operation.startswith("verify"):
         arguments["num_accepted_tokens"] = torch.tensor([1, 1, 1])
+    if operation == "prefill with snapshots":
+        arguments["snapshot_slots"], arguments["snapshot_lengths"] = slots[:, 1], torch.zeros(3, dtype=torch.int32)
+    steps = nan_steps(5, COLUMNS - 1, shape.state, torch.float32, steps_first=False)
+    if operation == "verify with steps":
+        arguments["step_state"], arguments["step_rows"] = steps, distinct_slots(3, 5)
     before = memory(pool).clone()
     with pytest.raises(bad.error, match=f"^{bad.argument}:"):
         OPERATIONS[operation](**(arguments | {bad.argument: bad.change(arguments[bad.argument])}))
     assert torch.equal(memory(pool), before)
+    assert steps.isnan().all()

@@ -7,7 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qnext_kernels import force_backend, gated_delta_rule_decode, gated_delta_rule_verify
+from qnext_kernels import (
+    force_backend,
+    gated_delta_rule_decode,
+    gated_delta_rule_prefill,
+    gated_delta_rule_verify,
+)
 from qnext_kernels.gated_delta_rule import CHUNK_SIZE
 from tests.kernels.delta_rule_runs import (
     COLUMNS,
@@ -17,6 +22,8 @@ from tests.kernels.delta_rule_runs import (
     Run,
     Shape,
     decode,
+    join,
+    place,
     prefill,
     random_gates,
     random_runs,
@@ -25,9 +32,22 @@ from tests.kernels.delta_rule_runs import (
     repeated_decode,
     verify,
 )
-from tests.kernels.kernel_inputs import BACKENDS, DTYPES, LENGTHS, distinct_slots, nan_pool, same_bits, start_offsets
+from tests.kernels.kernel_inputs import (
+    BACKENDS,
+    DTYPES,
+    LENGTHS,
+    distinct_slots,
+    memory,
+    nan_pool,
+    nan_steps,
+    only_written,
+    same_bits,
+    start_offsets,
+)
 
 ALL_SHAPES = [*SHAPES, MODEL_SHAPE]
+SNAPSHOTS = [(0, 0), (1, 0), (63, 0), (64, 0), (64, 64), (65, 64), (197, 64), (197, 128), (197, 192)]
+"""Lengths of sequences, and behind how many of their tokens to take a snapshot."""
 
 
 def assert_same(actual: Result, expected: Result) -> None:
@@ -156,3 +176,105 @@ def test_prefill_of_few_tokens_equals_verify(
     with force_backend(backend):
         for ours, verified in zip(prefill(runs, gates, state_dtype), verify(runs, gates, state_dtype), strict=True):
             assert_same(ours, verified)
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_snapshot_equals_a_prefill_of_its_tokens_and_changes_nothing_else(
+    backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
+    # Every sequence with and without an initial state.
+    lengths, cuts = (list(values) for values in zip(*SNAPSHOTS, *SNAPSHOTS, strict=True))
+    gates, runs = random_gates(shape), random_runs(shape, lengths, dtype, state_dtype)
+    runs[len(SNAPSHOTS) :] = [Run(run.tokens, None) for run in runs[len(SNAPSHOTS) :]]
+    pool, slots = place(runs, state_dtype, columns=2)
+    slots, snapshot_slots = slots.unbind(1)
+    slots[5] = snapshot_slots[3] = snapshot_slots[-2] = -1
+    before, bytes_before = pool.clone(), memory(pool).clone()
+    known = torch.tensor([run.state is not None for run in runs])
+    snapshot_lengths = torch.tensor(cuts)
+    snapshot_lengths[-2] = 999
+    with force_backend(backend):
+        whole = prefill(runs, gates, state_dtype)
+        heads = prefill(
+            [Run(r.tokens.rows(slice(c)), r.state) for r, c in zip(runs, cuts, strict=True)], gates, state_dtype
+        )
+        out = gated_delta_rule_prefill(
+            *join(runs), *gates, pool, slots, start_offsets(lengths), known, snapshot_slots, snapshot_lengths
+        )
+    taken = (slots >= 0) & (snapshot_slots >= 0)
+    for n, ours in enumerate(out.split(lengths)):
+        if slots[n] < 0:
+            assert not ours.any()
+            continue
+        assert_same(Result(ours, pool[slots[n]]), whole[n])
+        if taken[n]:
+            state = heads[n].state if cuts[n] or known[n] else torch.zeros(shape.state, dtype=state_dtype)
+            assert same_bits(pool[snapshot_slots[n]], state)
+    assert only_written(pool, before, bytes_before, torch.cat([slots[slots >= 0], snapshot_slots[taken]]))
+
+
+@pytest.mark.parametrize(("columns", "steps_first"), [(1, False), (COLUMNS + 2, True)])
+@pytest.mark.parametrize("step_dtype", DTYPES)
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_verify_with_a_step_pool_equals_repeated_decode_and_only_reads_the_state(
+    backend: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    step_dtype: torch.dtype,
+    columns: int,
+    steps_first: bool,
+) -> None:
+    lengths = [1, 2, 3, 4, 0, 3, 2, 1]
+    gates, runs = random_gates(shape), random_runs(shape, lengths, dtype, state_dtype)
+    accepted, step_rows = torch.randint(1, columns + 1, (8,)), distinct_slots(8, 10)
+    pool, slots = place(runs, state_dtype, columns=columns, accepted=accepted)
+    slots[2, accepted[2] - 1], step_rows[5] = -1, -1
+    before = memory(pool).clone()
+    steps, expected = (nan_steps(10, COLUMNS, shape.state, step_dtype, steps_first=steps_first) for _ in range(2))
+    where = (slots, start_offsets(lengths), accepted)
+    # The state that a sequence starts from is not rounded to the dtype of the step pool.
+    first = state_dtype if state_dtype == step_dtype else torch.float32
+    with force_backend(backend):
+        out = gated_delta_rule_verify(*join(runs), *gates, pool, *where, steps, step_rows)
+        for n, ours in enumerate(out.split(lengths)):
+            if n == 2:
+                assert not ours.any()
+                continue
+            state = runs[n].state
+            for t in range(lengths[n]):
+                one = Run(runs[n].tokens.rows(slice(t, t + 1)), state)
+                ((decoded, state),) = decode([one], gates, step_dtype if t else first)
+                state = state.to(step_dtype)
+                assert same_bits(ours[t : t + 1], decoded)
+                if step_rows[n] >= 0:
+                    expected[step_rows[n], t] = state
+    assert torch.equal(memory(steps), memory(expected))
+    assert torch.equal(memory(pool), before)
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_verify_with_a_step_pool_equals_verify_in_place(
+    backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
+    lengths = [1, 2, 3, 4, 4, 3, 2, 1]
+    gates, runs = random_gates(shape), random_runs(shape, lengths, dtype, state_dtype)
+    accepted, step_rows = torch.randint(1, COLUMNS + 1, (8,)), distinct_slots(8, 10)
+    pool, slots = place(runs, state_dtype, columns=COLUMNS, accepted=accepted)
+    steps = nan_steps(10, COLUMNS, shape.state, state_dtype, steps_first=True)
+    where = (slots, start_offsets(lengths), accepted)
+    with force_backend(backend):
+        out = gated_delta_rule_verify(*join(runs), *gates, pool, *where, steps, step_rows)
+        in_place = gated_delta_rule_verify(*join(runs), *gates, pool, *where)
+    assert same_bits(out, in_place)
+    for row, step_row, length in zip(slots, step_rows, lengths, strict=True):
+        assert same_bits(steps[step_row, :length], pool[row[:length]])

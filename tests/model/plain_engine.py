@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qnext_kernels import experts, topk_softmax
-from qnext_plugins.model import DecoderLayer, Qwen3NextConfig, RecurrentBatch, RMSNorm, Segment
+from qnext_plugins.model import DecoderLayer, Qwen3NextConfig, RecurrentBatch, RMSNorm, Segment, StatePools
 from qnext_plugins.model.gated_delta_net import gated_delta_net_core
 
 
@@ -54,7 +54,7 @@ class RecurrentState(nn.Module):
             batch = RecurrentBatch(prefill=Segment(slice(None), slots, offsets, known))
         self.started = True
         weights = (conv_weight, A_log, dt_bias)
-        return gated_delta_net_core(mixed_qkv, a, b, *weights, self.conv_state, self.state, batch)
+        return gated_delta_net_core(mixed_qkv, a, b, *weights, StatePools(self.conv_state, self.state), batch)
 
 
 class PlainExperts(nn.Module):

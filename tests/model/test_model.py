@@ -151,7 +151,7 @@ def test_core_gives_each_segment_of_a_mixed_batch_what_it_gets_alone() -> None:
 
     def run(batch: RecurrentBatch) -> tuple[Tensor, Tensor, Tensor]:
         pools = (conv_state.clone(), state.clone())
-        return gated_delta_net_core(*inputs, *weights, *pools, batch), *pools
+        return gated_delta_net_core(*inputs, *weights, StatePools(*pools), batch), *pools
 
     mixed = run(RecurrentBatch(decode=decode, prefill=prefill, verify=verify))
     alone = [RecurrentBatch(decode=decode), RecurrentBatch(prefill=prefill), RecurrentBatch(verify=verify)]

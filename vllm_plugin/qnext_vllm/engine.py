@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from qnext_plugins.model import Qwen3NextConfig
+from qnext_plugins.model.sharding import sharded_parameter
 from qnext_vllm import vllm_api as api
 from qnext_vllm.experts import QnextRoutedExperts, route
 from qnext_vllm.gated_delta_net import GatedDeltaNetState
@@ -21,7 +19,7 @@ class VllmEngine:
         self.vllm_config = vllm_config
         self.quant_config = vllm_config.quant_config
         self.tensor_parallel_size: int = api.get_tensor_model_parallel_world_size()
-        self.tensor_parallel_rank: int = api.get_tensor_model_parallel_rank()
+        self._rank = {"rank": api.get_tensor_model_parallel_rank(), "ranks": self.tensor_parallel_size}
 
     def column_linear(self, input_size: int, output_size: int, *, prefix: str) -> nn.Module:
         return api.ColumnParallelLinear(input_size, output_size, **self._linear(prefix))
@@ -50,11 +48,10 @@ class VllmEngine:
         return api.ReplicatedLinear(input_size, output_size, **options)
 
     def conv_weight(self, segments: tuple[int, ...], kernel_size: int) -> nn.Parameter:
-        channels = sum(segments) // self.tensor_parallel_size
-        return self._parameter((channels, 1, kernel_size), torch.get_default_dtype(), segments)
+        return sharded_parameter(segments, 1, kernel_size, dtype=torch.get_default_dtype(), **self._rank)
 
     def head_parameter(self, num_heads: int) -> nn.Parameter:
-        return self._parameter((num_heads // self.tensor_parallel_size,), torch.float32, (num_heads,))
+        return sharded_parameter((num_heads,), dtype=torch.float32, **self._rank)
 
     def cos_sin(self, config: Qwen3NextConfig) -> Tensor:
         hf_config = self.vllm_config.model_config.hf_text_config
@@ -99,17 +96,3 @@ class VllmEngine:
 
     def _linear(self, prefix: str, *, bias: bool = False) -> dict:
         return {"bias": bias, "return_bias": False, "quant_config": self.quant_config, "prefix": prefix}
-
-    def _parameter(self, shape: tuple[int, ...], dtype: torch.dtype, segments: tuple[int, ...]) -> nn.Parameter:
-        parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-        loader: Callable[[Tensor, Tensor], None] = partial(
-            load_segments, segments=segments, rank=self.tensor_parallel_rank, ranks=self.tensor_parallel_size
-        )
-        parameter.weight_loader = loader  # type: ignore[attr-defined]
-        return parameter
-
-
-def load_segments(parameter: Tensor, loaded: Tensor, *, segments: tuple[int, ...], rank: int, ranks: int) -> None:
-    """Copy this rank's share of each segment along dim 0 of ``loaded`` into ``parameter``."""
-    shares = [segment.chunk(ranks)[rank] for segment in loaded.split(segments)]
-    parameter.data.copy_(torch.cat(shares))

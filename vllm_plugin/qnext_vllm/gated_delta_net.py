@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qnext_plugins.model import Qwen3NextConfig, RecurrentBatch, Segment, VerifySegment
+from qnext_plugins.model import Qwen3NextConfig, RecurrentBatch, Segment, StatePools, VerifySegment
 from qnext_plugins.model.gated_delta_net import gated_delta_net_core
 from qnext_vllm import vllm_api as api
 
@@ -125,7 +125,7 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
         conv_state, state = self.kv_cache
         if not api.is_conv_state_dim_first():
             conv_state = conv_state.transpose(1, 2)
-        return gated_delta_net_core(mixed_qkv, a, b, conv_weight, A_log, dt_bias, conv_state, state, batch)
+        return gated_delta_net_core(mixed_qkv, a, b, conv_weight, A_log, dt_bias, StatePools(conv_state, state), batch)
 
 
 def _core(

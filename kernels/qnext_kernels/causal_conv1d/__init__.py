@@ -27,17 +27,32 @@ operation = Operation("causal_conv1d", [CpuBackend(), ReferenceBackend()])
 
 
 def causal_conv1d_prefill(
-    x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_start_loc: Tensor, has_initial_state: Tensor
+    x: Tensor,
+    weight: Tensor,
+    conv_state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    has_initial_state: Tensor,
+    snapshot_slots: Tensor | None = None,
+    snapshot_lengths: Tensor | None = None,
 ) -> Tensor:
     """Convolve N sequences of any length and leave their last W − 1 inputs at offset 0 of their slots.
+
+    A snapshot is what a prefill of the first ``snapshot_lengths[n]`` tokens alone would leave: the W − 1 inputs before
+    the next token, at offset 0 of a further slot.
 
     Args:
         x: [T, D] inputs, the sequences' tokens one after another; any float dtype.
         weight: [D, W].
-        conv_state: [slots, D, state_len] pool, any strides; written in place for sequences of at least one token.
-        slots: [N] int32 or int64; slot −1 is skipped: its state is neither read nor written, its outputs are zero.
+        conv_state: [slots, D, state_len] pool, any strides; written in place for sequences of at least one token, and
+            for snapshots.
+        slots: [N] int32 or int64; slot −1 is skipped: its state is neither read nor written, its outputs are zero and
+            it has no snapshot.
         query_start_loc: [N + 1] int32 or int64, where each sequence starts in ``x``.
         has_initial_state: [N] bool; where False the inputs before the first token are zero.
+        snapshot_slots: [N] int32 or int64; −1: no snapshot. Undefined unless the slots of all sequences and of all
+            snapshots differ. Given with ``snapshot_lengths`` or not at all.
+        snapshot_lengths: [N] int32 or int64, 0 to the length of the sequence; any value without a snapshot slot.
 
     Returns:
         [T, D] in the dtype of ``x``.
@@ -48,24 +63,41 @@ def causal_conv1d_prefill(
     num_sequences = _check(x, weight, conv_state, slots, query_start_loc)
     expect_shape("has_initial_state", has_initial_state, (num_sequences,))
     expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
+    snapshots = _both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
+    if snapshots is not None:
+        _check_snapshots(*snapshots, query_start_loc, conv_state.shape[0])
     backend = operation.select(x.device, x.dtype)
-    return backend.prefill(x, weight, conv_state, slots, query_start_loc, has_initial_state)
+    return backend.prefill(x, weight, conv_state, slots, query_start_loc, has_initial_state, snapshots)
 
 
 def causal_conv1d_verify(
-    x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_start_loc: Tensor, num_accepted_tokens: Tensor
+    x: Tensor,
+    weight: Tensor,
+    conv_state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    num_accepted_tokens: Tensor,
+    step_state: Tensor | None = None,
+    step_rows: Tensor | None = None,
 ) -> Tensor:
     """Convolve a few tokens a sequence (the last accepted one and its drafts) so that any number can be taken back.
+
+    With a step pool ``conv_state`` is only read: the W − 1 inputs before the token behind token t of sequence n go to
+    ``step_state[step_rows[n], t]``. Steps that a sequence has no token for keep what they had.
 
     Args:
         x: [T, D] inputs; any float dtype.
         weight: [D, W].
-        conv_state: [slots, D, state_len] pool, any strides, written in place; a sequence may have at most
-            ``state_len − W + 2`` tokens.
-        slots: [N] int32 or int64; slot −1 is skipped and its outputs are zero.
+        conv_state: [slots, D, state_len] pool, any strides. Without a step pool it is written in place, and a sequence
+            may have at most ``state_len − W + 2`` tokens.
+        slots: [N] int32 or int64; slot −1 is skipped: its outputs are zero, nothing is written.
         query_start_loc: [N + 1] int32 or int64.
         num_accepted_tokens: [N] int32 or int64, how many tokens of the previous verify were accepted, 1 to
             ``state_len − W + 2``; the inputs before the first token start at offset ``num_accepted_tokens − 1``.
+        step_state: [rows, S, D, W − 1] in the dtype of ``conv_state``, any strides, written in place; a sequence may
+            have at most S tokens. Steps of a row may share memory as their windows do: step t at columns t to
+            t + W − 2 of D × (S + W − 2) inputs. Given with ``step_rows`` or not at all.
+        step_rows: [N] int32 or int64, different from each other; −1: only the outputs are computed.
 
     Returns:
         [T, D] in the dtype of ``x``.
@@ -77,10 +109,18 @@ def causal_conv1d_verify(
     most = conv_state.shape[2] - weight.shape[1] + 2
     expect_shape("num_accepted_tokens", num_accepted_tokens, (num_sequences,))
     expect_indices("num_accepted_tokens", num_accepted_tokens, 1, most + 1)
+    steps = _both_or_neither("step_state", step_state, "step_rows", step_rows)
+    if steps is not None:
+        step_state, step_rows = steps
+        expect_shape("step_state", step_state, (None, None, x.shape[1], weight.shape[1] - 1))
+        expect_dtype("step_state", step_state, (conv_state.dtype,))
+        expect_shape("step_rows", step_rows, (num_sequences,))
+        expect_indices("step_rows", step_rows, -1, step_state.shape[0])
+        most = step_state.shape[1]
     if query_start_loc.device.type == "cpu" and num_sequences and int(query_start_loc.diff().max()) > most:
         raise ValueError(f"query_start_loc: expected at most {most} tokens a sequence, got {query_start_loc.tolist()}")
     backend = operation.select(x.device, x.dtype)
-    return backend.verify(x, weight, conv_state, slots, query_start_loc, num_accepted_tokens)
+    return backend.verify(x, weight, conv_state, slots, query_start_loc, num_accepted_tokens, steps)
 
 
 def causal_conv1d_decode(x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor) -> Tensor:
@@ -119,3 +159,28 @@ def _check(x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_s
     expect_shape("slots", slots, (num_sequences,))
     expect_indices("slots", slots, -1, conv_state.shape[0])
     return num_sequences
+
+
+def _check_snapshots(snapshot_slots: Tensor, snapshot_lengths: Tensor, query_start_loc: Tensor, num_slots: int) -> None:
+    lengths = query_start_loc.diff()
+    expect_shape("snapshot_slots", snapshot_slots, lengths.shape)
+    expect_indices("snapshot_slots", snapshot_slots, -1, num_slots)
+    expect_shape("snapshot_lengths", snapshot_lengths, lengths.shape)
+    expect_dtype("snapshot_lengths", snapshot_lengths, (torch.int32, torch.int64))
+    if query_start_loc.device.type == "cpu":
+        fits = (snapshot_lengths >= 0) & (snapshot_lengths <= lengths)
+        if not bool((fits | (snapshot_slots < 0)).all()):
+            raise ValueError(
+                f"snapshot_lengths: expected 0 to {lengths.tolist()} for slots {snapshot_slots.tolist()}, "
+                f"got {snapshot_lengths.tolist()}"
+            )
+
+
+def _both_or_neither(first: str, one: Tensor | None, second: str, other: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Return both tensors, None where neither is given, and raise ValueError where only one is."""
+    if one is not None and other is not None:
+        return one, other
+    if one is not None or other is not None:
+        missing, given = (first, second) if one is None else (second, first)
+        raise ValueError(f"{missing}: expected a tensor because {given} is given, got None")
+    return None

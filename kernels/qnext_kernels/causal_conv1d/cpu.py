@@ -1,4 +1,4 @@
-"""Vectorised PyTorch: all tokens of all sequences at once, no loop over either."""
+"""Vectorised PyTorch: all tokens of all sequences at once; only the steps of a step pool are stored one by one."""
 
 from __future__ import annotations
 
@@ -16,20 +16,37 @@ class CpuBackend(Backend):
     devices = ("cpu",)
 
     def prefill(
-        self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_start_loc: Tensor, has_initial: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        conv_state: Tensor,
+        slots: Tensor,
+        query_start_loc: Tensor,
+        has_initial: Tensor,
+        snapshots: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         width = weight.shape[1] - 1
-        slots = slots.long()
-        history = conv_state[slots.clamp(min=0), :, :width].transpose(1, 2)
+        slots, lengths = slots.long(), query_start_loc.diff().long()
+        pool = conv_state[:, :, :width]
+        history = pool[slots.clamp(min=0)].transpose(1, 2)
         history = torch.where(has_initial[:, None, None], history, 0)
         y, buffer, ends = _convolve_ragged(x, weight, history, query_start_loc)
-        last = buffer[ends[:, None] + torch.arange(-width, 0)]
-        write = (slots >= 0) & (query_start_loc.diff() > 0)
-        conv_state[slots[write], :, :width] = last[write].transpose(1, 2)
+        _store_windows(pool, slots, (slots >= 0) & (lengths > 0), buffer, ends)
+        if snapshots is not None:
+            snapshot_slots, snapshot_lengths = snapshots
+            write = (slots >= 0) & (snapshot_slots >= 0)
+            _store_windows(pool, snapshot_slots.long(), write, buffer, ends - lengths + snapshot_lengths)
         return _zero_skipped(y, slots, query_start_loc)
 
     def verify(
-        self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_start_loc: Tensor, accepted: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        conv_state: Tensor,
+        slots: Tensor,
+        query_start_loc: Tensor,
+        accepted: Tensor,
+        steps: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         width = weight.shape[1] - 1
         slots = slots.long()
@@ -37,7 +54,16 @@ class CpuBackend(Backend):
         columns = (accepted.long() - 1)[:, None] + torch.arange(width)
         history = old.gather(1, columns[:, :, None].expand(-1, -1, x.shape[1]))
         y, buffer, ends = _convolve_ragged(x, weight, history, query_start_loc)
+        y = _zero_skipped(y, slots, query_start_loc)
         lengths = query_start_loc.diff().long()
+        if steps is not None:
+            step_state, step_rows = steps
+            step_rows = torch.where(slots >= 0, step_rows.long(), -1)
+            # One step at a time: they may share memory, and a store to all of them at once would be undefined.
+            for t, step in enumerate(step_state.unbind(1)):
+                write = (step_rows >= 0) & (lengths > t)
+                _store_windows(step, step_rows, write, buffer, ends - lengths + t + 1)
+            return y
         # Window j of the new state is input 1 + j of [history, tokens]; columns past the last token keep what they had.
         position = torch.arange(conv_state.shape[2])
         filled = position < (lengths + width - 1)[:, None]
@@ -45,7 +71,7 @@ class CpuBackend(Backend):
         window = torch.where(filled[:, :, None], buffer[torch.where(filled, rows, 0)], old)
         write = (slots >= 0) & (lengths > 0)
         conv_state[slots[write]] = window[write].transpose(1, 2)
-        return _zero_skipped(y, slots, query_start_loc)
+        return y
 
     def decode(self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor) -> Tensor:
         width = weight.shape[1] - 1
@@ -87,6 +113,12 @@ def _convolve_ragged(
     buffer[history_rows] = history
     y = _weighted_sum([*(buffer[token_rows - width + w] for w in range(width)), x], weight)
     return y.to(x.dtype), buffer, offsets[1:] + (order + 1) * width
+
+
+def _store_windows(pool: Tensor, slots: Tensor, write: Tensor, buffer: Tensor, ends: Tensor) -> None:
+    """Store the W − 1 rows of the buffer before ``ends`` [N] in the pool [slots, D, W − 1], where ``write`` [N]."""
+    rows = ends[write, None] + torch.arange(-pool.shape[2], 0)
+    pool[slots[write]] = buffer[rows].transpose(1, 2)
 
 
 def _zero_skipped(y: Tensor, slots: Tensor, query_start_loc: Tensor) -> Tensor:

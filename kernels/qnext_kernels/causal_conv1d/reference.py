@@ -18,28 +18,50 @@ def convolve(window: Tensor, weight: Tensor) -> Tensor:
 
 
 class ReferenceBackend(Backend):
-    """Readable PyTorch, in float32 (float64 for float64 inputs)."""
+    """Readable PyTorch, in float32 (float64 for float64 inputs).
+
+    ``snapshots`` are their slots and lengths, ``steps`` the step pool and its rows.
+    """
 
     name = "reference"
 
     def prefill(
-        self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_start_loc: Tensor, has_initial: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        conv_state: Tensor,
+        slots: Tensor,
+        query_start_loc: Tensor,
+        has_initial: Tensor,
+        snapshots: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         history = weight.shape[1] - 1
         y = torch.zeros_like(x)
         for n, slot in enumerate(slots.tolist()):
-            start, end = query_start_loc[n : n + 2].tolist()
-            if slot < 0 or start == end:
+            if slot < 0:
                 continue
+            start, end = query_start_loc[n : n + 2].tolist()
             before = conv_state[slot, :, :history].t()
             if not has_initial[n]:
                 before = torch.zeros_like(before)
             y[start:end], inputs = self._run(before, x[start:end], weight)
-            conv_state[slot, :, :history] = inputs[len(inputs) - history :].t()
+            if start < end:
+                conv_state[slot, :, :history] = inputs[end - start :].t()
+            if snapshots is not None:
+                snapshot_slot, length = (int(values[n]) for values in snapshots)
+                if snapshot_slot >= 0:
+                    conv_state[snapshot_slot, :, :history] = inputs[length : length + history].t()
         return y
 
     def verify(
-        self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_start_loc: Tensor, accepted: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        conv_state: Tensor,
+        slots: Tensor,
+        query_start_loc: Tensor,
+        accepted: Tensor,
+        steps: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         history = weight.shape[1] - 1
         y = torch.zeros_like(x)
@@ -50,7 +72,13 @@ class ReferenceBackend(Backend):
             offset = int(accepted[n]) - 1
             before = conv_state[slot, :, offset : offset + history].t()
             y[start:end], inputs = self._run(before, x[start:end], weight)
-            conv_state[slot, :, : len(inputs) - 1] = inputs[1:].t()
+            if steps is None:
+                conv_state[slot, :, : len(inputs) - 1] = inputs[1:].t()
+                continue
+            step_state, step_rows = steps
+            if step_rows[n] >= 0:
+                for t in range(end - start):
+                    step_state[step_rows[n], t] = inputs[t + 1 : t + 1 + history].t()
         return y
 
     def decode(self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor) -> Tensor:
@@ -61,8 +89,8 @@ class ReferenceBackend(Backend):
         """Return the outputs of x [T, D] behind ``before`` [W − 1, D], and all inputs as the pool keeps them."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         inputs = torch.cat([before, x.to(before.dtype)])
-        outputs = []
+        y = torch.empty_like(x)
         for t, token in enumerate(x):
             window = torch.cat([inputs[t : t + len(before)].to(dtype), token[None].to(dtype)])
-            outputs.append(convolve(window, weight.to(dtype)))
-        return torch.stack(outputs).to(x.dtype), inputs
+            y[t] = convolve(window, weight.to(dtype))
+        return y, inputs

@@ -49,13 +49,23 @@ def gated_delta_rule_prefill(
     slots: Tensor,
     query_start_loc: Tensor,
     has_initial_state: Tensor,
+    snapshot_slots: Tensor | None = None,
+    snapshot_lengths: Tensor | None = None,
 ) -> Tensor:
     """Run N sequences of any length and leave each final state in its slot.
 
+    A snapshot is, bitwise, the state that a prefill of the first ``snapshot_lengths[n]`` tokens alone would leave, in a
+    further slot; behind 0 tokens it is the state that the sequence starts from.
+
     Args:
         q, k, v, a, b, A_log, dt_bias, state, query_start_loc: see the module.
-        slots: [N] int32 or int64; slot −1 is skipped: its state is neither read nor written, its outputs are zero.
+        slots: [N] int32 or int64; slot −1 is skipped: its state is neither read nor written, its outputs are zero and
+            it has no snapshot.
         has_initial_state: [N] bool; where False the sequence starts from a zero state.
+        snapshot_slots: [N] int32 or int64; −1: no snapshot. Undefined unless the slots of all sequences and of all
+            snapshots differ. Given with ``snapshot_lengths`` or not at all.
+        snapshot_lengths: [N] int32 or int64, multiples of :data:`CHUNK_SIZE` from 0 to the length of the sequence; any
+            value without a snapshot slot.
 
     Returns:
         [T, HV, V] in the dtype of ``v``.
@@ -68,8 +78,11 @@ def gated_delta_rule_prefill(
     expect_indices("slots", slots, -1, state.shape[0])
     expect_shape("has_initial_state", has_initial_state, (num_sequences,))
     expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
+    snapshots = _both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
+    if snapshots is not None:
+        _check_snapshots(*snapshots, query_start_loc, state.shape[0])
     backend = operation.select(v.device, v.dtype)
-    return backend.prefill(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, has_initial_state)
+    return backend.prefill(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, has_initial_state, snapshots)
 
 
 def gated_delta_rule_verify(
@@ -84,17 +97,27 @@ def gated_delta_rule_verify(
     slots: Tensor,
     query_start_loc: Tensor,
     num_accepted_tokens: Tensor,
+    step_state: Tensor | None = None,
+    step_rows: Tensor | None = None,
 ) -> Tensor:
     """Run a few tokens a sequence (the last accepted one and its drafts), keeping the state behind every one.
 
     A sequence starts from the state in ``slots[n, num_accepted_tokens[n] − 1]``, where the previous verify left the
     state behind its last accepted token; the state behind token t goes to ``slots[n, t]``.
 
+    With a step pool ``state`` is only read and ``slots`` only says where to start: the state behind token t goes to
+    ``step_state[step_rows[n], t]``, rounded to the dtype of the step pool, and the next token continues from there.
+    Steps that a sequence has no token for keep what they had.
+
     Args:
         q, k, v, a, b, A_log, dt_bias, state, query_start_loc: see the module.
-        slots: [N, S] int32 or int64; a sequence has at most S tokens. A state for slot −1 is not written; a sequence
-            that would start from slot −1 is skipped and its outputs are zero.
+        slots: [N, S] int32 or int64; a sequence has at most S tokens unless there is a step pool. A state for slot −1
+            is not written; a sequence that would start from slot −1 is skipped: its outputs are zero, nothing is
+            written.
         num_accepted_tokens: [N] int32 or int64, 1 to S.
+        step_state: [rows, steps, HV, V, K], any float dtype, dims 0 and 1 of any stride, written in place; a sequence
+            has at most as many tokens as there are steps. Given with ``step_rows`` or not at all.
+        step_rows: [N] int32 or int64, different from each other; −1: only the outputs are computed.
 
     Returns:
         [T, HV, V] in the dtype of ``v``.
@@ -107,14 +130,22 @@ def gated_delta_rule_verify(
     expect_indices("slots", slots, -1, state.shape[0])
     expect_shape("num_accepted_tokens", num_accepted_tokens, (num_sequences,))
     expect_indices("num_accepted_tokens", num_accepted_tokens, 1, slots.shape[1] + 1)
-    on_cpu = query_start_loc.device.type == "cpu"
-    if on_cpu and num_sequences and int(query_start_loc.diff().max()) > slots.shape[1]:
+    most, place = slots.shape[1], "column of slots"
+    steps = _both_or_neither("step_state", step_state, "step_rows", step_rows)
+    if steps is not None:
+        step_state, step_rows = steps
+        expect_shape("step_state", step_state, (None, None, *state.shape[1:]))
+        expect_floating("step_state", step_state)
+        expect_shape("step_rows", step_rows, (num_sequences,))
+        expect_indices("step_rows", step_rows, -1, step_state.shape[0])
+        most, place = step_state.shape[1], "step of step_state"
+    if query_start_loc.device.type == "cpu" and num_sequences and int(query_start_loc.diff().max()) > most:
         raise ValueError(
-            f"query_start_loc: expected at most {slots.shape[1]} tokens a sequence (one a column of slots), "
+            f"query_start_loc: expected at most {most} tokens a sequence (one a {place}), "
             f"got {query_start_loc.tolist()}"
         )
     backend = operation.select(v.device, v.dtype)
-    return backend.verify(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, num_accepted_tokens)
+    return backend.verify(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, num_accepted_tokens, steps)
 
 
 def gated_delta_rule_decode(
@@ -175,3 +206,28 @@ def _check(
     expect_shape("state", state, (None, num_value_heads, value_dim, q.shape[2]))
     expect_floating("state", state)
     return num_tokens if query_start_loc is None else expect_query_start_loc(query_start_loc, num_tokens)
+
+
+def _check_snapshots(snapshot_slots: Tensor, snapshot_lengths: Tensor, query_start_loc: Tensor, num_slots: int) -> None:
+    lengths = query_start_loc.diff()
+    expect_shape("snapshot_slots", snapshot_slots, lengths.shape)
+    expect_indices("snapshot_slots", snapshot_slots, -1, num_slots)
+    expect_shape("snapshot_lengths", snapshot_lengths, lengths.shape)
+    expect_dtype("snapshot_lengths", snapshot_lengths, (torch.int32, torch.int64))
+    if query_start_loc.device.type == "cpu":
+        fits = (snapshot_lengths >= 0) & (snapshot_lengths <= lengths) & (snapshot_lengths % CHUNK_SIZE == 0)
+        if not bool((fits | (snapshot_slots < 0)).all()):
+            raise ValueError(
+                f"snapshot_lengths: expected multiples of {CHUNK_SIZE} from 0 to {lengths.tolist()} for slots "
+                f"{snapshot_slots.tolist()}, got {snapshot_lengths.tolist()}"
+            )
+
+
+def _both_or_neither(first: str, one: Tensor | None, second: str, other: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Return both tensors, None where neither is given, and raise ValueError where only one is."""
+    if one is not None and other is not None:
+        return one, other
+    if one is not None or other is not None:
+        missing, given = (first, second) if one is None else (second, first)
+        raise ValueError(f"{missing}: expected a tensor because {given} is given, got None")
+    return None

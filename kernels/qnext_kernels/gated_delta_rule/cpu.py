@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.dispatch import Backend
-from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, Tokens, gating, l2_norm, take
+from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, Tokens, gating, l2_norm, snapshot_points, take
 
 RECURRENT_TOKENS = 4
 """A chunk of at most this many tokens runs token by token, with the bits of decode and verify."""
@@ -33,20 +33,28 @@ class CpuBackend(Backend):
         slots: Tensor,
         query_start_loc: Tensor,
         has_initial: Tensor,
+        snapshots: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         tokens = _prepare(q, k, v, a, b, A_log, dt_bias)
         out = torch.zeros_like(v)
         offsets, initial = query_start_loc.tolist(), has_initial.tolist()
+        points = snapshot_points(query_start_loc, snapshots)
         for n, slot in enumerate(slots.tolist()):
-            if slot < 0 or offsets[n] == offsets[n + 1]:
+            if slot < 0:
                 continue
-            current = state[slot].float() if initial[n] else state.new_zeros(state.shape[1:], dtype=torch.float32)
+            snapshot_slot, snapshot_at = points[n]
+            current = state[slot] if initial[n] else torch.zeros_like(state[slot])
             for start in range(offsets[n], offsets[n + 1], CHUNK_SIZE):
+                if start == snapshot_at:
+                    state[snapshot_slot] = current
                 end = min(start + CHUNK_SIZE, offsets[n + 1])
                 run = _recurrent_run if end - start <= RECURRENT_TOKENS else _chunk
-                o, current = run(take(tokens, slice(start, end)), current, state.dtype)
+                o, current = run(take(tokens, slice(start, end)), current.float(), state.dtype)
                 out[start:end] = o
-            state[slot] = current
+            if offsets[n + 1] == snapshot_at:
+                state[snapshot_slot] = current
+            if offsets[n] < offsets[n + 1]:
+                state[slot] = current
         return out
 
     def verify(
@@ -62,6 +70,7 @@ class CpuBackend(Backend):
         slots: Tensor,
         query_start_loc: Tensor,
         accepted: Tensor,
+        steps: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         tokens = _prepare(q, k, v, a, b, A_log, dt_bias)
         out = torch.zeros_like(v)
@@ -71,15 +80,16 @@ class CpuBackend(Backend):
         for block in torch.arange(len(slots)).split(_sequences_at_once(state)) if len(slots) else ():
             current = state[initial[block].clamp(min=0)].float()
             for t in range(int(lengths[block].max())):
+                pool, targets = (state, slots[:, t]) if steps is None else (steps[0][:, t], steps[1].long())
                 active = lengths[block] > t
                 rows = block[active]
                 index = starts[rows] + t
                 running = current[active]
                 out[index] = _step_(take(tokens, index), running).to(out.dtype)
-                stored = running.to(state.dtype)
+                stored = running.to(pool.dtype)
                 current[active] = stored.float()
-                write = slots[rows, t] >= 0
-                state[slots[rows, t][write]] = stored[write]
+                write = targets[rows] >= 0
+                pool[targets[rows][write]] = stored[write]
         return out
 
     def decode(

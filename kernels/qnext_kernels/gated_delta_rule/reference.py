@@ -22,6 +22,15 @@ def take(tokens: Tokens, index: int | slice | Tensor) -> Tokens:
     return q[index], k[index], v[index], g[index], beta[index]
 
 
+def snapshot_points(query_start_loc: Tensor, snapshots: tuple[Tensor, Tensor] | None) -> list[tuple[int, int]]:
+    """For every sequence the slot of its snapshot and the token of the batch before which to take it; −1: never."""
+    starts = query_start_loc[:-1]
+    if snapshots is None:
+        return [(-1, -1)] * len(starts)
+    slots, lengths = snapshots
+    return list(zip(slots.tolist(), torch.where(slots >= 0, starts + lengths, -1).tolist(), strict=True))
+
+
 def gating(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """Log decay g = −exp(A_log) · softplus(a + dt_bias) and write strength β = sigmoid(b).
 
@@ -62,7 +71,10 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
 
 
 class ReferenceBackend(Backend):
-    """Readable PyTorch, in float32 (float64 for float64 inputs)."""
+    """Readable PyTorch, in float32 (float64 for float64 inputs).
+
+    ``snapshots`` are their slots and lengths, ``steps`` the step pool and its rows.
+    """
 
     name = "reference"
 
@@ -79,18 +91,26 @@ class ReferenceBackend(Backend):
         slots: Tensor,
         query_start_loc: Tensor,
         has_initial: Tensor,
+        snapshots: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         tokens = self._prepare(q, k, v, a, b, A_log, dt_bias)
         out = torch.zeros_like(v)
+        points = snapshot_points(query_start_loc, snapshots)
         for n, slot in enumerate(slots.tolist()):
-            start, end = query_start_loc[n : n + 2].tolist()
-            if slot < 0 or start == end:
+            if slot < 0:
                 continue
+            start, end = query_start_loc[n : n + 2].tolist()
+            snapshot_slot, snapshot_at = points[n]
             current = state[slot] if has_initial[n] else torch.zeros_like(state[slot])
             for t in range(start, end):
+                if t == snapshot_at:
+                    state[snapshot_slot] = current
                 o, new = recurrence(*take(tokens, t), current.to(tokens[0].dtype))
                 out[t], current = o, new.to(state.dtype)
-            state[slot] = current
+            if end == snapshot_at:
+                state[snapshot_slot] = current
+            if start < end:
+                state[slot] = current
         return out
 
     def verify(
@@ -106,6 +126,7 @@ class ReferenceBackend(Backend):
         slots: Tensor,
         query_start_loc: Tensor,
         accepted: Tensor,
+        steps: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         tokens = self._prepare(q, k, v, a, b, A_log, dt_bias)
         out = torch.zeros_like(v)
@@ -117,9 +138,13 @@ class ReferenceBackend(Backend):
             current = state[initial].clone()
             for t in range(start, end):
                 o, new = recurrence(*take(tokens, t), current.to(tokens[0].dtype))
-                out[t], current = o, new.to(state.dtype)
-                if row[t - start] >= 0:
-                    state[row[t - start]] = current
+                if steps is None:
+                    pool, target = state, row[t - start]
+                else:
+                    pool, target = steps[0][:, t - start], int(steps[1][n])
+                out[t], current = o, new.to(pool.dtype)
+                if target >= 0:
+                    pool[target] = current
         return out
 
     def decode(

@@ -1,0 +1,128 @@
+"""The SGLang side: makes ``Qwen3NextForCausalLM`` and its NEXTN draft ours, in every process.
+
+SGLang calls :func:`activate` to find its platform (entry point group ``sglang.srt.platforms``) and :func:`register` in
+each of its processes (``sglang.srt.plugins``). Neither imports anything heavy nor takes the engine down: where they
+cannot serve, they say so in one line and leave SGLang's own model in place (``QNEXT_STRICT=1`` makes that an error).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+logger = logging.getLogger("sglang.qnext")
+
+SUPPORTED_SGLANG = ">=0.5.23,<0.5.24"
+MODELS_PACKAGE = "qnext_sglang.models"
+MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
+
+
+class UnsupportedEngineError(RuntimeError):
+    """``QNEXT_STRICT=1`` and this SGLang, machine or configuration is not served; or nothing else can serve it."""
+
+
+def activate() -> str | None:
+    """Return our CPU platform where there is no accelerator and the user has not chosen SGLang's own CPU engine."""
+    import torch
+
+    own_cpu_engine = os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1"  # needs AMX
+    try:
+        served = not _settings().disable and _version_refusal() is None
+    except Exception:
+        served = False  # register() says why
+    if own_cpu_engine or torch.accelerator.is_available() or not served:
+        return None
+    return "qnext_sglang.cpu.platform.CpuPlatform"
+
+
+def register() -> None:
+    """Put our models into SGLang's registry, unless :func:`refusal` has a reason not to.
+
+    Raises:
+        SystemExit: only with ``QNEXT_STRICT=1``; any other exception SGLang would log and go on without us.
+    """
+    try:
+        settings = _settings()
+        if settings.disable:
+            return
+        settings.forced_backends()
+        reason = refusal()
+        if reason is None:
+            _register_models()
+            _register_choices()
+            return
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        decline(reason)
+    except UnsupportedEngineError as error:
+        raise SystemExit(str(error)) from None
+
+
+def refusal() -> str | None:
+    """Return why this SGLang on this machine is not served, or None."""
+    if (reason := _version_refusal()) is not None:
+        return reason
+    import torch
+    from sglang.srt.platforms import current_platform
+
+    from qnext_kernels import OPERATIONS
+
+    device = torch.device(current_platform.device_type)
+    served_by = {name: operation.select(device, torch.bfloat16).name for name, operation in OPERATIONS.items()}
+    slow = [name for name, backend in served_by.items() if backend == "reference"]
+    if slow and not _settings().backend:
+        return f"this release has no fast kernels on {device} for {', '.join(slow)} (QNEXT_BACKEND=reference tries it)"
+    return None
+
+
+def decline(reason: str) -> None:
+    """Say that SGLang's own model stays in place.
+
+    Raises:
+        UnsupportedEngineError: with ``QNEXT_STRICT=1``.
+    """
+    if os.environ.get("QNEXT_STRICT", "0").lower() not in ("0", "", "false", "no", "off"):
+        raise UnsupportedEngineError(f"qnext-plugins: {reason}")
+    logger.warning("qnext-plugins leaves SGLang's own Qwen3-Next in place: %s", reason)
+
+
+def _settings():  # type: ignore[no-untyped-def]
+    from qnext_plugins.settings import Settings
+
+    return Settings()
+
+
+def _version_refusal() -> str | None:
+    # From the metadata: the platform is looked for while the sglang package is being imported.
+    from importlib.metadata import version
+
+    from packaging.specifiers import SpecifierSet
+
+    found = version("sglang")
+    if SpecifierSet(SUPPORTED_SGLANG).contains(found, prereleases=True):
+        return None
+    return f"SGLang {found} is not supported (supported: {SUPPORTED_SGLANG})"
+
+
+def _register_models() -> None:
+    registry = sys.modules.get("sglang.srt.models.registry")
+    if registry is None and not os.environ.get(MODELS_VARIABLE):
+        # The registry then reads our package first and its own two hundred models only if asked for another one.
+        os.environ[MODELS_VARIABLE] = MODELS_PACKAGE
+        return
+    from sglang.srt.models.registry import ModelRegistry, import_model_classes
+
+    ModelRegistry.models.update(import_model_classes(MODELS_PACKAGE, strict=True))
+
+
+def _register_choices() -> None:
+    from sglang.srt.platforms import current_platform
+
+    if getattr(current_platform, "is_qnext", False):
+        from sglang.srt.arg_groups.choices import add_attention_backend_choices
+
+        from qnext_sglang.cpu.platform import ATTENTION_BACKEND
+
+        add_attention_backend_choices([ATTENTION_BACKEND])

@@ -1,0 +1,44 @@
+"""Settings that the user left open, where SGLang would choose for a GPU or stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qnext_sglang import UnsupportedEngineError, logger
+from qnext_sglang.cpu.platform import ATTENTION_BACKEND
+
+MAX_RUNNING_REQUESTS = 16
+STATE_SLOTS_PER_REQUEST = 10
+"""A running request holds up to 5 slots of recurrent state; as many again keep prefixes."""
+MAX_TOTAL_TOKENS = 262_144
+"""The native context of Qwen3-Next-80B-A3B. SGLang takes less where memory does."""
+
+
+def apply_defaults(server_args: Any) -> None:
+    """Write the chosen fields to ``server_args`` and say what was chosen.
+
+    Raises:
+        UnsupportedEngineError: a flag is not served, and SGLang's own model does not run on a CPU.
+    """
+    from qnext_sglang.serving import unserved_flags
+
+    if (reason := unserved_flags(server_args)) is not None:
+        raise UnsupportedEngineError(f"qnext-plugins on a CPU: {reason}")
+    chosen: dict[str, Any] = {}
+    # SGLang has put this name in already; its kernels need AMX.
+    if server_args.attention_backend in (None, "intel_amx"):
+        chosen["attention_backend"] = ATTENTION_BACKEND
+    if server_args.max_running_requests is None:
+        chosen["max_running_requests"] = MAX_RUNNING_REQUESTS
+    if server_args.max_mamba_cache_size is None:
+        requests = server_args.max_running_requests or MAX_RUNNING_REQUESTS
+        chosen["max_mamba_cache_size"] = STATE_SLOTS_PER_REQUEST * requests
+    if server_args.max_total_tokens is None:
+        chosen["max_total_tokens"] = MAX_TOTAL_TOKENS
+    if server_args.mamba_radix_cache_strategy == "no_buffer" and not server_args.disable_overlap_schedule:
+        chosen["disable_overlap_schedule"] = True
+    for name, value in chosen.items():
+        setattr(server_args, name, value)
+    settings = " ".join(f"{name}={value}" for name, value in chosen.items())
+    if settings:
+        logger.info("qnext-plugins chose for this CPU: %s", settings)

@@ -1,0 +1,202 @@
+"""SGLang's parts behind the port of the shared model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qnext_plugins.model import Qwen3NextConfig
+from qnext_plugins.model.sharding import sharded_parameter
+from qnext_sglang import sglang_api as api
+from qnext_sglang.experts import QnextMoEMethod, SparseExperts
+
+
+class _OutputOnly:
+    """SGLang's linears return (output, bias); the port wants the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]  # type: ignore[misc]
+
+
+class ColumnLinear(_OutputOnly, api.ColumnParallelLinear):
+    pass
+
+
+class GateUpLinear(_OutputOnly, api.MergedColumnParallelLinear):
+    pass
+
+
+class QKVLinear(_OutputOnly, api.QKVParallelLinear):
+    pass
+
+
+class RowLinear(_OutputOnly, api.RowParallelLinear):
+    pass
+
+
+class ReplicatedLinear(_OutputOnly, api.ReplicatedLinear):
+    pass
+
+
+class SglangEngine:
+    """Implements :class:`qnext_plugins.model.Engine` with SGLang's parallel layers, quantization and caches."""
+
+    def __init__(self, hf_config: Any, quant_config: Any) -> None:
+        self.hf_config = hf_config
+        self.quant_config = quant_config
+        self.tensor_parallel_size: int = api.get_parallel().tp_size
+        self._rank = {"rank": api.get_parallel().tp_rank, "ranks": self.tensor_parallel_size}
+        self.batch = CurrentBatch()
+
+    def column_linear(self, input_size: int, output_size: int, *, prefix: str) -> nn.Module:
+        return ColumnLinear(input_size, output_size, **self._linear(prefix))
+
+    def gate_up_linear(self, input_size: int, intermediate_size: int, *, prefix: str) -> nn.Module:
+        return GateUpLinear(input_size, [intermediate_size] * 2, **self._linear(prefix))
+
+    def qkv_linear(self, config: Qwen3NextConfig, *, prefix: str) -> nn.Module:
+        return QKVLinear(
+            config.hidden_size,
+            config.head_dim,
+            2 * config.num_attention_heads,
+            config.num_key_value_heads,
+            **self._linear(prefix, bias=config.attention_bias),
+        )
+
+    def row_linear(
+        self, input_size: int, output_size: int, *, reduce: bool, bias: bool = False, prefix: str
+    ) -> nn.Module:
+        return RowLinear(input_size, output_size, reduce_results=reduce, **self._linear(prefix, bias=bias))
+
+    def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:
+        options = self._linear(prefix)
+        if not quantized:
+            options["quant_config"] = None
+        return ReplicatedLinear(input_size, output_size, **options)
+
+    def conv_weight(self, segments: tuple[int, ...], kernel_size: int) -> nn.Parameter:
+        return sharded_parameter(segments, 1, kernel_size, dtype=torch.get_default_dtype(), **self._rank)
+
+    def head_parameter(self, num_heads: int) -> nn.Parameter:
+        return sharded_parameter((num_heads,), dtype=torch.float32, **self._rank)
+
+    def cos_sin(self, config: Qwen3NextConfig) -> Tensor:
+        hf_config = self.hf_config
+        scaling = getattr(hf_config, "rope_parameters", None) or hf_config.rope_scaling
+        rotary = api.get_rope(
+            config.head_dim,
+            rotary_dim=config.head_dim,
+            max_position=hf_config.max_position_embeddings,
+            base=hf_config.rope_theta,
+            rope_scaling=scaling,
+            partial_rotary_factor=hf_config.partial_rotary_factor,
+            dtype=torch.float32,
+        )
+        return rotary.cos_sin_cache
+
+    def attention(self, num_heads: int, num_kv_heads: int, head_dim: int, *, prefix: str) -> nn.Module:
+        return Attention(num_heads, num_kv_heads, head_dim, self.batch, layer_id(prefix), self.quant_config, prefix)
+
+    def recurrent_core(self, config: Qwen3NextConfig, *, prefix: str) -> nn.Module:
+        return RecurrentState(config, self.tensor_parallel_size, self.batch, layer_id(prefix))
+
+    def experts(self, config: Qwen3NextConfig, shared_expert: nn.Module | None, *, prefix: str) -> nn.Module:
+        return SparseExperts(
+            config,
+            shared_expert,
+            layer_id=layer_id(prefix),
+            quant_config=self.quant_config,
+            quant_method=QnextMoEMethod() if self.quant_config is None else None,
+            prefix=prefix,
+        )
+
+    def _linear(self, prefix: str, *, bias: bool = False) -> dict:
+        return {"bias": bias, "quant_config": self.quant_config, "prefix": prefix}
+
+
+class CurrentBatch:
+    """The batch that the model runs: SGLang hands it to the model, its attention layers take it as an argument."""
+
+    def __init__(self) -> None:
+        self._batch: api.ForwardBatch | None = None
+
+    @contextmanager
+    def of(self, forward_batch: api.ForwardBatch) -> Iterator[None]:
+        self._batch = forward_batch
+        try:
+            yield
+        finally:
+            self._batch = None
+
+    def get(self) -> api.ForwardBatch:
+        assert self._batch is not None, "an attention layer runs outside the model's forward"
+        return self._batch
+
+
+class Attention(nn.Module):
+    """SGLang's paged attention: :class:`qnext_plugins.model.port.PagedAttention`."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        batch: CurrentBatch,
+        layer: int,
+        quant_config: Any,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self._batch = batch
+        self.attn = api.RadixAttention(
+            num_heads,
+            head_dim,
+            head_dim**-0.5,
+            num_kv_heads=num_kv_heads,
+            layer_id=layer,
+            quant_config=quant_config,
+            prefix=prefix,
+        )
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attn(q, k, v, self._batch.get())
+
+
+class RecurrentState(nn.Module):
+    """A layer's place in SGLang's pool of recurrent states: :class:`qnext_plugins.model.port.RecurrentCore`.
+
+    The layer's own weights ride along to the attention backend on SGLang's ``RadixLinearAttention``.
+    """
+
+    def __init__(self, config: Qwen3NextConfig, ranks: int, batch: CurrentBatch, layer: int) -> None:
+        super().__init__()
+        self._batch = batch
+        key_heads = config.linear_num_key_heads // ranks
+        self.attn = api.RadixLinearAttention(
+            layer_id=layer,
+            num_q_heads=key_heads,
+            num_k_heads=key_heads,
+            num_v_heads=config.linear_num_value_heads // ranks,
+            head_q_dim=config.linear_key_head_dim,
+            head_k_dim=config.linear_key_head_dim,
+            head_v_dim=config.linear_value_head_dim,
+        )
+
+    def forward(
+        self, mixed_qkv: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor
+    ) -> Tensor:
+        layer = self.attn
+        # Detached: as parameters they would be registered, and loaded, a second time.
+        layer.conv_weights, layer.A_log, layer.dt_bias = conv_weight.detach(), A_log.detach(), dt_bias.detach()
+        out = layer(self._batch.get(), mixed_qkv, a, b)
+        return out.view(mixed_qkv.shape[0], layer.num_v_heads, layer.head_v_dim)
+
+
+def layer_id(prefix: str) -> int:
+    """The number behind ``layers.`` in a parameter's prefix."""
+    parts = prefix.split(".")
+    return int(parts[parts.index("layers") + 1])

@@ -1,0 +1,85 @@
+"""From a checkpoint to the model: its configuration as SGLang hands it on, its tensors into SGLang's parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from qnext_plugins.model import ConfigError, Qwen3NextConfig
+from qnext_plugins.model.weights import IGNORED_SUFFIXES
+from qnext_sglang import sglang_api as api
+
+# (part of the checkpoint's name, part of the parameter's name, which share of it)
+STACKED = (
+    (".q_proj.", ".qkv_proj.", "q"),
+    (".k_proj.", ".qkv_proj.", "k"),
+    (".v_proj.", ".qkv_proj.", "v"),
+    (".gate_proj.", ".gate_up_proj.", 0),
+    (".up_proj.", ".gate_up_proj.", 1),
+)
+# On a CPU, SGLang pads these for its AMX kernels and keeps the checkpoint's values under these names.
+UNPADDED = {
+    "original_num_attention_heads": "num_attention_heads",
+    "original_total_num_kv_heads": "num_key_value_heads",
+    "original_intermediate_size": "intermediate_size",
+    "original_moe_intermediate_size": "moe_intermediate_size",
+    "original_shared_expert_intermediate_size": "shared_expert_intermediate_size",
+}
+
+
+def read_config(hf_config: Any) -> Qwen3NextConfig:
+    """The checkpoint's own configuration.
+
+    Raises:
+        ConfigError: a field is missing or has a value that is not served.
+    """
+    # SGLang sizes its caches by it, and drops layer_types.
+    if getattr(hf_config, "full_attention_interval", None) is None:
+        raise ConfigError(
+            "config.json: full_attention_interval is missing, which SGLang needs whether layer_types is there or not; "
+            'add "full_attention_interval": 4 if every fourth layer is full attention'
+        )
+    own = copy.copy(hf_config)
+    for original, name in UNPADDED.items():
+        if (value := getattr(hf_config, original, None)) is not None:
+            setattr(own, name, value)
+    return Qwen3NextConfig.from_hf(own)
+
+
+def load_parameters(model: nn.Module, weights: Iterable[tuple[str, Tensor]], num_experts: int) -> set[str]:
+    """Load tensors, named as in the checkpoint, into the parameters of ``model``.
+
+    Returns:
+        Names of the parameters that got something.
+
+    Raises:
+        KeyError: there is no parameter for a tensor.
+    """
+    parameters = dict(model.named_parameters())
+    experts = {
+        name: (parameter, expert, shard)
+        for parameter, name, expert, shard in api.FusedMoE.make_expert_params_mapping(
+            "gate_proj", "down_proj", "up_proj", num_experts
+        )
+    }
+    loaded = set()
+    for name, tensor in weights:
+        if name.endswith(IGNORED_SUFFIXES):
+            continue
+        if ".mlp.experts." in name:
+            prefix, _, rest = name.partition(".experts.")
+            key = f"experts.{rest.rpartition('.')[0]}."
+            target, expert, shard = experts[key]
+            name = f"{prefix}.{target}{rest.rpartition('.')[2]}"
+            parameters[name].weight_loader(parameters[name], tensor, name, shard_id=shard, expert_id=expert)
+        elif (stacked := next((entry for entry in STACKED if entry[0] in name), None)) is not None:
+            name = name.replace(stacked[0], stacked[1])
+            parameters[name].weight_loader(parameters[name], tensor, stacked[2])
+        else:
+            loader = getattr(parameters[name], "weight_loader", api.default_weight_loader)
+            loader(parameters[name], tensor)
+        loaded.add(name)
+    return loaded

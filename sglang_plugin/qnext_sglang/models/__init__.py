@@ -1,0 +1,1 @@
+"""The package that SGLang's model registry reads: every module's ``EntryClass``."""

@@ -1,0 +1,143 @@
+"""Qwen3NextForCausalLM for SGLang: the shared layers inside SGLang's embedding and head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qnext_plugins.model import (
+    DecoderLayer,
+    Qwen3NextConfig,
+    RMSNorm,
+    check_files,
+    checked_weights,
+    expected_shapes,
+)
+from qnext_plugins.model.weights import MTP_PREFIX
+from qnext_sglang import sglang_api as api
+from qnext_sglang.engine import SglangEngine
+from qnext_sglang.loading import load_parameters, read_config
+from qnext_sglang.serving import announce, checkpoint_folder, in_tree_class
+
+
+class ServedModel(nn.Module):
+    """What target and draft have in common: SGLang's embedding and head, and the way they come to be.
+
+    Where this SGLang or its configuration is not served, the constructor gives SGLang's own model.
+    """
+
+    is_qnext = True
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __new__(cls, config: Any = None, quant_config: Any = None, prefix: str = "", **options: Any) -> Any:
+        if (in_tree := in_tree_class(cls.__name__)) is not None:
+            return in_tree(config, quant_config, prefix, **options)
+        return super().__new__(cls)
+
+    def __init__(self, config: Any, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        announce(type(self).__name__, torch.get_default_dtype())
+        self.config, self.quant_config = config, quant_config
+        self.qnext_config = read_config(config)
+        self.qnext_config.check_tensor_parallel(api.get_parallel().tp_size)
+        if hasattr(quant_config, "packed_modules_mapping"):
+            quant_config.packed_modules_mapping = self.packed_modules_mapping
+        self.engine = SglangEngine(config, quant_config)
+        self.lm_head = api.ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=quant_config,
+            org_num_embeddings=config.vocab_size,
+            prefix=api.add_prefix("lm_head", prefix),
+        )
+        self.logits_processor = api.LogitsProcessor(config)
+
+    def make_embedding(self) -> nn.Module:
+        return api.VocabParallelEmbedding(
+            self.config.vocab_size, self.config.hidden_size, org_num_embeddings=self.config.vocab_size
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
+        return self.model.embed_tokens.weight, self.lm_head.weight
+
+    def set_embed_and_head(self, embed: Tensor, head: Tensor) -> None:
+        """Share the target's embedding and head with the draft."""
+        del self.model.embed_tokens.weight
+        del self.lm_head.weight
+        self.model.embed_tokens.weight, self.lm_head.weight = embed, head
+
+    def get_embed(self) -> Tensor:
+        return self.model.embed_tokens.weight
+
+    def set_embed(self, embed: Tensor) -> None:
+        del self.model.embed_tokens.weight
+        self.model.embed_tokens.weight = embed
+
+
+class Qwen3NextModel(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: Qwen3NextConfig, engine: SglangEngine, embedding: nn.Module, *, prefix: str) -> None:
+        super().__init__()
+        self.embed_tokens = embedding
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, engine, kind, sparse=config.is_sparse(n), prefix=f"{prefix}.layers.{n}")
+            for n, kind in enumerate(config.layer_types)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+        residual = None
+        for layer in self.layers:
+            hidden_states, residual = layer(hidden_states, residual, positions)
+        return self.norm(hidden_states, residual)[0]
+
+
+class Qwen3NextForCausalLM(ServedModel):
+    """The class that SGLang's registry resolves ``Qwen3NextForCausalLM`` to."""
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+        super().__init__(config, quant_config, prefix)
+        folder = checkpoint_folder()
+        if quant_config is None and folder is not None:
+            check_files(folder, expected_shapes(self.qnext_config), passing=(MTP_PREFIX,))
+        self.model = Qwen3NextModel(
+            self.qnext_config, self.engine, self.make_embedding(), prefix=api.add_prefix("model", prefix)
+        )
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        forward_batch: api.ForwardBatch,
+        inputs_embeds: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        hidden_states = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if not forward_batch.forward_mode.is_idle():
+            with self.engine.batch.of(forward_batch):
+                hidden_states = self.model(hidden_states, positions)
+        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint; raises CheckpointError if an unquantized one has missing, surplus or misshapen tensors."""
+        if self.quant_config is None:
+            weights = checked_weights(weights, expected_shapes(self.qnext_config), passing=(MTP_PREFIX,))
+        return load_parameters(self, self._targets(weights), self.qnext_config.num_experts)
+
+    @staticmethod
+    def _targets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in weights if not name.startswith(MTP_PREFIX))
+
+
+EntryClass = Qwen3NextForCausalLM

@@ -1,0 +1,59 @@
+"""Qwen3NextForCausalLMMTP for SGLang: the shared draft model, which shares embedding and head with the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qnext_plugins.model import MultiTokenPredictor, checked_weights, expected_shapes
+from qnext_plugins.model.weights import MTP_PREFIX
+from qnext_sglang import sglang_api as api
+from qnext_sglang.loading import load_parameters
+from qnext_sglang.models.qwen3_next import ServedModel
+
+
+class Qwen3NextForCausalLMMTP(ServedModel):
+    """The class that SGLang's registry resolves the draft ``Qwen3NextForCausalLMMTP`` to."""
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+        super().__init__(config, quant_config, prefix)
+        self.model = MultiTokenPredictor(self.qnext_config, self.engine, prefix=api.add_prefix("mtp", prefix))
+        self.model.embed_tokens = self.make_embedding()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        forward_batch: api.ForwardBatch,
+        input_embeds: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        embeddings = self.model.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        hidden_states = forward_batch.spec_info.hidden_states
+        if not forward_batch.forward_mode.is_idle():
+            with self.engine.batch.of(forward_batch):
+                hidden_states = self.model.draft(embeddings, hidden_states, positions)
+        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the draft's tensors; raises CheckpointError if an unquantized checkpoint's are missing or misshapen."""
+        weights = ((name, tensor) for name, tensor in weights if self._is_ours(name))
+        if self.quant_config is None:
+            weights = checked_weights(weights, expected_shapes(self.qnext_config, target=False, mtp=True))
+        return load_parameters(self, self._renamed(weights), self.qnext_config.num_experts)
+
+    @staticmethod
+    def _is_ours(name: str) -> bool:
+        return name.startswith((MTP_PREFIX, "model.embed_tokens.", "lm_head."))
+
+    @staticmethod
+    def _renamed(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            yield f"model.{name.removeprefix(MTP_PREFIX)}" if name.startswith(MTP_PREFIX) else name, tensor
+
+
+EntryClass = Qwen3NextForCausalLMMTP

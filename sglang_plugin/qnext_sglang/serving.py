@@ -1,0 +1,97 @@
+"""What happens in a process before it serves our model: is it served at all, hooks, and the line that says so."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.platforms import current_platform
+from sglang.srt.runtime_context import get_server_args
+
+import qnext_plugins
+from qnext_kernels import OPERATIONS
+from qnext_plugins.settings import Settings
+from qnext_sglang import UnsupportedEngineError, decline, hooks, logger
+
+IN_TREE = {
+    "Qwen3NextForCausalLM": "sglang.srt.models.qwen3_next",
+    "Qwen3NextForCausalLMMTP": "sglang.srt.models.qwen3_next_mtp",
+}
+
+
+def unserved_flags(server_args: Any) -> str | None:
+    """Why this configuration is not served by our model, or None."""
+    reasons = {
+        "--enable-dp-attention": server_args.enable_dp_attention,
+        "--pp-size above 1": server_args.pp_size > 1,
+        f"--moe-a2a-backend {server_args.moe_a2a_backend}": server_args.moe_a2a_backend not in (None, "none"),
+        "--enable-eplb": server_args.enable_eplb,
+        "--enable-two-batch-overlap": server_args.enable_two_batch_overlap,
+        "--enable-lora": bool(server_args.enable_lora or server_args.lora_paths),
+        "--enable-linear-replayssm": server_args.enable_linear_replayssm,
+        f"--speculative-algorithm {server_args.speculative_algorithm}": server_args.speculative_algorithm
+        not in (None, "NEXTN", "EAGLE"),
+        f"--speculative-eagle-topk {server_args.speculative_eagle_topk} (a tree of drafts; 1 is a chain)": (
+            server_args.speculative_eagle_topk or 1
+        )
+        > 1,
+    }
+    flags = [flag for flag, given in reasons.items() if given]
+    return f"it does not serve {', '.join(flags)}" if flags else None
+
+
+@cache
+def in_tree_class(architecture: str) -> type | None:
+    """SGLang's own class where ours does not serve (which a line then says), or None.
+
+    Raises:
+        UnsupportedEngineError: with ``QNEXT_STRICT=1``, or where SGLang's own model cannot run.
+    """
+    reason = unserved_flags(get_server_args())
+    if reason is None:
+        try:
+            _install_hooks()
+            return None
+        except LookupError as error:
+            reason = str(error)
+    if _on_plain_cpu():
+        raise UnsupportedEngineError(f"qnext-plugins: {reason}, and SGLang's own {architecture} does not run on a CPU")
+    decline(reason)
+    return getattr(importlib.import_module(IN_TREE[architecture]), architecture)
+
+
+def announce(architecture: str, dtype: torch.dtype) -> None:
+    """Say which kernels serve ``architecture``, and keep its convolution's state as exact as its activations.
+
+    Raises:
+        BackendError: a backend that ``QNEXT_BACKEND`` forces cannot serve.
+    """
+    if dtype == torch.float32:
+        # SGLang keeps it in bfloat16 whatever the dtype of the model.
+        os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
+    device = torch.device(current_platform.device_type)
+    kernels = ", ".join(f"{name}={operation.select(device, dtype).name}" for name, operation in OPERATIONS.items())
+    logger.info("qnext-plugins %s serves %s in %s: %s", qnext_plugins.__version__, architecture, dtype, kernels)
+
+
+def checkpoint_folder() -> Path | None:
+    """The folder whose safetensors files are about to be loaded, or None if it is something else."""
+    server_args = get_server_args()
+    return Path(server_args.model_path) if server_args.load_format in ("auto", "safetensors") else None
+
+
+def _install_hooks() -> None:
+    hooks.install(hooks.HOOKS)
+    if _on_plain_cpu():
+        from qnext_sglang.cpu import hooks as cpu_hooks
+
+        hooks.install(cpu_hooks.HOOKS)
+        cpu_hooks.install_names()
+
+
+def _on_plain_cpu() -> bool:
+    return getattr(current_platform, "is_qnext", False)

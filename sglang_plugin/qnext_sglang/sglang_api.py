@@ -1,0 +1,57 @@
+"""Every SGLang symbol that the model side touches; no other module of ours but those named here imports SGLang.
+
+(``hooks`` and the modules of ``cpu`` say what they change, and :func:`qnext_sglang.register` uses the registries.) A
+contract test walks through all of them and names the one that an engine update broke.
+"""
+
+from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
+from sglang.srt.distributed import tensor_model_parallel_all_reduce
+from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend, MambaAttnBackendBase
+from sglang.srt.layers.attention.linear.utils import build_verify_intermediate_state_indices
+from sglang.srt.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
+from sglang.srt.layers.rotary_embedding import get_rope
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_loader.weight_utils import default_weight_loader
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import add_prefix
+
+__all__ = [
+    "ColumnParallelLinear",
+    "ForwardBatch",
+    "FusedMoE",
+    "HybridLinearAttnBackend",
+    "LogitsProcessor",
+    "MambaAttnBackendBase",
+    "MergedColumnParallelLinear",
+    "ParallelLMHead",
+    "QKVParallelLinear",
+    "RadixAttention",
+    "RadixLinearAttention",
+    "ReplicatedLinear",
+    "RowParallelLinear",
+    "StandardCombineInput",
+    "StandardTopKOutput",
+    "UnquantizedFusedMoEMethod",
+    "VocabParallelEmbedding",
+    "add_prefix",
+    "build_verify_intermediate_state_indices",
+    "default_weight_loader",
+    "get_parallel",
+    "get_rope",
+    "hybrid_gdn_config",
+    "tensor_model_parallel_all_reduce",
+]
