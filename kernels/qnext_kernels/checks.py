@@ -58,3 +58,33 @@ def expect_query_start_loc(query_start_loc: Tensor, num_tokens: int) -> int:
         if offsets[0] != 0 or offsets[-1] != num_tokens or not rising:
             raise ValueError(f"query_start_loc: expected offsets rising from 0 to {num_tokens}, got {offsets}")
     return query_start_loc.numel() - 1
+
+
+def expect_snapshots(
+    snapshot_slots: Tensor, snapshot_lengths: Tensor, query_start_loc: Tensor, num_slots: int, *, multiple_of: int = 1
+) -> None:
+    """Check, for N sequences, further slots [N] and after how many tokens [N] they are written; slot −1 is none."""
+    lengths = query_start_loc.diff()
+    expect_shape("snapshot_slots", snapshot_slots, lengths.shape)
+    expect_indices("snapshot_slots", snapshot_slots, -1, num_slots)
+    expect_shape("snapshot_lengths", snapshot_lengths, lengths.shape)
+    expect_dtype("snapshot_lengths", snapshot_lengths, (torch.int32, torch.int64))
+    if query_start_loc.device.type == "cpu":
+        fits = (snapshot_lengths >= 0) & (snapshot_lengths <= lengths) & (snapshot_lengths % multiple_of == 0)
+        if not bool((fits | (snapshot_slots < 0)).all()):
+            raise ValueError(
+                f"snapshot_lengths: expected multiples of {multiple_of} from 0 to {lengths.tolist()} for slots "
+                f"{snapshot_slots.tolist()}, got {snapshot_lengths.tolist()}"
+            )
+
+
+def expect_both_or_neither(
+    first: str, one: Tensor | None, second: str, other: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Return both tensors, None where neither is given; raise ValueError where only one is."""
+    if one is not None and other is not None:
+        return one, other
+    if one is not None or other is not None:
+        missing, given = (first, second) if one is None else (second, first)
+        raise ValueError(f"{missing}: expected a tensor because {given} is given, got None")
+    return None

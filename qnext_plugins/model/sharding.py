@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 
-def sharded_parameter(
-    segments: tuple[int, ...], *rest: int, dtype: torch.dtype, rank: int, ranks: int
-) -> nn.Parameter:
+def sharded_parameter(segments: tuple[int, ...], *rest: int, dtype: torch.dtype, rank: int, ranks: int) -> nn.Parameter:
     """A parameter [Σ segments / ranks, *rest], each segment of dim 0 split over the ranks, in order.
 
-    Its ``weight_loader(parameter, loaded)``, which the engines' loaders call, copies this rank's share of a whole tensor.
+    Its ``weight_loader(parameter, loaded)``, which the engines' loaders call, copies this rank's share of the whole.
     """
     parameter = nn.Parameter(torch.empty(sum(segments) // ranks, *rest, dtype=dtype), requires_grad=False)
     loader = partial(load_segments, segments=segments, rank=rank, ranks=ranks)

@@ -1,4 +1,4 @@
-"""The routed experts: SGLang's loading, sharding, dispatch and quantization around our routing and our experts kernel."""
+"""The routed experts: SGLang's loading, sharding, dispatch and quantization around our routing and our kernel."""
 
 from __future__ import annotations
 

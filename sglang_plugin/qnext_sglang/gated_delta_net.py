@@ -1,8 +1,8 @@
 """The Gated DeltaNet attention backend: SGLang's pool of recurrent states and its metadata, our kernels.
 
 SGLang's base class owns the metadata, its static buffers for CUDA graphs included; here it becomes the shared model's
-:class:`~qnext_plugins.model.RecurrentBatch`, once a batch. Whatever a captured graph reads is a view of those buffers or
-a constant, never a tensor made outside the graph.
+:class:`~qnext_plugins.model.RecurrentBatch`, once a batch. Whatever a captured graph reads is a view of those buffers
+or a constant, never a tensor made outside the graph.
 """
 
 from __future__ import annotations
@@ -85,11 +85,12 @@ class GatedDeltaNetBackend(api.MambaAttnBackendBase):
 def wrap_attention(runner: Any, full_attention: Any) -> Any:
     """SGLang's hybrid of ``full_attention`` and our Gated DeltaNet backend for the model of ``runner``."""
     if torch.device(runner.device).type == "cpu":
-        from qnext_sglang.cpu.gated_delta_net import CpuGatedDeltaNetBackend as Backend
-        from qnext_sglang.cpu.gated_delta_net import CpuHybridBackend as Hybrid
+        from qnext_sglang.cpu.gated_delta_net import CpuGatedDeltaNetBackend, CpuHybridBackend
+
+        linear_class, hybrid_class = CpuGatedDeltaNetBackend, CpuHybridBackend
     else:
-        Backend, Hybrid = GatedDeltaNetBackend, api.HybridLinearAttnBackend
+        linear_class, hybrid_class = GatedDeltaNetBackend, api.HybridLinearAttnBackend
     config = api.hybrid_gdn_config(runner.model_config)
     # The draft has one layer, full attention.
     full_layers = [0] if runner.is_draft_worker else config.full_attention_layer_ids
-    return Hybrid(full_attention, Backend(runner), full_layers)
+    return hybrid_class(full_attention, linear_class(runner), full_layers)

@@ -58,7 +58,7 @@ def load_parameters(model: nn.Module, weights: Iterable[tuple[str, Tensor]], num
     Raises:
         KeyError: there is no parameter for a tensor.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Any] = dict(model.named_parameters())
     experts = {
         name: (parameter, expert, shard)
         for parameter, name, expert, shard in api.FusedMoE.make_expert_params_mapping(

@@ -14,7 +14,6 @@ from sglang.srt.runtime_context import get_server_args
 
 import qnext_plugins
 from qnext_kernels import OPERATIONS
-from qnext_plugins.settings import Settings
 from qnext_sglang import UnsupportedEngineError, decline, hooks, logger
 
 IN_TREE = {

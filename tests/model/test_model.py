@@ -20,6 +20,7 @@ from qnext_plugins.model import (
     Qwen3NextConfig,
     RecurrentBatch,
     Segment,
+    StatePools,
     VerifySegment,
 )
 from qnext_plugins.model.gated_delta_net import gated_delta_net_core

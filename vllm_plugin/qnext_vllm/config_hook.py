@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from qnext_plugins.cores import binding_for
 from qnext_plugins.settings import is_set
 from qnext_vllm import logger
 
@@ -27,20 +28,15 @@ def register_config_hook() -> None:
 
 
 def bind_threads(vllm_config: VllmConfig) -> None:
-    """Give each rank its share of the cores where there are more ranks than NUMA nodes.
-
-    vLLM's default binds one rank to one NUMA node and refuses to start with fewer nodes than ranks.
-    """
+    """Give each rank its share of the cores where there are more ranks than NUMA nodes."""
     from vllm.utils.cpu_resource_utils import get_visible_memory_node
 
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     if is_set(THREADS_BIND) or is_set("VLLM_CPU_SIM_MULTI_NUMA") or parallel.data_parallel_size > 1:
         return
-    cores = sorted(os.sched_getaffinity(0))
-    if ranks <= len(get_visible_memory_node()) or len(cores) < ranks:
+    binding = binding_for(ranks, len(get_visible_memory_node()))
+    if binding is None:
         return
-    share = len(cores) // ranks
-    binding = "|".join(",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(ranks))
     os.environ[THREADS_BIND] = binding
     logger.info("qnext-plugins binds %d ranks to cores: %s=%s", ranks, THREADS_BIND, binding)

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from qnext_kernels.causal_conv1d.cpu import CpuBackend
 from qnext_kernels.causal_conv1d.reference import ReferenceBackend
-from qnext_kernels.checks import expect_dtype, expect_floating, expect_indices, expect_query_start_loc, expect_shape
+from qnext_kernels.checks import (
+    expect_both_or_neither,
+    expect_dtype,
+    expect_floating,
+    expect_indices,
+    expect_query_start_loc,
+    expect_shape,
+    expect_snapshots,
+)
 from qnext_kernels.dispatch import Operation
 
 operation = Operation("causal_conv1d", [CpuBackend(), ReferenceBackend()])
@@ -63,9 +71,9 @@ def causal_conv1d_prefill(
     num_sequences = _check(x, weight, conv_state, slots, query_start_loc)
     expect_shape("has_initial_state", has_initial_state, (num_sequences,))
     expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
-    snapshots = _both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
+    snapshots = expect_both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
     if snapshots is not None:
-        _check_snapshots(*snapshots, query_start_loc, conv_state.shape[0])
+        expect_snapshots(*snapshots, query_start_loc, conv_state.shape[0])
     backend = operation.select(x.device, x.dtype)
     return backend.prefill(x, weight, conv_state, slots, query_start_loc, has_initial_state, snapshots)
 
@@ -109,7 +117,7 @@ def causal_conv1d_verify(
     most = conv_state.shape[2] - weight.shape[1] + 2
     expect_shape("num_accepted_tokens", num_accepted_tokens, (num_sequences,))
     expect_indices("num_accepted_tokens", num_accepted_tokens, 1, most + 1)
-    steps = _both_or_neither("step_state", step_state, "step_rows", step_rows)
+    steps = expect_both_or_neither("step_state", step_state, "step_rows", step_rows)
     if steps is not None:
         step_state, step_rows = steps
         expect_shape("step_state", step_state, (None, None, x.shape[1], weight.shape[1] - 1))
@@ -159,28 +167,3 @@ def _check(x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_s
     expect_shape("slots", slots, (num_sequences,))
     expect_indices("slots", slots, -1, conv_state.shape[0])
     return num_sequences
-
-
-def _check_snapshots(snapshot_slots: Tensor, snapshot_lengths: Tensor, query_start_loc: Tensor, num_slots: int) -> None:
-    lengths = query_start_loc.diff()
-    expect_shape("snapshot_slots", snapshot_slots, lengths.shape)
-    expect_indices("snapshot_slots", snapshot_slots, -1, num_slots)
-    expect_shape("snapshot_lengths", snapshot_lengths, lengths.shape)
-    expect_dtype("snapshot_lengths", snapshot_lengths, (torch.int32, torch.int64))
-    if query_start_loc.device.type == "cpu":
-        fits = (snapshot_lengths >= 0) & (snapshot_lengths <= lengths)
-        if not bool((fits | (snapshot_slots < 0)).all()):
-            raise ValueError(
-                f"snapshot_lengths: expected 0 to {lengths.tolist()} for slots {snapshot_slots.tolist()}, "
-                f"got {snapshot_lengths.tolist()}"
-            )
-
-
-def _both_or_neither(first: str, one: Tensor | None, second: str, other: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Return both tensors, None where neither is given, and raise ValueError where only one is."""
-    if one is not None and other is not None:
-        return one, other
-    if one is not None or other is not None:
-        missing, given = (first, second) if one is None else (second, first)
-        raise ValueError(f"{missing}: expected a tensor because {given} is given, got None")
-    return None

@@ -27,7 +27,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qnext_kernels.checks import expect_dtype, expect_floating, expect_indices, expect_query_start_loc, expect_shape
+from qnext_kernels.checks import (
+    expect_both_or_neither,
+    expect_dtype,
+    expect_floating,
+    expect_indices,
+    expect_query_start_loc,
+    expect_shape,
+    expect_snapshots,
+)
 from qnext_kernels.dispatch import Operation
 from qnext_kernels.gated_delta_rule.cpu import CpuBackend
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, ReferenceBackend
@@ -78,9 +86,9 @@ def gated_delta_rule_prefill(
     expect_indices("slots", slots, -1, state.shape[0])
     expect_shape("has_initial_state", has_initial_state, (num_sequences,))
     expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
-    snapshots = _both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
+    snapshots = expect_both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
     if snapshots is not None:
-        _check_snapshots(*snapshots, query_start_loc, state.shape[0])
+        expect_snapshots(*snapshots, query_start_loc, state.shape[0], multiple_of=CHUNK_SIZE)
     backend = operation.select(v.device, v.dtype)
     return backend.prefill(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, has_initial_state, snapshots)
 
@@ -131,7 +139,7 @@ def gated_delta_rule_verify(
     expect_shape("num_accepted_tokens", num_accepted_tokens, (num_sequences,))
     expect_indices("num_accepted_tokens", num_accepted_tokens, 1, slots.shape[1] + 1)
     most, place = slots.shape[1], "column of slots"
-    steps = _both_or_neither("step_state", step_state, "step_rows", step_rows)
+    steps = expect_both_or_neither("step_state", step_state, "step_rows", step_rows)
     if steps is not None:
         step_state, step_rows = steps
         expect_shape("step_state", step_state, (None, None, *state.shape[1:]))
@@ -206,28 +214,3 @@ def _check(
     expect_shape("state", state, (None, num_value_heads, value_dim, q.shape[2]))
     expect_floating("state", state)
     return num_tokens if query_start_loc is None else expect_query_start_loc(query_start_loc, num_tokens)
-
-
-def _check_snapshots(snapshot_slots: Tensor, snapshot_lengths: Tensor, query_start_loc: Tensor, num_slots: int) -> None:
-    lengths = query_start_loc.diff()
-    expect_shape("snapshot_slots", snapshot_slots, lengths.shape)
-    expect_indices("snapshot_slots", snapshot_slots, -1, num_slots)
-    expect_shape("snapshot_lengths", snapshot_lengths, lengths.shape)
-    expect_dtype("snapshot_lengths", snapshot_lengths, (torch.int32, torch.int64))
-    if query_start_loc.device.type == "cpu":
-        fits = (snapshot_lengths >= 0) & (snapshot_lengths <= lengths) & (snapshot_lengths % CHUNK_SIZE == 0)
-        if not bool((fits | (snapshot_slots < 0)).all()):
-            raise ValueError(
-                f"snapshot_lengths: expected multiples of {CHUNK_SIZE} from 0 to {lengths.tolist()} for slots "
-                f"{snapshot_slots.tolist()}, got {snapshot_lengths.tolist()}"
-            )
-
-
-def _both_or_neither(first: str, one: Tensor | None, second: str, other: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Return both tensors, None where neither is given, and raise ValueError where only one is."""
-    if one is not None and other is not None:
-        return one, other
-    if one is not None or other is not None:
-        missing, given = (first, second) if one is None else (second, first)
-        raise ValueError(f"{missing}: expected a tensor because {given} is given, got None")
-    return None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from qnext_plugins.cores import binding_for
+from qnext_plugins.settings import is_set
 from qnext_sglang import UnsupportedEngineError, logger
 from qnext_sglang.cpu.platform import ATTENTION_BACKEND
 
@@ -12,6 +15,8 @@ STATE_SLOTS_PER_REQUEST = 10
 """A running request holds up to 5 slots of recurrent state; as many again keep prefixes."""
 MAX_TOTAL_TOKENS = 262_144
 """The native context of Qwen3-Next-80B-A3B. SGLang takes less where memory does."""
+
+THREADS_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
 def apply_defaults(server_args: Any) -> None:
@@ -39,6 +44,16 @@ def apply_defaults(server_args: Any) -> None:
         chosen["disable_overlap_schedule"] = True
     for name, value in chosen.items():
         setattr(server_args, name, value)
+    if (binding := _thread_binding(server_args)) is not None:
+        os.environ[THREADS_BIND] = chosen[THREADS_BIND] = binding
     settings = " ".join(f"{name}={value}" for name, value in chosen.items())
     if settings:
         logger.info("qnext-plugins chose for this CPU: %s", settings)
+
+
+def _thread_binding(server_args: Any) -> str | None:
+    from sglang.srt.utils import get_cpu_ids_by_node
+
+    if is_set(THREADS_BIND):
+        return None
+    return binding_for(server_args.tp_size * server_args.dp_size, len(get_cpu_ids_by_node()))

@@ -33,7 +33,10 @@ _DRAFT = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 HOOKS = [
     Hook("torch.Tensor.pin_memory", _pin_memory),
     Hook("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", speculation.assign_req_to_token_pool_func),
-    Hook(f"{_OPS}.cache_locs.assign_draft_cache_locs_contiguous_func", speculation.assign_draft_cache_locs_contiguous_func),
+    Hook(
+        f"{_OPS}.cache_locs.assign_draft_cache_locs_contiguous_func",
+        speculation.assign_draft_cache_locs_contiguous_func,
+    ),
     Hook(f"{_OPS}.spec_tree.build_tree_kernel_efficient_func", speculation.build_tree_kernel_efficient_func),
     Hook(f"{_OPS}.spec_tree.verify_tree_greedy_func", speculation.verify_tree_greedy_func),
     Hook(f"{_OPS}.eagle.fill_bonus_tokens_func", speculation.fill_bonus_tokens_func),

@@ -1,6 +1,6 @@
 """SGLang's speculative decoding of a chain of drafts, where its Triton and CUDA kernels do not run.
 
-Each function has the name and the arguments of the one it replaces (``hooks`` has the table); what it writes is the same.
+Each function has the name and the arguments of the one it replaces (``hooks`` has the table), and writes the same.
 B is the batch, N the tokens that a sequence verifies (its last accepted one and N − 1 drafts).
 """
 
@@ -126,8 +126,8 @@ def tree_speculative_sampling_target_only(
 ) -> None:
     """Accept a draft with the target's probability of it; at the first rejection, draw from what is left.
 
-    Speculative sampling (arXiv 2211.17192) with a draft that proposes one token: with both thresholds at 1 the tokens have
-    the target's distribution [B, N, vocabulary].
+    Speculative sampling (arXiv 2211.17192) with a draft that proposes one token: with both thresholds at 1 the tokens
+    have the target's distribution [B, N, vocabulary].
     """
     drafts = candidates[:, 1:].long()
     probability = target_probs[:, :-1].gather(2, drafts[:, :, None]).squeeze(2)
@@ -140,7 +140,8 @@ def tree_speculative_sampling_target_only(
     cumulative = rest.cumsum(1)
     point = uniform_samples_for_final_sampling.view(-1, 1).double() * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, point, right=True).clamp(max=rest.shape[1] - 1)
-    _write(predicts, accept_index, accept_token_num, accepted, torch.cat([drafts, drawn], 1).scatter(1, accepted[:, None], drawn))
+    tokens = torch.cat([drafts, drawn], dim=1).scatter(1, accepted[:, None], drawn)
+    _write(predicts, accept_index, accept_token_num, accepted, tokens)
 
 
 def _leading(hits: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def _leading(hits: Tensor) -> Tensor:
 
 
 def _write(predicts: Tensor, accept_index: Tensor, accept_token_num: Tensor, accepted: Tensor, tokens: Tensor) -> None:
-    """Store the first ``accepted + 1`` of each row of tokens [B, N], their indices and the number of accepted drafts."""
+    """Store the first ``accepted + 1`` of each row of tokens [B, N], their indices, and how many drafts they hold."""
     batch, width = tokens.shape
     valid = torch.arange(width) <= accepted[:, None]
     flat = torch.arange(batch * width).view(batch, width)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qnext_plugins.model import MultiTokenPredictor, checked_weights, expected_shapes
 from qnext_plugins.model.weights import MTP_PREFIX
