@@ -13,6 +13,7 @@ from qnext_plugins.model import Qwen3NextConfig
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_sglang import sglang_api as api
 from qnext_sglang.experts import QnextMoEMethod, SparseExperts
+from qnext_sglang.loading import rope_parameters
 
 
 class _OutputOnly:
@@ -85,15 +86,14 @@ class SglangEngine:
         return sharded_parameter((num_heads,), dtype=torch.float32, **self._rank)
 
     def cos_sin(self, config: Qwen3NextConfig) -> Tensor:
-        hf_config = self.hf_config
-        scaling = getattr(hf_config, "rope_parameters", None) or hf_config.rope_scaling
+        rope = rope_parameters(self.hf_config)
         rotary = api.get_rope(
             config.head_dim,
             rotary_dim=config.head_dim,
-            max_position=hf_config.max_position_embeddings,
-            base=hf_config.rope_theta,
-            rope_scaling=scaling,
-            partial_rotary_factor=hf_config.partial_rotary_factor,
+            max_position=self.hf_config.max_position_embeddings,
+            base=rope["rope_theta"],
+            rope_scaling=rope,
+            partial_rotary_factor=rope["partial_rotary_factor"],
             dtype=torch.float32,
         )
         return rotary.cos_sin_cache

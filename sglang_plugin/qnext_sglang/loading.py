@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable
 from typing import Any
 
+from sglang.srt.runtime_context import get_server_args
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from qnext_plugins.model import ConfigError, Qwen3NextConfig
 from qnext_plugins.model.weights import IGNORED_SUFFIXES
@@ -47,6 +50,23 @@ def read_config(hf_config: Any) -> Qwen3NextConfig:
         if (value := getattr(hf_config, original, None)) is not None:
             setattr(own, name, value)
     return Qwen3NextConfig.from_hf(own)
+
+
+def rope_parameters(hf_config: Any) -> dict[str, Any]:
+    """Base, rotated share and scaling of the rotary embedding, as ``rope_parameters`` of transformers 5.
+
+    SGLang's configuration keeps ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling`` at the top of a config.json
+    and drops ``rope_parameters``, the only place where transformers 5 writes them: the checkpoint's file is read again.
+    """
+    server_args = get_server_args()
+    stored, _ = PretrainedConfig.get_config_dict(server_args.model_path, revision=server_args.revision)
+    given = stored | json.loads(server_args.json_model_override_args)
+    written = stored.get("rope_parameters") or {}
+    parameters = dict(hf_config.rope_scaling or {"rope_type": "default"} | written)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        known = getattr(hf_config, name)
+        parameters[name] = known if name in given else parameters.get(name, written.get(name, known))
+    return parameters
 
 
 def load_parameters(model: nn.Module, weights: Iterable[tuple[str, Tensor]], num_experts: int) -> set[str]:

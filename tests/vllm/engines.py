@@ -88,12 +88,3 @@ def engine(
         yield Engine(llm)
     finally:
         llm.llm_engine.engine_core.shutdown()
-
-
-def first_difference(expected: Sequence[Tokens], got: Sequence[Tokens]) -> str | None:
-    """Describe the first prompt whose tokens differ, or None."""
-    for n, (want, have) in enumerate(zip(expected, got, strict=True)):
-        if want != have:
-            at = next((i for i, pair in enumerate(zip(want, have, strict=False)) if pair[0] != pair[1]), len(have))
-            return f"prompt {n} parts at token {at}: expected {want[at : at + 4]}, got {have[at : at + 4]}"
-    return None

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests import reference
-from tests.vllm.engines import Engine, first_difference
+from tests.reference import first_difference
+from tests.vllm.engines import Engine
 
 pytestmark = pytest.mark.vllm
 

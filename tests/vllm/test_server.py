@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import pytest
 from openai import OpenAI
 
-from examples.demo_vllm import MODEL, Server
+from examples.demo_vllm import Server
+from examples.serving_demo import MODEL
 from tests.checkpoints import TINY
 
 pytestmark = pytest.mark.vllm

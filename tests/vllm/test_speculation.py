@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from examples.tiny.train import split_corpus
 from tests import reference
-from tests.vllm.engines import Engine, first_difference
+from tests.reference import first_difference
+from tests.vllm.engines import Engine
 
 pytestmark = pytest.mark.vllm
 
@@ -19,16 +17,6 @@ pytestmark = pytest.mark.vllm
 def assert_partly_rejected(running: Engine) -> None:
     drafts = running.drafts()
     assert 0 < drafts.accepted < drafts.drafted, drafts
-
-
-def turns(
-    checkpoint: Path, prompt: reference.Tokens, count: int
-) -> Iterator[tuple[reference.Tokens, reference.Tokens]]:
-    """A conversation: each turn's prompt is all that was said, with a few new tokens; and what transformers answers."""
-    for turn in range(count):
-        answer = reference.greedy(checkpoint, prompt)
-        yield prompt, answer
-        prompt = prompt + answer + tuple(reference.prompts(checkpoint)[-1][7 * turn : 7 * turn + 7])
 
 
 @pytest.mark.parametrize(
@@ -49,25 +37,14 @@ class TestSpeculation:
 
     def test_conversation_equals_transformers(self, running: Engine, checkpoint: Path) -> None:
         for start in (reference.prompts(checkpoint)[12], reference.prompts(checkpoint)[24]):
-            for prompt, answer in turns(checkpoint, start, count=4):
+            for prompt, answer in reference.turns(checkpoint, start, count=4):
                 assert first_difference([answer], running.greedy([prompt])) is None
-
-
-def held_out_prompts(checkpoint: Path, length: int = 48) -> list[reference.Tokens]:
-    """Passages of the topics that the trained checkpoint has not read."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    _, held_out = split_corpus()
-    prompts = []
-    for text in held_out.values():
-        ids = tokenizer.encode(text)
-        prompts += [tuple(ids[start : start + length]) for start in range(0, len(ids) - length, 4 * length)]
-    return prompts
 
 
 @pytest.mark.parametrize(("checkpoint", "running"), [("tiny", {"drafts": 2})], indirect=True, scope="class")
 class TestAcceptance:
     def test_two_drafts_give_two_tokens_a_step_on_held_out_passages(self, running: Engine, checkpoint: Path) -> None:
-        prompts = held_out_prompts(checkpoint)
+        prompts = reference.held_out_prompts(checkpoint)
         assert len(prompts) >= 20
         before = running.drafts()
         running.greedy(prompts, max_tokens=128)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests import reference
-from tests.vllm.engines import engine, first_difference
+from tests.reference import first_difference
+from tests.vllm.engines import engine
 from tests.vllm.test_speculation import assert_partly_rejected, turns
 
 pytestmark = pytest.mark.vllm

@@ -6,7 +6,7 @@ SGLang's own ``torch_native`` backend has no verification and no drafts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -27,6 +27,16 @@ class CpuKVPool(MHATokenToKVPool):
         move_kv_cache_native(self.k_buffer, self.v_buffer, tgt_loc, src_loc)
 
 
+class Run(NamedTuple):
+    """Tokens of one sequence that attend together."""
+
+    tokens: slice
+    slots: Tensor
+    """[keys], where its keys and values lie."""
+    mask: Tensor | None
+    """[tokens, keys] bool; None: every key."""
+
+
 class CpuAttentionBackend(AttentionBackend):
     """Sequence by sequence, so that a sequence's result does not depend on the rest of the batch."""
 
@@ -36,25 +46,27 @@ class CpuAttentionBackend(AttentionBackend):
         super().__init__()
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
-        self._ranges: list[tuple[int, int]] = []
-        self._slots: list[Tensor] = []
-        self._masks: list[Tensor | None] = []
+        self._runs: list[Run] = []
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Find each sequence's tokens, the cache slots of its keys, and its mask, once for all layers."""
+        """Find each run's tokens, the cache slots of its keys, and its mask, once for all layers."""
         positions, mode = forward_batch.positions, forward_batch.forward_mode
-        count = forward_batch.batch_size
-        uniform = mode.is_decode() or mode.is_target_verify() or forward_batch.extend_seq_lens is None
-        # Uniform: one token to decode, or a sequence's last accepted one and its drafts.
-        lengths = [len(positions) // max(1, count)] * count if uniform else forward_batch.extend_seq_lens.tolist()
-        self._ranges, self._slots, self._masks = [], [], []
+        requests = forward_batch.req_pool_indices.tolist()
+        if mode.is_decode() or mode.is_target_verify() or forward_batch.extend_seq_lens is None:
+            # Query by query: a verified token then has the bits of a decoded one.
+            tokens = len(positions) // max(1, len(requests))
+            requests, lengths = [request for request in requests for _ in range(tokens)], [1] * len(positions)
+        else:
+            lengths = forward_batch.extend_seq_lens.tolist()
+        self._runs = []
         start = 0
-        for request, length in zip(forward_batch.req_pool_indices.tolist(), lengths, strict=False):
-            own = positions[start : start + length]
-            keys = int(own[-1]) + 1 if length else 0
-            self._ranges.append((start, start + length))
-            self._slots.append(self.req_to_token_pool.req_to_token[request, :keys].long())
-            self._masks.append(torch.arange(keys) <= own[:, None] if length > 1 else None)
+        for request, length in zip(requests, lengths, strict=False):
+            if length:
+                own = positions[start : start + length]
+                keys = int(own[-1]) + 1
+                slots = self.req_to_token_pool.req_to_token[request, :keys].long()
+                mask = torch.arange(keys) <= own[:, None] if length > 1 else None
+                self._runs.append(Run(slice(start, start + length), slots, mask))
             start += length
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
@@ -81,18 +93,16 @@ class CpuAttentionBackend(AttentionBackend):
         out = torch.zeros_like(q)
         keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
-        for (start, end), slots, mask in zip(self._ranges, self._slots, self._masks, strict=True):
-            if start == end:
-                continue
+        for run in self._runs:
             attended = scaled_dot_product_attention(
-                q[start:end].transpose(0, 1)[None],
-                keys[slots].transpose(0, 1)[None].to(q.dtype),
-                values[slots].transpose(0, 1)[None].to(q.dtype),
-                attn_mask=mask,
+                q[run.tokens].transpose(0, 1)[None],
+                keys[run.slots].transpose(0, 1)[None].to(q.dtype),
+                values[run.slots].transpose(0, 1)[None].to(q.dtype),
+                attn_mask=run.mask,
                 scale=layer.scaling,
                 enable_gqa=True,
             )
-            out[start:end] = attended[0].transpose(0, 1)
+            out[run.tokens] = attended[0].transpose(0, 1)
         return out.flatten(1)
 
 

@@ -1,0 +1,68 @@
+"""Float32: the tokens of transformers, alone and batched, cold and from the radix cache, prefilled whole or in pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import reference
+from tests.reference import first_difference
+from tests.sglang.engines import Engine
+
+pytestmark = pytest.mark.sglang
+
+LOG_PROB_TOLERANCE = 1e-3
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny", "random"], indirect=True, scope="class")
+class TestDefaults:
+    """The radix cache keeps snapshots (``extra_buffer``), and scheduling overlaps."""
+
+    def test_tokens_and_log_probs_equal_transformers_batched(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)
+        assert len(prompts) >= 30
+        results = running.greedy_with_log_probs(prompts)
+        expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
+        assert first_difference(expected, [tokens for tokens, _ in results]) is None
+        for prompt, (tokens, log_probs) in zip(prompts, results, strict=True):
+            truth = reference.log_probs(checkpoint, prompt, tokens)
+            assert (log_probs - truth).abs().max() < LOG_PROB_TOLERANCE
+
+    def test_tokens_equal_transformers_alone_and_from_the_radix_cache(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)
+        before = running.cached_tokens
+        alone = [running.greedy([prompt])[0] for prompt in prompts]
+        assert running.cached_tokens > before, "the long prompts were served before: they are cached"
+        assert first_difference([reference.greedy(checkpoint, prompt) for prompt in prompts], alone) is None
+
+    def test_conversation_equals_transformers(self, running: Engine, checkpoint: Path) -> None:
+        for start in (reference.prompts(checkpoint)[12], reference.prompts(checkpoint)[24]):
+            for prompt, answer in reference.turns(checkpoint, start, count=4):
+                assert first_difference([answer], running.greedy([prompt])) is None
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "running"),
+    [
+        ("tiny", {"mamba_radix_cache_strategy": "no_buffer", "chunked_prefill_size": 64}),
+        ("tiny", {"chunked_prefill_size": 128, "max_running_requests": 6, "mamba_track_interval": 64}),
+    ],
+    ids=["no_buffer", "extra_buffer"],
+    indirect=True,
+    scope="class",
+)
+class TestSmallBudget:
+    """Prompts are prefilled in pieces; the cache is asked for prefixes that were left behind in the middle of one."""
+
+    def test_chunked_prefill_equals_transformers_cold_and_warm(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)
+        expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
+        assert first_difference(expected, running.greedy(prompts)) is None
+        before = running.cached_tokens
+        assert first_difference(expected, running.greedy(prompts)) is None
+        assert running.cached_tokens > before
+
+    def test_conversation_equals_transformers(self, running: Engine, checkpoint: Path) -> None:
+        for prompt, answer in reference.turns(checkpoint, reference.prompts(checkpoint)[28], count=4):
+            assert first_difference([answer], running.greedy([prompt])) is None

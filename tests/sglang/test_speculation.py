@@ -1,0 +1,97 @@
+"""NEXTN changes nothing: float32 greedy with drafts gives the tokens of transformers without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import reference
+from tests.reference import first_difference
+from tests.sglang.engines import Engine
+
+pytestmark = pytest.mark.sglang
+
+
+def assert_partly_rejected(running: Engine) -> None:
+    assert 0 < running.drafts.accepted < running.drafts.drafted, running.drafts
+
+
+class Speculation:
+    def test_tokens_equal_transformers_cold_and_warm(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)
+        expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
+        assert first_difference(expected, running.greedy(prompts)) is None
+        before = running.cached_tokens
+        assert first_difference(expected, running.greedy(prompts)) is None
+        assert running.cached_tokens > before
+        assert_partly_rejected(running)
+
+    def test_conversation_equals_transformers(self, running: Engine, checkpoint: Path) -> None:
+        for start in (reference.prompts(checkpoint)[12], reference.prompts(checkpoint)[24]):
+            for prompt, answer in reference.turns(checkpoint, start, count=4):
+                assert first_difference([answer], running.greedy([prompt])) is None
+
+
+SMALL_BUDGET = {"chunked_prefill_size": 128, "max_running_requests": 6, "mamba_track_interval": 64}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "running"),
+    [
+        ("random", {"drafts": 3}),
+        ("tiny", {"drafts": 1}),
+        ("tiny", {"drafts": 2, "mamba_radix_cache_strategy": "no_buffer"}),
+        ("tiny", {"drafts": 3} | SMALL_BUDGET),
+    ],
+    ids=["random-3", "tiny-1", "tiny-2-no_buffer", "tiny-3-small-budget"],
+    indirect=True,
+    scope="class",
+)
+class TestSpeculation(Speculation):
+    pass
+
+
+@pytest.mark.parametrize(("checkpoint", "running"), [("tiny", {"drafts": 3})], indirect=True, scope="class")
+class TestTiny(Speculation):
+    """One engine for all that is asked of the trained checkpoint with three drafts."""
+
+    def test_log_probs_equal_transformers(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)[5:20]
+        for prompt, (tokens, log_probs) in zip(prompts, running.greedy_with_log_probs(prompts), strict=True):
+            assert (log_probs - reference.log_probs(checkpoint, prompt, tokens)).abs().max() < 1e-3
+
+    def test_three_drafts_give_two_tokens_a_step_on_held_out_passages(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.held_out_prompts(checkpoint)
+        assert len(prompts) >= 20
+        accepted, steps = running.drafts.accepted, running.drafts.steps
+        running.greedy(prompts, max_tokens=128)
+        length = 1 + (running.drafts.accepted - accepted) / (running.drafts.steps - steps)
+        print(f"mean accepted length {length:.3f} at 3 draft tokens, {len(prompts)} held-out passages")
+        assert length >= 2.0
+
+    def test_sampled_tokens_are_as_likely_as_the_distribution_says(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)[5:20]
+        surprise, variance = 0.0, 0.0
+        for prompt, tokens in zip(prompts, running.sample(prompts, temperature=1.0, sampling_seed=3), strict=True):
+            log_probs = reference.distributions(checkpoint, prompt, tokens)
+            entropy = -(log_probs.exp() * log_probs).sum(dim=1)
+            given = log_probs.gather(1, torch.tensor(tokens)[:, None]).squeeze(1)
+            surprise += float((given + entropy).sum())
+            variance += float((log_probs.exp() * (log_probs + entropy[:, None]) ** 2).sum())
+        # A sum of martingale differences: normal, with mean zero, if every token is drawn from its distribution.
+        assert abs(surprise) < 4.5 * variance**0.5, (surprise, variance)
+
+    def test_top_k_of_one_is_greedy(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)[5:20]
+        expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
+        assert first_difference(expected, running.sample(prompts, temperature=1.0, top_k=1)) is None
+
+    def test_tokens_outside_the_nucleus_are_never_drawn(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)[5:20]
+        for prompt, tokens in zip(prompts, running.sample(prompts, temperature=1.0, top_p=0.6), strict=True):
+            log_probs = reference.distributions(checkpoint, prompt, tokens)
+            given = log_probs.gather(1, torch.tensor(tokens)[:, None])
+            likelier = torch.where(log_probs > given + 1e-4, log_probs.exp(), 0.0).sum(dim=1)
+            assert likelier.max() < 0.6 + 1e-3

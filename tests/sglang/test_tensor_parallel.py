@@ -1,0 +1,25 @@
+"""Two ranks, float32: the tokens of transformers, with drafts and without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import reference
+from tests.reference import first_difference
+from tests.sglang.engines import engine
+
+pytestmark = pytest.mark.sglang
+
+
+@pytest.mark.parametrize(("checkpoint", "drafts"), [("random", 0), ("tiny", 3)], indirect=["checkpoint"])
+def test_two_ranks_equal_transformers(checkpoint: Path, drafts: int) -> None:
+    prompts = reference.prompts(checkpoint)
+    expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
+    with engine(checkpoint, drafts=drafts, tp_size=2) as running:
+        assert first_difference(expected, running.greedy(prompts)) is None
+        assert first_difference(expected, running.greedy(prompts)) is None
+        assert running.cached_tokens > 0
+    if drafts:
+        assert 0 < running.drafts.accepted < running.drafts.drafted
