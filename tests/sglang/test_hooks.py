@@ -65,6 +65,7 @@ def test_hooks_are_installed_once(owner: ModuleType) -> None:
     for _ in range(3):
         install([Hook(f"{OWNER}.double", plus_one, around=True)])
     assert owner.double(5) == 11
+    assert len(HookRegistry._hooks[f"{OWNER}.double"]) == 1
 
 
 def test_hook_that_came_later_is_installed_beside_the_first(owner: ModuleType) -> None:
