@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable
 from typing import Any
 
 from sglang.srt.runtime_context import get_server_args
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
-from qnext_plugins.model import ConfigError, Qwen3NextConfig
+from qnext_plugins.model import Qwen3NextConfig
 from qnext_plugins.model.weights import IGNORED_SUFFIXES
 from qnext_sglang import sglang_api as api
+from qnext_sglang.serving import check_interval, stored_config
 
 # (part of the checkpoint's name, part of the parameter's name, which share of it)
 STACKED = (
@@ -39,12 +38,7 @@ def read_config(hf_config: Any) -> Qwen3NextConfig:
     Raises:
         ConfigError: a field is missing or has a value that is not served.
     """
-    # SGLang sizes its caches by it, and drops layer_types.
-    if getattr(hf_config, "full_attention_interval", None) is None:
-        raise ConfigError(
-            "config.json: full_attention_interval is missing, which SGLang needs whether layer_types is there or not; "
-            'add "full_attention_interval": 4 if every fourth layer is full attention'
-        )
+    check_interval(getattr(hf_config, "full_attention_interval", None))
     own = copy.copy(hf_config)
     for original, name in UNPADDED.items():
         if (value := getattr(hf_config, original, None)) is not None:
@@ -55,17 +49,15 @@ def read_config(hf_config: Any) -> Qwen3NextConfig:
 def rope_parameters(hf_config: Any) -> dict[str, Any]:
     """Base, rotated share and scaling of the rotary embedding, as ``rope_parameters`` of transformers 5.
 
-    SGLang's configuration keeps ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling`` at the top of a config.json
-    and drops ``rope_parameters``, the only place where transformers 5 writes them: the checkpoint's file is read again.
+    SGLang's configuration keeps ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling`` of a config.json and
+    drops ``rope_parameters``, the only place where transformers 5 writes them: the checkpoint's file is read again.
     """
-    server_args = get_server_args()
-    stored, _ = PretrainedConfig.get_config_dict(server_args.model_path, revision=server_args.revision)
-    given = stored | json.loads(server_args.json_model_override_args)
+    stored = stored_config(get_server_args())
     written = stored.get("rope_parameters") or {}
     parameters = dict(hf_config.rope_scaling or {"rope_type": "default"} | written)
     for name in ("rope_theta", "partial_rotary_factor"):
         known = getattr(hf_config, name)
-        parameters[name] = known if name in given else parameters.get(name, written.get(name, known))
+        parameters[name] = known if name in stored else parameters.get(name, written.get(name, known))
     return parameters
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_server_args
+from transformers import PretrainedConfig
 
 import qnext_plugins
 from qnext_kernels import OPERATIONS
+from qnext_plugins.model import ConfigError
 from qnext_sglang import UnsupportedEngineError, decline, hooks, logger
 
 IN_TREE = {
@@ -41,6 +44,21 @@ def unserved_flags(server_args: Any) -> str | None:
     }
     flags = [flag for flag, given in reasons.items() if given]
     return f"it does not serve {', '.join(flags)}" if flags else None
+
+
+def stored_config(server_args: Any) -> dict[str, Any]:
+    """The checkpoint's config.json with the user's overrides, as they are written."""
+    stored, _ = PretrainedConfig.get_config_dict(server_args.model_path, revision=server_args.revision)
+    return stored | json.loads(server_args.json_model_override_args)
+
+
+def check_interval(full_attention_interval: int | None) -> None:
+    """Raise ConfigError if it is missing: SGLang sizes its caches by it, and drops layer_types."""
+    if full_attention_interval is None:
+        raise ConfigError(
+            "config.json: full_attention_interval is missing, which SGLang needs whether layer_types is there or not; "
+            'add "full_attention_interval": 4 if every fourth layer is full attention'
+        )
 
 
 @cache

@@ -23,10 +23,15 @@ def apply_defaults(server_args: Any) -> None:
     """Write the chosen fields to ``server_args`` and say what was chosen.
 
     Raises:
+        ConfigError: SGLang cannot read the checkpoint's configuration.
         UnsupportedEngineError: a flag is not served, and SGLang's own model does not run on a CPU.
     """
-    from qnext_sglang.serving import unserved_flags
+    from qnext_sglang.serving import check_interval, stored_config, unserved_flags
 
+    config = stored_config(server_args)
+    if "Qwen3NextForCausalLM" not in config.get("architectures", ()):
+        return
+    check_interval(config.get("full_attention_interval"))
     if (reason := unserved_flags(server_args)) is not None:
         raise UnsupportedEngineError(f"qnext-plugins on a CPU: {reason}")
     chosen: dict[str, Any] = {}
