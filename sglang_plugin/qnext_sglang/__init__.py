@@ -108,7 +108,7 @@ def _version_refusal() -> str | None:
 
 def _register_models() -> None:
     registry = sys.modules.get("sglang.srt.models.registry")
-    if registry is None and not os.environ.get(MODELS_VARIABLE):
+    if registry is None and os.environ.get(MODELS_VARIABLE, "") in ("", MODELS_PACKAGE):
         # The registry then reads our package first and its own two hundred models only if asked for another one.
         os.environ[MODELS_VARIABLE] = MODELS_PACKAGE
         return

@@ -78,7 +78,7 @@ class GatedDeltaNetBackend(api.MambaAttnBackendBase):
         if metadata.has_mamba_track_mask:
             lengths, mask = forward_batch.mamba_track_aligned_lens(), forward_batch.mamba_track_mask
             prefill.snapshot_slots = torch.where(mask, forward_batch.mamba_track_indices, -1)
-            prefill.snapshot_lengths = torch.where(mask, lengths, 0)
+            prefill.snapshot_lengths = lengths
         return RecurrentBatch(prefill=prefill)
 
 

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-from sglang.srt.runtime_context import get_server_args
 from torch import Tensor, nn
 
 from qnext_plugins.model import Qwen3NextConfig
@@ -52,7 +51,7 @@ def rope_parameters(hf_config: Any) -> dict[str, Any]:
     SGLang's configuration keeps ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling`` of a config.json and
     drops ``rope_parameters``, the only place where transformers 5 writes them: the checkpoint's file is read again.
     """
-    stored = stored_config(get_server_args())
+    stored = stored_config(api.get_server_args())
     written = stored.get("rope_parameters") or {}
     parameters = dict(hf_config.rope_scaling or {"rope_type": "default"} | written)
     for name in ("rope_theta", "partial_rotary_factor"):

@@ -35,6 +35,7 @@ def unserved_flags(server_args: Any) -> str | None:
         "--enable-two-batch-overlap": server_args.enable_two_batch_overlap,
         "--enable-lora": bool(server_args.enable_lora or server_args.lora_paths),
         "--enable-linear-replayssm": server_args.enable_linear_replayssm,
+        "--enable-linear-replayssm-spec": server_args.enable_linear_replayssm_spec,
         f"--speculative-algorithm {server_args.speculative_algorithm}": server_args.speculative_algorithm
         not in (None, "NEXTN", "EAGLE"),
         f"--speculative-eagle-topk {server_args.speculative_eagle_topk} (a tree of drafts; 1 is a chain)": (

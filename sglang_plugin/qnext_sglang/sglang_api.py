@@ -1,7 +1,7 @@
 """Every SGLang symbol that the model side touches; no other module of ours but those named here imports SGLang.
 
-(``hooks`` and the modules of ``cpu`` say what they change, and :func:`qnext_sglang.register` uses the registries.) A
-contract test walks through all of them and names the one that an engine update broke.
+(``serving``, ``hooks`` and the modules of ``cpu`` say what they read or change, and :func:`qnext_sglang.register` uses
+the registries.) A contract test walks through all of them and names the one that an engine update broke.
 """
 
 from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
@@ -26,7 +26,7 @@ from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_loader.weight_utils import default_weight_loader
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_server_args
 from sglang.srt.utils import add_prefix
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "default_weight_loader",
     "get_parallel",
     "get_rope",
+    "get_server_args",
     "hybrid_gdn_config",
     "tensor_model_parallel_all_reduce",
 ]

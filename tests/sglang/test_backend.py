@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.kernels.ops.attention.fla.chunk_delta_h import CHUNK_SIZE as SGLANG_CHUNK_SIZE
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_context
@@ -396,8 +397,6 @@ def test_graph_tracks_decoded_states_from_its_static_buffer() -> None:
 
 
 def test_chunks_of_sglang_are_chunks_of_the_kernel() -> None:
-    from sglang.kernels.ops.attention.fla.chunk_delta_h import CHUNK_SIZE as SGLANG_CHUNK_SIZE
-
     assert SGLANG_CHUNK_SIZE % CHUNK_SIZE == 0
 
 

@@ -8,8 +8,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.plugins.hook_registry import HookRegistry
 
+from qnext_sglang.cpu import hooks as cpu_hooks
+from qnext_sglang.cpu.attention import CpuAttentionBackend
+from qnext_sglang.cpu.platform import ATTENTION_BACKEND
 from qnext_sglang.hooks import Hook, install, unresolved
 
 OWNER, IMPORTER = "hooked_owner", "hooked_importer"
@@ -95,3 +99,25 @@ def test_target_that_cannot_be_hooked_is_an_error(owner: ModuleType) -> None:
 def test_unresolved_are_those_that_do_not_exist(owner: ModuleType) -> None:
     targets = [f"{OWNER}.double", f"{OWNER}.halve", f"{OWNER}.Shop.price"]
     assert unresolved([Hook(target, triple) for target in targets]) == [f"{OWNER}.halve"]
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch, owner: ModuleType) -> None:
+    """One name to set, free as SGLang's are without CUDA."""
+    owner.sample = None
+    monkeypatch.setattr(cpu_hooks, "NAMES", {f"{OWNER}.sample": triple})
+    monkeypatch.setitem(ATTENTION_BACKENDS, ATTENTION_BACKEND, None)
+
+
+@pytest.mark.usefixtures("names")
+def test_names_and_the_attention_backend_are_set(owner: ModuleType) -> None:
+    cpu_hooks.install_names()
+    assert owner.sample is triple
+    assert ATTENTION_BACKENDS[ATTENTION_BACKEND] is CpuAttentionBackend
+
+
+@pytest.mark.usefixtures("names")
+def test_missing_name_is_an_error(owner: ModuleType) -> None:
+    del owner.sample
+    with pytest.raises(LookupError, match=f"{OWNER}.sample"):
+        cpu_hooks.install_names()

@@ -34,6 +34,8 @@ def apply_defaults(server_args: Any) -> None:
     check_interval(config.get("full_attention_interval"))
     if (reason := unserved_flags(server_args)) is not None:
         raise UnsupportedEngineError(f"qnext-plugins on a CPU: {reason}")
+    if server_args.speculative_use_rejection_sampling:
+        raise UnsupportedEngineError("qnext-plugins on a CPU: it does not serve --speculative-use-rejection-sampling")
     chosen: dict[str, Any] = {}
     # SGLang has put this name in already; its kernels need AMX.
     if server_args.attention_backend in (None, "intel_amx"):

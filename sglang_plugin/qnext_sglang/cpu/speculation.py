@@ -132,7 +132,8 @@ def tree_speculative_sampling_target_only(
     drafts = candidates[:, 1:].long()
     probability = target_probs[:, :-1].gather(2, drafts[:, :, None]).squeeze(2)
     coins = uniform_samples[:, : drafts.shape[1]]
-    accepted = _leading((coins < probability / threshold_acc) | (probability >= threshold_single))
+    likely = (coins < probability / threshold_acc) | (probability >= threshold_single)
+    accepted = _leading(likely & (probability > 0))
     batch = torch.arange(len(candidates))
     rest = target_probs[batch, accepted].double()
     rejecting = accepted < drafts.shape[1]
@@ -175,8 +176,10 @@ def top_k_renorm_prob(probs: Tensor, top_ks: Tensor) -> Tensor:
 
 def top_p_renorm_prob(probs: Tensor, top_ps: Tensor) -> Tensor:
     """Keep the fewest most likely of probs [B, vocabulary] whose sum reaches ``top_ps[b]``, renormalised."""
-    ordered, order = probs.sort(dim=1, descending=True)
-    ordered = torch.where(ordered.cumsum(1) - ordered < top_ps.view(-1, 1), ordered, 0.0)
+    # Summed from the least likely up, in float64: from the other end the sum is 1 before the tail is reached.
+    ordered, order = probs.sort(dim=1)
+    cumulative = ordered.double().cumsum(1)
+    ordered = torch.where(cumulative > (1 - top_ps.double().view(-1, 1)) * cumulative[:, -1:], ordered, 0.0)
     return _renormalise(torch.zeros_like(probs).scatter(1, order, ordered))
 
 
