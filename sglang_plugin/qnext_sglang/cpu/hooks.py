@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -60,8 +61,6 @@ def install_names() -> None:
     Raises:
         LookupError: a name does not exist.
     """
-    import pkgutil
-
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     register_attention_backend(ATTENTION_BACKEND)(CpuAttentionBackend)

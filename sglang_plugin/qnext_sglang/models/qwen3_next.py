@@ -32,6 +32,7 @@ class ServedModel(nn.Module):
     is_qnext = True
     model: Any
     """With ``embed_tokens``."""
+    lm_head: Any
     packed_modules_mapping: ClassVar = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -42,7 +43,7 @@ class ServedModel(nn.Module):
             return in_tree(config, quant_config, prefix, **options)
         return super().__new__(cls)
 
-    def __init__(self, config: Any, quant_config: Any, prefix: str) -> None:
+    def __init__(self, config: Any, quant_config: Any) -> None:
         super().__init__()
         announce(type(self).__name__, torch.get_default_dtype())
         self.config, self.quant_config = config, quant_config
@@ -51,18 +52,23 @@ class ServedModel(nn.Module):
         if hasattr(quant_config, "packed_modules_mapping"):
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         self.engine = SglangEngine(config, quant_config)
-        self.lm_head = api.ParallelLMHead(
-            config.vocab_size,
-            config.hidden_size,
-            quant_config=quant_config,
-            org_num_embeddings=config.vocab_size,
-            prefix=api.add_prefix("lm_head", prefix),
-        )
         self.logits_processor = api.LogitsProcessor(config)
 
     def make_embedding(self) -> nn.Module:
         return api.VocabParallelEmbedding(
             self.config.vocab_size, self.config.hidden_size, org_num_embeddings=self.config.vocab_size
+        )
+
+    def make_head(self, prefix: str) -> nn.Module:
+        """The head, which is the embedding where the checkpoint ties them."""
+        if self.qnext_config.tie_word_embeddings:
+            return self.model.embed_tokens
+        return api.ParallelLMHead(
+            self.config.vocab_size,
+            self.config.hidden_size,
+            quant_config=self.quant_config,
+            org_num_embeddings=self.config.vocab_size,
+            prefix=api.add_prefix("lm_head", prefix),
         )
 
     def get_input_embeddings(self) -> nn.Module:
@@ -73,9 +79,10 @@ class ServedModel(nn.Module):
 
     def set_embed_and_head(self, embed: Tensor, head: Tensor) -> None:
         """Share the target's embedding and head with the draft."""
-        del self.model.embed_tokens.weight
-        del self.lm_head.weight
-        self.model.embed_tokens.weight, self.lm_head.weight = embed, head
+        self.set_embed(embed)
+        if self.lm_head is not self.model.embed_tokens:
+            del self.lm_head.weight
+            self.lm_head.weight = head
 
     def get_embed(self) -> Tensor:
         return self.model.embed_tokens.weight
@@ -108,13 +115,14 @@ class Qwen3NextForCausalLM(ServedModel):
     """The class that SGLang's registry resolves ``Qwen3NextForCausalLM`` to."""
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
-        super().__init__(config, quant_config, prefix)
+        super().__init__(config, quant_config)
         folder = checkpoint_folder()
         if quant_config is None and folder is not None:
             check_files(folder, expected_shapes(self.qnext_config), passing=(MTP_PREFIX,))
         self.model = Qwen3NextModel(
             self.qnext_config, self.engine, self.make_embedding(), prefix=api.add_prefix("model", prefix)
         )
+        self.lm_head = self.make_head(prefix)
 
     @torch.no_grad()
     def forward(

@@ -19,9 +19,10 @@ class Qwen3NextForCausalLMMTP(ServedModel):
     """The class that SGLang's registry resolves the draft ``Qwen3NextForCausalLMMTP`` to."""
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
-        super().__init__(config, quant_config, prefix)
+        super().__init__(config, quant_config)
         self.model = MultiTokenPredictor(self.qnext_config, self.engine, prefix=api.add_prefix("mtp", prefix))
         self.model.embed_tokens = self.make_embedding()
+        self.lm_head = self.make_head(prefix)
 
     @torch.no_grad()
     def forward(
