@@ -30,7 +30,7 @@ class TestDefaults:
             assert (log_probs - truth).abs().max() < LOG_PROB_TOLERANCE
 
     def test_tokens_equal_transformers_alone_and_from_the_radix_cache(self, running: Engine, checkpoint: Path) -> None:
-        prompts = reference.prompts(checkpoint)
+        prompts = reference.prompts(checkpoint)[::2]
         before = running.cached_tokens
         alone = [running.greedy([prompt])[0] for prompt in prompts]
         assert running.cached_tokens > before, "the long prompts were served before: they are cached"

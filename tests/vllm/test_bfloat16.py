@@ -15,10 +15,9 @@ pytestmark = pytest.mark.vllm
 LARGEST_RATIO = 1.1
 
 
-@pytest.mark.parametrize("drafts", [0, 2])
-def test_log_probs_are_as_close_to_float32_as_those_of_transformers(tiny_checkpoint: Path, drafts: int) -> None:
+def test_log_probs_with_drafts_are_as_close_to_float32_as_those_of_transformers(tiny_checkpoint: Path) -> None:
     prompts = reference.prompts(tiny_checkpoint)
-    with engine(tiny_checkpoint, dtype="bfloat16", drafts=drafts, eager=False) as running:
+    with engine(tiny_checkpoint, dtype="bfloat16", drafts=2, eager=False) as running:
         results = running.greedy_with_log_probs(prompts)
     ours, theirs = [], []
     for prompt, (tokens, given) in zip(prompts, results, strict=True):

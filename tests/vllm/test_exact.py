@@ -28,7 +28,7 @@ class TestEager:
             assert (log_probs - truth).abs().max() < LOG_PROB_TOLERANCE
 
     def test_tokens_equal_transformers_alone_and_from_the_prefix_cache(self, running: Engine, checkpoint: Path) -> None:
-        prompts = reference.prompts(checkpoint)
+        prompts = reference.prompts(checkpoint)[::2]
         before = running.prefix_cache_hits()
         alone = [running.greedy([prompt])[0] for prompt in prompts]
         assert running.prefix_cache_hits() > before, "prompts of several blocks were batched before: they are cached"

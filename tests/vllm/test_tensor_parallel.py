@@ -16,7 +16,7 @@ pytestmark = pytest.mark.vllm
 
 @pytest.mark.parametrize(
     ("checkpoint", "drafts"),
-    [("tiny", 0), ("tiny", 2), ("random", 3)],
+    [("tiny", 2), ("random", 0)],
     indirect=["checkpoint"],
 )
 def test_two_ranks_equal_transformers_cold_warm_and_in_conversation(checkpoint: Path, drafts: int) -> None:
