@@ -15,7 +15,7 @@ pytestmark = pytest.mark.sglang
 
 @pytest.mark.parametrize(("checkpoint", "drafts"), [("random", 0), ("tiny", 3)], indirect=["checkpoint"])
 def test_two_ranks_equal_transformers(checkpoint: Path, drafts: int) -> None:
-    prompts = reference.prompts(checkpoint)
+    prompts = reference.prompts(checkpoint)[::2]
     expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
     with engine(checkpoint, drafts=drafts, tp_size=2) as running:
         assert first_difference(expected, running.greedy(prompts)) is None
