@@ -85,7 +85,8 @@ def decline(reason: str) -> None:
     """
     if os.environ.get("QNEXT_STRICT", "0").lower() not in ("0", "", "false", "no", "off"):
         raise UnsupportedEngineError(f"qnext-plugins: {reason}")
-    logger.warning("qnext-plugins leaves SGLang's own Qwen3-Next in place: %s", reason)
+    # Not a warning: sglang.Engine's default log level hides those, and its own model would look like ours.
+    logger.error("qnext-plugins leaves SGLang's own Qwen3-Next in place: %s", reason)
 
 
 def _settings():  # type: ignore[no-untyped-def]
