@@ -6,7 +6,7 @@ PyTorch). :mod:`qnext_kernels.dispatch` picks the backend of a call and can say 
 """
 
 from qnext_kernels.causal_conv1d import causal_conv1d_decode, causal_conv1d_prefill, causal_conv1d_verify
-from qnext_kernels.dispatch import OPERATIONS, explain, force_backend
+from qnext_kernels.dispatch import OPERATIONS, explain, force_backend, selected_backends
 from qnext_kernels.gated_attention import qk_norm_rope_gate, sigmoid_gate
 from qnext_kernels.gated_delta_rule import (
     gated_delta_rule_decode,
@@ -31,6 +31,7 @@ __all__ = [
     "gated_rms_norm",
     "qk_norm_rope_gate",
     "rms_norm",
+    "selected_backends",
     "sigmoid_gate",
     "silu_and_mul",
     "topk_softmax",

@@ -106,6 +106,11 @@ def force_backend(value: str) -> Iterator[None]:
         _forced.update(previous)
 
 
+def selected_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """For every operation, the name of the backend that serves such tensors; raises BackendError as ``select`` does."""
+    return {name: operation.select(device, dtype).name for name, operation in OPERATIONS.items()}
+
+
 def explain(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, str | None]]:
     """For every operation, each backend's reason to decline such tensors (None: it supports them), fastest first."""
     return {

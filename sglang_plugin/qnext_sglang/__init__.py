@@ -67,11 +67,10 @@ def refusal() -> str | None:
     import torch
     from sglang.srt.platforms import current_platform
 
-    from qnext_kernels import OPERATIONS
+    from qnext_kernels import selected_backends
 
     device = torch.device(current_platform.device_type)
-    served_by = {name: operation.select(device, torch.bfloat16).name for name, operation in OPERATIONS.items()}
-    slow = [name for name, backend in served_by.items() if backend == "reference"]
+    slow = [name for name, backend in selected_backends(device, torch.bfloat16).items() if backend == "reference"]
     if slow and not _settings().backend:
         return f"this release has no fast kernels on {device} for {', '.join(slow)} (QNEXT_BACKEND=reference tries it)"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class SglangEngine:
         return sharded_parameter((num_heads,), dtype=torch.float32, **self._rank)
 
     def cos_sin(self, config: Qwen3NextConfig) -> Tensor:
-        rope = rope_parameters(self.hf_config)
+        rope = self._rope_parameters
         rotary = api.get_rope(
             config.head_dim,
             rotary_dim=config.head_dim,
@@ -113,6 +114,10 @@ class SglangEngine:
             quant_method=QnextMoEMethod() if self.quant_config is None else None,
             prefix=prefix,
         )
+
+    @cached_property
+    def _rope_parameters(self) -> dict[str, Any]:
+        return rope_parameters(self.hf_config)
 
     def _linear(self, prefix: str, *, bias: bool = False) -> dict:
         return {"bias": bias, "quant_config": self.quant_config, "prefix": prefix}

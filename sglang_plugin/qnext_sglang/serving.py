@@ -15,7 +15,7 @@ from sglang.srt.runtime_context import get_server_args
 from transformers import PretrainedConfig
 
 import qnext_plugins
-from qnext_kernels import OPERATIONS
+from qnext_kernels import selected_backends
 from qnext_plugins.model import ConfigError
 from qnext_sglang import UnsupportedEngineError, decline, hooks, logger
 
@@ -92,7 +92,7 @@ def announce(architecture: str, dtype: torch.dtype) -> None:
         # SGLang keeps it in bfloat16 whatever the dtype of the model.
         os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
     device = torch.device(current_platform.device_type)
-    kernels = ", ".join(f"{name}={operation.select(device, dtype).name}" for name, operation in OPERATIONS.items())
+    kernels = ", ".join(f"{name}={backend}" for name, backend in selected_backends(device, dtype).items())
     logger.info("qnext-plugins %s serves %s in %s: %s", qnext_plugins.__version__, architecture, dtype, kernels)
 
 

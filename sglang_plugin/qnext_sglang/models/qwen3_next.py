@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -141,13 +141,10 @@ class Qwen3NextForCausalLM(ServedModel):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint; raises CheckpointError if an unquantized one has missing, surplus or misshapen tensors."""
+        weights = ((name, tensor) for name, tensor in weights if not name.startswith(MTP_PREFIX))
         if self.quant_config is None:
-            weights = checked_weights(weights, expected_shapes(self.qnext_config), passing=(MTP_PREFIX,))
-        return load_parameters(self, self._targets(weights), self.qnext_config.num_experts)
-
-    @staticmethod
-    def _targets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        return ((name, tensor) for name, tensor in weights if not name.startswith(MTP_PREFIX))
+            weights = checked_weights(weights, expected_shapes(self.qnext_config))
+        return load_parameters(self, weights, self.qnext_config.num_experts)
 
 
 EntryClass = Qwen3NextForCausalLM
