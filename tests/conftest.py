@@ -9,6 +9,8 @@ import torch
 
 from tests.checkpoints import TINY, write_random_checkpoint
 
+pytest.register_assert_rewrite("tests.completions")
+
 # transformers runs here beside an engine on the same few cores; threads that wait for each other would take minutes.
 torch.set_num_threads(1)
 

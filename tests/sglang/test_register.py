@@ -25,6 +25,7 @@ from sglang.srt.server_args import ServerArgs
 
 import qnext_sglang
 from qnext_sglang import MODELS_PACKAGE, MODELS_VARIABLE, SUPPORTED_SGLANG, activate, register
+from qnext_sglang.cpu.platform import ATTENTION_BACKEND
 from qnext_sglang.serving import unserved_flags
 
 REGISTRY = registry_module.__name__
@@ -46,6 +47,8 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry_module.ModelRegistry, "models", {name: models[name] for name in OURS})
     monkeypatch.setattr("sglang.srt.models.registry", registry_module)
     choices = list(ATTENTION_BACKEND_CHOICES)
+    # An engine that ran in this process before has put ours in.
+    ATTENTION_BACKEND_CHOICES[:] = [name for name in choices if name != ATTENTION_BACKEND]
     yield
     ATTENTION_BACKEND_CHOICES[:] = choices
 

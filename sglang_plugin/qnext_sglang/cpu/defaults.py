@@ -49,6 +49,9 @@ def apply_defaults(server_args: Any) -> None:
         chosen["max_total_tokens"] = MAX_TOTAL_TOKENS
     if server_args.mamba_radix_cache_strategy == "no_buffer" and not server_args.disable_overlap_schedule:
         chosen["disable_overlap_schedule"] = True
+    # An idle scheduler would keep a core busy that the model, or another program, computes with.
+    if not server_args.sleep_on_idle:
+        chosen["sleep_on_idle"] = True
     for name, value in chosen.items():
         setattr(server_args, name, value)
     if (binding := _thread_binding(server_args)) is not None:
