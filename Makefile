@@ -30,7 +30,7 @@ test: lint ## Lint, then every test in both environments (starts engines; takes 
 	@$(MAKE) --no-print-directory --keep-going test-kernels test-vllm test-sglang
 
 test-kernels: env ## The tests of the kernels and of the model, one a core at a time
-	"$(BIN)/python" -m pytest -n logical --durations=10 tests/kernels tests/model $(ARGS)
+	"$(BIN)/python" -m pytest -n auto --durations=10 tests/kernels tests/model $(ARGS)
 
 test-vllm: env ## vLLM's tests
 	"$(BIN)/python" -m pytest -v --durations=10 tests/vllm $(ARGS)
