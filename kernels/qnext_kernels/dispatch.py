@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-BACKEND_NAMES = ("reference", "cpu", "triton", "flashinfer")
+BACKEND_NAMES = ("reference", "cpu", "native", "triton", "flashinfer")
 OPERATION_NAMES = ("causal_conv1d", "gated_attention", "gated_delta_rule", "gated_norm", "moe", "rms_norm")
 
 

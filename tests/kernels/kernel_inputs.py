@@ -11,6 +11,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
 BACKENDS = ("cpu", "reference")
+NATIVE_BACKENDS = ("native", *BACKENDS)
+"""Of the operations that are written in C++ too."""
 LENGTHS = (0, 1, 2, 3, 4, 5, 63, 64, 65, 127, 128, 129)
 """Sequence lengths around every boundary of a prefill: nothing, the token-by-token runs, and chunks of 64."""
 

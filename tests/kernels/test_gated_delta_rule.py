@@ -38,7 +38,7 @@ from tests.kernels.delta_rule_runs import (
     verify,
 )
 from tests.kernels.kernel_inputs import (
-    BACKENDS,
+    NATIVE_BACKENDS,
     DTYPES,
     LENGTHS,
     Bad,
@@ -61,7 +61,7 @@ def roundings(shape: Shape, tokens: int, state_dtype: torch.dtype, stored: int) 
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_prefill_agrees_with_float64(backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     lengths = [*LENGTHS, *LENGTHS, 2, 65]
     tokens, gates = random_tokens(shape, sum(lengths), dtype), random_gates(shape)
@@ -92,7 +92,7 @@ def test_prefill_agrees_with_float64(backend: str, shape: Shape, dtype: torch.dt
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_verify_agrees_with_float64(backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     count = 25
     lengths = [n % (COLUMNS + 1) for n in range(count)]
@@ -127,7 +127,7 @@ def test_verify_agrees_with_float64(backend: str, shape: Shape, dtype: torch.dty
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_decode_agrees_with_float64(backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     tokens, gates = random_tokens(shape, 25, dtype), random_gates(shape)
     pool, slots = nan_pool(40, shape.state, state_dtype), distinct_slots(25, 40).long()
@@ -151,7 +151,7 @@ def test_decode_agrees_with_float64(backend: str, shape: Shape, dtype: torch.dty
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_snapshots_agree_with_float64(backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     lengths, cuts = [0, 1, CHUNK_SIZE, CHUNK_SIZE + 1, 2 * CHUNK_SIZE], torch.tensor([0, 0, 1, 1, 2]) * CHUNK_SIZE
     gates, runs = random_gates(shape), random_runs(shape, lengths, dtype, state_dtype)
@@ -173,7 +173,7 @@ def test_snapshots_agree_with_float64(backend: str, shape: Shape, dtype: torch.d
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_verify_with_a_step_pool_agrees_with_float64(
     backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype, step_dtype: torch.dtype
 ) -> None:
@@ -197,7 +197,7 @@ def test_verify_with_a_step_pool_agrees_with_float64(
 @pytest.mark.parametrize("referee", [torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule])
 @pytest.mark.parametrize("with_state", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_prefill_and_its_state_agree_with_transformers(
     backend: str, shape: Shape, with_state: bool, referee: Callable[..., tuple[Tensor, Tensor]]
 ) -> None:
@@ -216,7 +216,7 @@ def test_prefill_and_its_state_agree_with_transformers(
 
 @pytest.mark.parametrize("call", [decode, verify])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_decode_and_verify_agree_with_transformers(
     backend: str, shape: Shape, call: Callable[..., list[Result]]
 ) -> None:
@@ -248,7 +248,7 @@ def by_transformers(referee: Callable[..., tuple[Tensor, Tensor]], run: Run, A_l
     return Result(out[0], state[0].transpose(1, 2))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_zero_keys_and_strong_decays_stay_finite(backend: str) -> None:
     shape = SHAPES[0]
     tokens = random_tokens(shape, 130, torch.float32)
@@ -261,7 +261,7 @@ def test_zero_keys_and_strong_decays_stay_finite(backend: str) -> None:
     assert not state.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_an_empty_batch_is_served(backend: str) -> None:
     shape = SHAPES[1]
     tokens, gates = random_tokens(shape, 0, torch.float32), random_gates(shape)

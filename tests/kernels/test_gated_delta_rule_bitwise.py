@@ -33,7 +33,7 @@ from tests.kernels.delta_rule_runs import (
     verify,
 )
 from tests.kernels.kernel_inputs import (
-    BACKENDS,
+    NATIVE_BACKENDS,
     DTYPES,
     LENGTHS,
     distinct_slots,
@@ -58,7 +58,7 @@ def assert_same(actual: Result, expected: Result) -> None:
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_verify_equals_repeated_decode(
     backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype
 ) -> None:
@@ -71,7 +71,7 @@ def test_verify_equals_repeated_decode(
 
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_tokens_that_were_not_accepted_leave_no_trace(backend: str, shape: Shape, state_dtype: torch.dtype) -> None:
     gates, count = random_gates(shape), 5
     pool = nan_pool(count * COLUMNS + 3, shape.state, state_dtype)
@@ -118,7 +118,7 @@ def assert_batch_is_invisible(call: Call, shape: Shape, dtype: torch.dtype, stat
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_a_sequence_does_not_depend_on_the_batch(
     backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype, call: Call
 ) -> None:
@@ -136,7 +136,7 @@ def test_a_sequence_does_not_depend_on_how_threads_share_the_batch(call: Call) -
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_prefill_split_at_chunks_equals_unsplit(
     backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype, with_state: bool
 ) -> None:
@@ -155,7 +155,7 @@ def test_prefill_split_at_chunks_equals_unsplit(
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_prefill_of_one_token_equals_decode(
     backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype
 ) -> None:
@@ -168,7 +168,7 @@ def test_prefill_of_one_token_equals_decode(
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_prefill_of_few_tokens_equals_verify(
     backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype
 ) -> None:
@@ -181,7 +181,7 @@ def test_prefill_of_few_tokens_equals_verify(
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_a_snapshot_equals_a_prefill_of_its_tokens_and_changes_nothing_else(
     backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype
 ) -> None:
@@ -221,7 +221,7 @@ def test_a_snapshot_equals_a_prefill_of_its_tokens_and_changes_nothing_else(
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_verify_with_a_step_pool_equals_repeated_decode_and_only_reads_the_state(
     backend: str,
     shape: Shape,
@@ -262,7 +262,7 @@ def test_verify_with_a_step_pool_equals_repeated_decode_and_only_reads_the_state
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ALL_SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_verify_with_a_step_pool_equals_verify_in_place(
     backend: str, shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype
 ) -> None:

@@ -38,11 +38,12 @@ from qnext_kernels.checks import (
 )
 from qnext_kernels.dispatch import Operation
 from qnext_kernels.gated_delta_rule.cpu import CpuBackend
+from qnext_kernels.gated_delta_rule.native import GatedDeltaRuleNative
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, ReferenceBackend
 
 __all__ = ["CHUNK_SIZE", "gated_delta_rule_decode", "gated_delta_rule_prefill", "gated_delta_rule_verify"]
 
-operation = Operation("gated_delta_rule", [CpuBackend(), ReferenceBackend()])
+operation = Operation("gated_delta_rule", [GatedDeltaRuleNative(), CpuBackend(), ReferenceBackend()])
 
 
 def gated_delta_rule_prefill(

@@ -1,0 +1,260 @@
+// The gated delta rule, token by token: prefill, verify and decode run the same steps, so they have the same bits.
+//
+// In float32 the chunked form needs more operations than the recurrence (KKᵀ, the triangular solve and four products of
+// a chunk against two passes over the state), so a prefill is the recurrence too: rows of the state are independent of
+// each other, and a few of them stay in the first-level cache for a tile of tokens. The physical limit is 4 vector
+// operations an element of the state and token; a decode reads and writes the state once.
+#include <algorithm>
+
+#include "arguments.h"
+
+namespace qnext {
+
+struct DeltaRule {
+    const void *q, *k, *v;
+    void* out;  // [tokens, value heads, value dim], contiguous
+    int64_t dtype;
+    int64_t q_token, q_head, k_token, k_head, v_token, v_head;  // strides
+    Floats a, b;
+    int64_t a_token, b_token;
+    Floats A_log, dt_bias;
+    void* state;
+    int64_t state_dtype, state_slot;
+    Indices slots;
+    int64_t slot_columns;
+    Indices accepted;          // verify
+    Indices query_start_loc;   // none: one token a sequence
+    const bool* has_initial;   // prefill
+    Indices snapshot_slots, snapshot_lengths;
+    void* steps;  // verify into a step pool
+    int64_t steps_dtype, steps_row, steps_step;
+    Indices step_rows;
+    int64_t sequences, key_heads, value_heads, key_dim, value_dim;
+    int64_t every_token;  // verify: the state behind each token is kept
+};
+
+namespace {
+
+constexpr int kTile = 16;           // tokens whose keys and queries lie in the cache together; divides kChunk
+constexpr int kChunk = 64;          // where a split prefill would round the state
+constexpr int kRecurrentTokens = 4; // a last chunk of at most so many tokens rounds behind each, as decodes do
+constexpr int kRows = 4;
+
+struct Token {
+    float decay, beta, kq;
+};
+
+// One token's step for kRows rows of the state, from `src` to `dst` (which may be the same).
+//   S' = decay S + δ kᵀ with δ = β (v − decay S k);  o = S' q = decay S q + δ (k · q)
+inline void step(const float* src, float* dst, int64_t stride, const float* k, const float* q, Token token,
+                 const float* v, float* o) {
+    Vec sk[kRows], sq[kRows];
+    for (int r = 0; r < kRows; ++r) sk[r] = sq[r] = Vec::zero();
+    for (int64_t i = 0; i < stride; i += Vec::size) {
+        const Vec ki = Vec::load(k + i), qi = Vec::load(q + i);
+        for (int r = 0; r < kRows; ++r) {
+            const Vec s = Vec::load(src + r * stride + i);
+            sk[r] = fma(s, ki, sk[r]);
+            sq[r] = fma(s, qi, sq[r]);
+        }
+    }
+    alignas(16) float delta[kRows];
+    const __m128 decay = _mm_set1_ps(token.decay);
+    const __m128 held = _mm_mul_ps(decay, sums(sk[0], sk[1], sk[2], sk[3]));
+    const __m128 d = _mm_mul_ps(_mm_sub_ps(_mm_loadu_ps(v), held), _mm_set1_ps(token.beta));
+    _mm_store_ps(delta, d);
+    const __m128 old = _mm_mul_ps(decay, sums(sq[0], sq[1], sq[2], sq[3]));
+    _mm_storeu_ps(o, _mm_fmadd_ps(d, _mm_set1_ps(token.kq), old));
+    const Vec decays = Vec::fill(token.decay);
+    Vec deltas[kRows];
+    for (int r = 0; r < kRows; ++r) deltas[r] = Vec::fill(delta[r]);
+    for (int64_t i = 0; i < stride; i += Vec::size) {
+        const Vec ki = Vec::load(k + i);
+        for (int r = 0; r < kRows; ++r) {
+            fma(ki, deltas[r], Vec::load(src + r * stride + i) * decays).store(dst + r * stride + i);
+        }
+    }
+}
+
+template <class T>
+void load_row(const T* from, int64_t size, float* to, int64_t width) {
+    int64_t i = 0;
+    for (; i + Vec::size <= size; i += Vec::size) Vec::load(from + i).store(to + i);
+    for (; i < size; ++i) to[i] = to_float(from[i]);
+    for (; i < width; ++i) to[i] = 0.0f;
+}
+
+template <class T>
+void store_row(const float* from, int64_t size, T* to) {
+    int64_t i = 0;
+    for (; i + Vec::size <= size; i += Vec::size) Vec::load(from + i).store(to + i);
+    for (; i < size; ++i) assign(to[i], from[i]);
+}
+
+// [width] floats, zero beyond `size`, divided by their length (ε 1e-6) and multiplied by `scale`.
+template <class T>
+void load_normalised(const T* from, int64_t size, float scale, float* to, int64_t width) {
+    load_row(from, size, to, width);
+    Vec squares = Vec::zero();
+    for (int64_t i = 0; i < width; i += Vec::size) squares = fma(Vec::load(to + i), Vec::load(to + i), squares);
+    const Vec factor = Vec::fill(scale / std::sqrt(sum(squares) + 1e-6f));
+    for (int64_t i = 0; i < width; i += Vec::size) (Vec::load(to + i) * factor).store(to + i);
+}
+
+// Rows `first` to `last` of one value head of one sequence. T: of the tokens, S: of the state.
+template <class T, class S, class P>
+class Head {
+  public:
+    Head(const DeltaRule& p, int64_t sequence, int64_t head, int64_t first, int64_t last)
+        : p(p), head(head), first(first), rows(last - first), width(padded(p.key_dim)),
+          row_groups((rows + kRows - 1) / kRows), state(scratch<float>(row_groups * kRows * width)),
+          keys(scratch<float>(kTile * width)), queries(scratch<float>(kTile * width)), n(sequence) {}
+
+    void run() {
+        const int64_t begin = p.query_start_loc.at(n, n), end = p.query_start_loc.at(n + 1, n + 1);
+        const int64_t columns = p.slot_columns;
+        const int64_t accepted = std::clamp<int64_t>(p.accepted.at(n, 1), 1, columns);
+        const int64_t slot = p.slots[n * columns + accepted - 1];
+        if (slot < 0) return clear(begin, end);
+        const int64_t row = p.step_rows.at(n, -1);
+        const int64_t snapshot_slot = p.snapshot_slots.at(n, -1);
+        const int64_t snapshot_at = snapshot_slot < 0 ? -1 : begin + p.snapshot_lengths[n];
+        load(p.has_initial && !p.has_initial[n] ? nullptr : place(slot));
+        for (int64_t start = begin; start < end; start += kTile) {
+            if (start == snapshot_at) store(place(snapshot_slot));
+            const int64_t stop = std::min(start + kTile, end);
+            const int64_t chunk = begin + (start - begin) / kChunk * kChunk;
+            const bool rounds = p.every_token || std::min(chunk + kChunk, end) - chunk <= kRecurrentTokens;
+            prepare(start, stop);
+            for (int64_t g = 0; g < row_groups; ++g) {
+                for (int64_t t = start; t < stop; ++t) {
+                    advance(g, t, t - start);
+                    if (rounds) keep(g, t - begin, row);
+                }
+            }
+            if (!p.every_token && (stop == end || (stop - begin) % kChunk == 0)) round();
+        }
+        if (end == snapshot_at) store(place(snapshot_slot));
+        if (!p.every_token && begin < end) store(place(slot));
+    }
+
+  private:
+    S* place(int64_t slot) const {
+        return static_cast<S*>(p.state) + slot * p.state_slot + (head * p.value_dim + first) * p.key_dim;
+    }
+
+    void clear(int64_t begin, int64_t end) const {
+        for (int64_t t = begin; t < end; ++t) {
+            std::memset(static_cast<T*>(p.out) + (t * p.value_heads + head) * p.value_dim + first, 0, rows * sizeof(T));
+        }
+    }
+
+    float* group(int64_t g) const { return state.get() + g * kRows * width; }
+
+    void load(const S* from) {
+        for (int64_t r = 0; r < row_groups * kRows; ++r) {
+            if (from && r < rows)
+                load_row(from + r * p.key_dim, p.key_dim, group(0) + r * width, width);
+            else
+                std::fill_n(group(0) + r * width, width, 0.0f);
+        }
+    }
+
+    template <class Pool>
+    void store(Pool* to) const {
+        for (int64_t r = 0; r < rows; ++r) store_row(group(0) + r * width, p.key_dim, to + r * p.key_dim);
+    }
+
+    template <class Pool>
+    void round_rows(int64_t from, int64_t to) {
+        if constexpr (!std::is_same_v<Pool, float>) {
+            for (int64_t i = from * width; i < to * width; i += Vec::size) {
+                Pool rounded[Vec::size];
+                Vec::load(state.get() + i).store(rounded);
+                Vec::load(rounded).store(state.get() + i);
+            }
+        }
+    }
+
+    void round() { round_rows<S>(0, row_groups * kRows); }
+
+    // The state behind token t of a verify goes to its place; the next token continues from what a pool can hold.
+    void keep(int64_t g, int64_t t, int64_t row) {
+        const int64_t from = g * kRows, to = std::min(rows, from + kRows);
+        if (p.every_token && p.steps) {
+            round_rows<P>(from, from + kRows);
+            if (row < 0) return;
+            P* step = static_cast<P*>(p.steps) + row * p.steps_row + t * p.steps_step;
+            step += (head * p.value_dim + first) * p.key_dim;
+            for (int64_t r = from; r < to; ++r) store_row(group(0) + r * width, p.key_dim, step + r * p.key_dim);
+            return;
+        }
+        round_rows<S>(from, from + kRows);
+        const int64_t slot = p.every_token ? p.slots[n * p.slot_columns + t] : -1;
+        if (slot < 0) return;
+        for (int64_t r = from; r < to; ++r) store_row(group(0) + r * width, p.key_dim, place(slot) + r * p.key_dim);
+    }
+
+    // Keys, queries and gates of tokens [start, stop).
+    void prepare(int64_t start, int64_t stop) {
+        const int64_t key_head = head / (p.value_heads / p.key_heads);
+        const float rate = -std::exp(p.A_log[head]), bias = p.dt_bias[head];
+        for (int64_t t = start; t < stop; ++t) {
+            float* k = keys.get() + (t - start) * width;
+            float* q = queries.get() + (t - start) * width;
+            const T* k_from = static_cast<const T*>(p.k) + t * p.k_token + key_head * p.k_head;
+            const T* q_from = static_cast<const T*>(p.q) + t * p.q_token + key_head * p.q_head;
+            load_normalised(k_from, p.key_dim, 1.0f, k, width);
+            load_normalised(q_from, p.key_dim, 1.0f / std::sqrt(float(p.key_dim)), q, width);
+            Vec kq = Vec::zero();
+            for (int64_t i = 0; i < width; i += Vec::size) kq = fma(Vec::load(k + i), Vec::load(q + i), kq);
+            const float a = p.a[t * p.a_token + head] + bias, b = p.b[t * p.b_token + head];
+            const float softplus = std::log1p(std::exp(-std::fabs(a))) + std::max(a, 0.0f);
+            tokens[t - start] = {std::exp(rate * softplus), 1.0f / (1.0f + std::exp(-b)), sum(kq)};
+        }
+    }
+
+    void advance(int64_t g, int64_t t, int64_t in_tile) {
+        const int64_t count = std::min<int64_t>(kRows, rows - g * kRows), row = first + g * kRows;
+        const T* v_from = static_cast<const T*>(p.v) + t * p.v_token + head * p.v_head + row;
+        T* out = static_cast<T*>(p.out) + (t * p.value_heads + head) * p.value_dim + row;
+        float v[kRows] = {}, o[kRows];
+        for (int64_t r = 0; r < count; ++r) v[r] = to_float(v_from[r]);
+        step(group(g), group(g), width, keys.get() + in_tile * width, queries.get() + in_tile * width,
+             tokens[in_tile], v, o);
+        for (int64_t r = 0; r < count; ++r) assign(out[r], o[r]);
+    }
+
+    const DeltaRule& p;
+    const int64_t head, first, rows, width, row_groups;
+    Scratch<float> state, keys, queries;
+    const int64_t n;
+    Token tokens[kTile];
+};
+
+template <class T, class S, class P>
+void delta_rule(const DeltaRule& p) {
+    const int64_t heads = p.sequences * p.value_heads;
+    // Whole heads if there are enough for every thread: what is prepared for a head is then prepared once.
+    int64_t parts = 1;
+    while (heads * parts < 2 * omp_get_max_threads() && p.value_dim / (2 * parts) >= 8 * kRows) parts *= 2;
+    const int64_t rows = (p.value_dim + parts - 1) / parts;
+#pragma omp parallel for schedule(dynamic, 1) if (heads * parts * rows * p.key_dim > 1 << 15)
+    for (int64_t task = 0; task < heads * parts; ++task) {
+        const int64_t first = task % parts * rows, head = task / parts;
+        if (first < p.value_dim)
+            Head<T, S, P>(p, head / p.value_heads, head % p.value_heads, first, std::min(first + rows, p.value_dim)).run();
+    }
+}
+
+}  // namespace
+}  // namespace qnext
+
+extern "C" __attribute__((visibility("default"))) void qnext_gated_delta_rule(const qnext::DeltaRule* p) {
+    using namespace qnext;
+    with_type(p->dtype, [&](auto token) {
+        with_type(p->state_dtype, [&](auto state) {
+            with_type(p->steps_dtype, [&](auto step) { delta_rule<decltype(token), decltype(state), decltype(step)>(*p); });
+        });
+    });
+}

@@ -1,0 +1,163 @@
+// A vector of floats as wide as the processor's registers: 16 with AVX-512, 8 with AVX2 and FMA.
+//
+// Fused multiply-adds are written out (the compiler may not contract), so that the bits of a result do not depend on how
+// a function was inlined.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace qnext {
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Rounds to the nearest, ties to even, as torch does; NaN stays NaN.
+inline void assign(float& to, float x) { to = x; }
+inline void assign(bfloat16& to, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(__AVX512F__)
+
+struct Vec {
+    static constexpr int size = 16;
+    __m512 v;
+    static Vec zero() { return {_mm512_setzero_ps()}; }
+    static Vec fill(float x) { return {_mm512_set1_ps(x)}; }
+    static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static Vec load(const bfloat16* p) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+    }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+    void store(bfloat16* p) const {
+        const __m512i bits = _mm512_castps_si512(v);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+    }
+    friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+    friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+    friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+    friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+    // a · b + c, rounded once.
+    friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+    friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+    friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+    friend Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+    // a · 2^n for whole n within the range of normal exponents.
+    friend Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+    __m256 halves() const {
+        return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    }
+};
+
+inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+struct Vec {
+    static constexpr int size = 8;
+    __m256 v;
+    static Vec zero() { return {_mm256_setzero_ps()}; }
+    static Vec fill(float x) { return {_mm256_set1_ps(x)}; }
+    static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    static Vec load(const bfloat16* p) {
+        const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+    }
+    void store(float* p) const { _mm256_storeu_ps(p, v); }
+    void store(bfloat16* p) const {
+        const __m256i bits = _mm256_castps_si256(v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        rounded = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+        const __m128i low = _mm256_castsi256_si128(rounded), high = _mm256_extracti128_si256(rounded, 1);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+    }
+    friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+    friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+    friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+    friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+    friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+    friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+    friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+    friend Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+    friend Vec scale_by_power(Vec a, Vec n) {
+        const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+        return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent))};
+    }
+    __m256 halves() const { return v; }
+};
+
+inline float largest(Vec a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+#else
+#error "needs AVX2 and FMA"
+#endif
+
+// The sums of four vectors' elements, each in one fixed order.
+inline __m128 sums(Vec a, Vec b, Vec c, Vec d) {
+    const __m256 ab = _mm256_hadd_ps(a.halves(), b.halves());
+    const __m256 cd = _mm256_hadd_ps(c.halves(), d.halves());
+    const __m256 abcd = _mm256_hadd_ps(ab, cd);
+    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+}
+
+inline float sum(Vec a) {
+    const __m256 x = a.halves();
+    const __m256 pairs = _mm256_hadd_ps(x, x);
+    const __m256 fours = _mm256_hadd_ps(pairs, pairs);
+    return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
+}
+
+// e^x with an error of at most 2 ulp; 0 and infinity where float32 ends; NaN stays.
+inline Vec exp(Vec x) {
+    const Vec low = Vec::fill(-104.5f), high = Vec::fill(89.5f);
+    // max and min return their second operand where one is NaN.
+    const Vec bounded = min(high, max(low, x));
+    const Vec n = round(bounded * Vec::fill(1.44269504f));
+    // x = n · ln 2 + r, with ln 2 in two parts.
+    Vec r = fma(n, Vec::fill(-0.693359375f), bounded);
+    r = fma(n, Vec::fill(2.12194440e-4f), r);
+    Vec p = Vec::fill(1.9875691500e-4f);
+    p = fma(p, r, Vec::fill(1.3981999507e-3f));
+    p = fma(p, r, Vec::fill(8.3334519073e-3f));
+    p = fma(p, r, Vec::fill(4.1665795894e-2f));
+    p = fma(p, r, Vec::fill(1.6666665459e-1f));
+    p = fma(p, r, Vec::fill(5.0000001201e-1f));
+    const Vec e = fma(p, r * r, r + Vec::fill(1.0f));
+    // In two steps: 2^128 is no float, and 2^-149 is no normal one.
+    const Vec half = round(n * Vec::fill(0.5f));
+    return scale_by_power(scale_by_power(e, half), n - half);
+}
+
+inline Vec sigmoid(Vec x) { return Vec::fill(1.0f) / (Vec::fill(1.0f) + exp(Vec::zero() - x)); }
+inline Vec silu(Vec x) { return x / (Vec::fill(1.0f) + exp(Vec::zero() - x)); }
+
+// Sizes in whole vectors: `padded(5)` is 8 or 16.
+inline int64_t padded(int64_t size) { return (size + Vec::size - 1) / Vec::size * Vec::size; }
+
+}  // namespace qnext

@@ -1,0 +1,201 @@
+"""The C++ kernels of ``csrc/``: compiled once on first use for this processor, kept in a cache, called through ctypes.
+
+They need AVX2 with FMA, or AVX-512 with BF16 dot products, and a C++ compiler ($CXX, else g++, else clang++) the first
+time. The library lies in $QNEXT_CACHE_DIR, else in the user's cache folder; its name contains a digest of sources,
+compiler and flags, so that a stale one is never loaded. Threads are those of PyTorch: the library is linked against the
+same OpenMP runtime, and so respects ``torch.set_num_threads`` and the engines' binding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from platformdirs import user_cache_path
+from torch import Tensor
+
+from qnext_kernels.dispatch import Backend
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
+FLAGS_OF_ISA = {
+    "avx512bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+}
+"""Instruction sets that the kernels are written for, the widest first, and what makes a compiler use them."""
+CPU_FLAGS_OF_ISA = {
+    "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    "avx2": {"avx2", "fma", "f16c"},
+}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class NativeError(RuntimeError):
+    """The native library cannot be had here; the message says why."""
+
+
+def instruction_set() -> str:
+    """The widest instruction set of this processor that the kernels are written for; QNEXT_ISA names a narrower one.
+
+    Raises:
+        NativeError: the processor has none of them, or not the one in QNEXT_ISA.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        raise NativeError("needs Linux on x86-64") from None
+    have = set(next((line for line in lines if line.startswith("flags")), "").split())
+    usable = [isa for isa, needed in CPU_FLAGS_OF_ISA.items() if needed <= have]
+    if not usable:
+        raise NativeError("needs a processor with AVX2 and FMA")
+    wanted = os.environ.get("QNEXT_ISA") or usable[0]
+    if wanted not in usable:
+        raise NativeError(f"QNEXT_ISA: expected one of {', '.join(usable)} on this processor, got {wanted!r}")
+    return wanted
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept."""
+    return Path(os.environ.get("QNEXT_CACHE_DIR") or user_cache_path("qnext-kernels"))
+
+
+def compiler() -> list[str]:
+    """The C++ compiler's command; raises NativeError where there is none."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    for name in ("g++", "clang++"):
+        if (path := shutil.which(name)) is not None:
+            return [path]
+    raise NativeError("needs a C++ compiler once (g++ or clang++, or its name in CXX)")
+
+
+def build(isa: str, folder: Path) -> Path:
+    """Compile ``csrc/`` for an instruction set into ``folder``, unless it lies there already; return the library.
+
+    Raises:
+        NativeError: the compiler is missing or fails.
+    """
+    command = [*compiler(), *FLAGS, *FLAGS_OF_ISA[isa]]
+    sources = sorted(SOURCES.glob("*.cpp"))
+    library = folder / f"qnext_kernels-{isa}-{_digest(command)}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{library}.lock"), tempfile.TemporaryDirectory(dir=folder) as work:
+        if library.exists():
+            return library
+        logger.warning("qnext-kernels: compiling the CPU kernels for %s, once, into %s", isa, library)
+        start = time.monotonic()
+        objects = [Path(work) / f"{source.stem}.o" for source in sources]
+        compile_commands = [[*command, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, compile_commands))
+        linked = Path(work) / "linked.so"
+        # PyTorch's own OpenMP runtime, under the name that it is loaded by, lies beside its libraries.
+        runtime = Path(torch.__file__).parent / "lib"
+        _run([*command, "-shared", *map(str, objects), "-o", str(linked), f"-L{runtime}"])
+        linked.replace(library)
+        logger.warning("qnext-kernels: compiled in %.0f s", time.monotonic() - start)
+    return library
+
+
+def _digest(command: Sequence[str]) -> str:
+    digest = hashlib.sha256(" ".join(command).encode())
+    digest.update(_run([command[0], "--version"]).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise NativeError(f"the C++ compiler cannot be run: {error}") from error
+    if done.returncode:
+        raise NativeError(f"the C++ compiler failed: {' '.join(command)}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+@cache
+def _load() -> ctypes.CDLL | NativeError:
+    try:
+        return ctypes.CDLL(str(build(instruction_set(), cache_folder())))
+    except (NativeError, OSError) as error:
+        logger.warning("qnext-kernels: PyTorch's operators serve on this CPU instead of the C++ kernels: %s", error)
+        return error if isinstance(error, NativeError) else NativeError(str(error))
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library, compiled first where need be; raises NativeError where it cannot be had."""
+    loaded = _load()
+    if isinstance(loaded, NativeError):
+        raise loaded
+    return loaded
+
+
+class NativeBackend(Backend):
+    """A backend in C++; it declines, with the reason, where the library cannot be had."""
+
+    name = "native"
+    devices = ("cpu",)
+
+    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if (reason := super().supports(device, dtype)) is not None:
+            return reason
+        if dtype not in DTYPES:
+            return f"needs {' or '.join(map(str, DTYPES))}, got {dtype}"
+        loaded = _load()
+        return str(loaded) if isinstance(loaded, NativeError) else None
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """The address of a tensor's first element, for a ``c_void_p``."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Floats(ctypes.Structure):
+    """``Floats`` of ``arguments.h``."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Floats:
+        """A contiguous tensor that is read element by element."""
+        return cls(tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+class Indices(ctypes.Structure):
+    """``Indices`` of ``arguments.h``."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("is_int64", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> Indices:
+        """A contiguous int32 or int64 tensor, or none."""
+        if tensor is None:
+            return cls(None, 0)
+        return cls(tensor.data_ptr(), tensor.dtype == torch.int64)
+
+
+def function(name: str, arguments: type[ctypes.Structure]) -> Any:
+    """The C function ``void name(const arguments*)``."""
+    found = getattr(library(), name)
+    found.argtypes, found.restype = (ctypes.POINTER(arguments),), None
+    return found
