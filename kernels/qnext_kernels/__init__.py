@@ -14,7 +14,9 @@ from qnext_kernels.gated_delta_rule import (
     gated_delta_rule_verify,
 )
 from qnext_kernels.gated_norm import gated_rms_norm
+from qnext_kernels.linear import linear
 from qnext_kernels.moe import experts, silu_and_mul, topk_softmax
+from qnext_kernels.paged_attention import paged_attention, store_kv
 from qnext_kernels.rms_norm import rms_norm
 
 __all__ = [
@@ -29,10 +31,13 @@ __all__ = [
     "gated_delta_rule_prefill",
     "gated_delta_rule_verify",
     "gated_rms_norm",
+    "linear",
+    "paged_attention",
     "qk_norm_rope_gate",
     "rms_norm",
     "selected_backends",
     "sigmoid_gate",
     "silu_and_mul",
+    "store_kv",
     "topk_softmax",
 ]

@@ -16,7 +16,16 @@ from typing import Any, ClassVar
 import torch
 
 BACKEND_NAMES = ("reference", "cpu", "native", "triton", "flashinfer")
-OPERATION_NAMES = ("causal_conv1d", "gated_attention", "gated_delta_rule", "gated_norm", "moe", "rms_norm")
+OPERATION_NAMES = (
+    "causal_conv1d",
+    "gated_attention",
+    "gated_delta_rule",
+    "gated_norm",
+    "linear",
+    "moe",
+    "paged_attention",
+    "rms_norm",
+)
 
 
 class BackendError(RuntimeError):

@@ -150,6 +150,14 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+# Not traced by torch.compile, in whose graphs the answer is a constant.
+@torch.compiler.assume_constant_result
+def why_missing() -> str | None:
+    """None where the library can be had, else the reason."""
+    loaded = _load()
+    return str(loaded) if isinstance(loaded, NativeError) else None
+
+
 class NativeBackend(Backend):
     """A backend in C++; it declines, with the reason, where the library cannot be had."""
 
@@ -161,8 +169,7 @@ class NativeBackend(Backend):
             return reason
         if dtype not in DTYPES:
             return f"needs {' or '.join(map(str, DTYPES))}, got {dtype}"
-        loaded = _load()
-        return str(loaded) if isinstance(loaded, NativeError) else None
+        return why_missing()
 
 
 def pointer(tensor: Tensor | None) -> int | None:

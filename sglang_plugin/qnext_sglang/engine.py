@@ -14,6 +14,7 @@ from qnext_plugins.model import Qwen3NextConfig
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_sglang import sglang_api as api
 from qnext_sglang.experts import QnextMoEMethod, SparseExperts
+from qnext_sglang.linear import on_our_kernel
 from qnext_sglang.loading import rope_parameters
 
 
@@ -55,30 +56,33 @@ class SglangEngine:
         self.batch = CurrentBatch()
 
     def column_linear(self, input_size: int, output_size: int, *, prefix: str) -> nn.Module:
-        return ColumnLinear(input_size, output_size, **self._linear(prefix))
+        return on_our_kernel(ColumnLinear(input_size, output_size, **self._linear(prefix)))
 
     def gate_up_linear(self, input_size: int, intermediate_size: int, *, prefix: str) -> nn.Module:
-        return GateUpLinear(input_size, [intermediate_size] * 2, **self._linear(prefix))
+        return on_our_kernel(GateUpLinear(input_size, [intermediate_size] * 2, **self._linear(prefix)))
 
     def qkv_linear(self, config: Qwen3NextConfig, *, prefix: str) -> nn.Module:
-        return QKVLinear(
-            config.hidden_size,
-            config.head_dim,
-            2 * config.num_attention_heads,
-            config.num_key_value_heads,
-            **self._linear(prefix, bias=config.attention_bias),
+        return on_our_kernel(
+            QKVLinear(
+                config.hidden_size,
+                config.head_dim,
+                2 * config.num_attention_heads,
+                config.num_key_value_heads,
+                **self._linear(prefix, bias=config.attention_bias),
+            )
         )
 
     def row_linear(
         self, input_size: int, output_size: int, *, reduce: bool, bias: bool = False, prefix: str
     ) -> nn.Module:
-        return RowLinear(input_size, output_size, reduce_results=reduce, **self._linear(prefix, bias=bias))
+        options = self._linear(prefix, bias=bias)
+        return on_our_kernel(RowLinear(input_size, output_size, reduce_results=reduce, **options))
 
     def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:
         options = self._linear(prefix)
         if not quantized:
             options["quant_config"] = None
-        return ReplicatedLinear(input_size, output_size, **options)
+        return on_our_kernel(ReplicatedLinear(input_size, output_size, **options))
 
     def conv_weight(self, segments: tuple[int, ...], kernel_size: int) -> nn.Parameter:
         return sharded_parameter(segments, 1, kernel_size, dtype=torch.get_default_dtype(), **self._rank)

@@ -19,7 +19,11 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
-from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from sglang.srt.layers.quantization.unquant import (
+    UnquantizedEmbeddingMethod,
+    UnquantizedFusedMoEMethod,
+    UnquantizedLinearMethod,
+)
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
 from sglang.srt.layers.rotary_embedding import get_rope
@@ -45,7 +49,9 @@ __all__ = [
     "RowParallelLinear",
     "StandardCombineInput",
     "StandardTopKOutput",
+    "UnquantizedEmbeddingMethod",
     "UnquantizedFusedMoEMethod",
+    "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
     "add_prefix",
     "build_verify_intermediate_state_indices",

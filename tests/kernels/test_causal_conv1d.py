@@ -10,9 +10,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import causal_conv1d_fn,
 
 from qnext_kernels import causal_conv1d_decode, causal_conv1d_prefill, causal_conv1d_verify, force_backend
 from tests.kernels.kernel_inputs import (
-    BACKENDS,
     DTYPES,
     LENGTHS,
+    NATIVE_BACKENDS,
     Bad,
     assert_close,
     distinct_slots,
@@ -126,7 +126,7 @@ def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
 @pytest.mark.parametrize("layout", POOLS)
 @pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_prefill_agrees_with_float64(
     backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
 ) -> None:
@@ -156,7 +156,7 @@ def test_prefill_agrees_with_float64(
 @pytest.mark.parametrize("layout", POOLS)
 @pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_verify_agrees_with_float64(
     backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
 ) -> None:
@@ -184,7 +184,7 @@ def test_verify_agrees_with_float64(
 @pytest.mark.parametrize("layout", POOLS)
 @pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_decode_agrees_with_float64(
     backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
 ) -> None:
@@ -206,7 +206,7 @@ def test_decode_agrees_with_float64(
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_prefill_agrees_with_transformers(backend: str, width: int) -> None:
     weight, pool = make_weight(width), make_pool(2, width, torch.float32, "channels first")
     for length in (1, 2, 3, 70):
@@ -218,7 +218,7 @@ def test_prefill_agrees_with_transformers(backend: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_decode_and_its_state_agree_with_transformers(backend: str, width: int) -> None:
     weight, pool = make_weight(width), make_pool(9, width, torch.float32, "channels last")
     slots, conv_state = distinct_slots(5, 9), torch.randn(5, CHANNELS, width - 1)
@@ -235,7 +235,7 @@ def test_decode_and_its_state_agree_with_transformers(backend: str, width: int) 
 @pytest.mark.parametrize("layout", POOLS)
 @pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_verify_equals_repeated_decode_bitwise(
     backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
 ) -> None:
@@ -254,7 +254,7 @@ def test_verify_equals_repeated_decode_bitwise(
 @pytest.mark.parametrize("layout", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_tokens_that_were_not_accepted_leave_no_trace(
     backend: str, width: int, dtype: torch.dtype, layout: str
 ) -> None:
@@ -281,7 +281,7 @@ def test_tokens_that_were_not_accepted_leave_no_trace(
 @pytest.mark.parametrize("run", [prefill, decode, verify])
 @pytest.mark.parametrize("layout", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_a_sequence_does_not_depend_on_the_batch_bitwise(
     backend: str, dtype: torch.dtype, layout: str, run: Callable[..., list[tuple[Tensor, Tensor]]]
 ) -> None:
@@ -299,9 +299,69 @@ def test_a_sequence_does_not_depend_on_the_batch_bitwise(
             assert_same(run(weight, pool, [xs[n]], [histories[n]])[0], together[n])
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("layout", POOLS)
+@pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_a_channel_does_not_depend_on_the_others_bitwise(
+    backend: str, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
+) -> None:
+    # More channels than a backend takes at once, and tokens enough to share between threads.
+    channels, lengths = 1045, [70, 1, 2, 0, 61]
+    inputs = torch.randn(sum(lengths), channels).to(dtype), (torch.randn(channels, 4) / 2).to(dtype)
+    pool = torch.randn(9, channels, 3 + DRAFTS).to(dtype).to(pool_dtype)
+    if layout == "channels last":
+        pool = pool.transpose(1, 2).contiguous().transpose(1, 2)
+    slots, rest = distinct_slots(5, 9), (start_offsets(lengths), torch.arange(5) % 2 > 0)
+    accepted = torch.randint(1, DRAFTS + 2, (5,))
+
+    def run(part: slice) -> list[Tensor]:
+        x, weight, state = inputs[0][:, part], inputs[1][part], pool.clone()[:, part]
+        y = causal_conv1d_prefill(x, weight, state, slots, *rest)
+        verified = causal_conv1d_verify(x[:5], weight, state, slots, torch.arange(6), accepted)
+        return [y, verified, causal_conv1d_decode(x[:5], weight, state, slots), state.transpose(1, 2)]
+
+    with force_backend(backend):
+        whole = run(slice(channels))
+        for part in (slice(5), slice(3, 40), slice(500, 1045)):
+            for alone, together in zip(run(part), whole, strict=True):
+                assert same_bits(alone, together[..., part])
+
+
+@pytest.mark.parametrize("given", ["weight", "conv_state"])
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_float16_is_served(backend: str, given: str) -> None:
+    x, weight, pool = torch.randn(5, CHANNELS), make_weight(4), torch.randn(9, CHANNELS, 3)
+    if given == "weight":
+        weight = weight.half()
+    else:
+        pool = pool.half()
+    slots, truth_pool = distinct_slots(5, 9), pool.clone()
+    with force_backend("reference"):
+        truth = causal_conv1d_decode(x.double(), weight.double(), truth_pool, slots)
+    with force_backend(backend):
+        y = causal_conv1d_decode(x, weight, pool, slots)
+    assert_close(y, truth, roundings(4))
+    assert same_bits(pool, truth_pool)
+
+
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_verify_into_an_empty_step_pool_only_reads_the_state(backend: str) -> None:
+    weight, pool = make_weight(4), torch.randn(9, CHANNELS, 3)
+    x, slots, before = torch.randn(6, CHANNELS), distinct_slots(3, 9), pool.clone()
+    where = (slots, start_offsets([1, 2, 3]), torch.ones(3, dtype=torch.int64))
+    with force_backend(backend):
+        y = causal_conv1d_verify(
+            x, weight, pool, *where, make_steps(0, 4, torch.float32, "by rows"), -torch.ones(3).int()
+        )
+        expected = causal_conv1d_prefill(x, weight, before.clone(), *where[:2], torch.ones(3, dtype=torch.bool))
+    assert same_bits(y, expected)
+    assert same_bits(pool, before)
+
+
 @pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_prefill_split_anywhere_equals_unsplit_bitwise(
     backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype
 ) -> None:
@@ -318,7 +378,7 @@ def test_prefill_split_anywhere_equals_unsplit_bitwise(
 
 @pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_prefill_of_few_tokens_equals_verify_and_of_one_equals_decode_bitwise(
     backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype
 ) -> None:
@@ -337,7 +397,7 @@ def test_prefill_of_few_tokens_equals_verify_and_of_one_equals_decode_bitwise(
 @pytest.mark.parametrize("layout", POOLS)
 @pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_a_snapshot_equals_a_prefill_of_its_tokens_and_changes_nothing_else_bitwise(
     backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
 ) -> None:
@@ -380,7 +440,7 @@ def test_a_snapshot_equals_a_prefill_of_its_tokens_and_changes_nothing_else_bitw
 @pytest.mark.parametrize("layout", STEP_POOLS)
 @pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_verify_with_a_step_pool_equals_repeated_decode_and_only_reads_the_state_bitwise(
     backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str, drafts: int
 ) -> None:
@@ -414,7 +474,7 @@ def test_verify_with_a_step_pool_equals_repeated_decode_and_only_reads_the_state
 @pytest.mark.parametrize("layout", STEP_POOLS)
 @pytest.mark.parametrize(("dtype", "pool_dtype"), STORED)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_verify_with_a_step_pool_agrees_with_verify_in_place_bitwise_and_with_float64(
     backend: str, width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
 ) -> None:
@@ -437,7 +497,7 @@ def test_verify_with_a_step_pool_agrees_with_verify_in_place_bitwise_and_with_fl
     assert torch.equal(memory(steps), memory(truth_steps))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_an_empty_batch_is_served(backend: str) -> None:
     weight, pool = make_weight(4), make_pool(3, 4, torch.float32, "channels first")
     steps = make_steps(3, 4, torch.float32, "shared columns")

@@ -5,7 +5,16 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from qnext_kernels import experts, gated_rms_norm, qk_norm_rope_gate, rms_norm, sigmoid_gate, silu_and_mul, topk_softmax
+from qnext_kernels import (
+    experts,
+    force_backend,
+    gated_rms_norm,
+    qk_norm_rope_gate,
+    rms_norm,
+    sigmoid_gate,
+    silu_and_mul,
+    topk_softmax,
+)
 from tests.kernels.kernel_inputs import assert_close
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -26,7 +35,8 @@ def layer(x: Tensor, residual: Tensor, positions: Tensor, weights: dict[str, Ten
 
 
 @pytest.mark.slow
-def test_operations_compile_to_one_graph_for_every_number_of_tokens_and_agree_with_eager() -> None:
+@pytest.mark.parametrize("backend", ["native", "cpu"])
+def test_operations_compile_to_one_graph_for_every_number_of_tokens_and_agree_with_eager(backend: str) -> None:
     angles = torch.arange(64)[:, None] * 0.1 ** torch.arange(4)
     weights = {
         "norm": torch.randn(HIDDEN),
@@ -45,8 +55,10 @@ def test_operations_compile_to_one_graph_for_every_number_of_tokens_and_agree_wi
         x, residual, positions = torch.randn(tokens, HIDDEN), torch.randn(tokens, HIDDEN), torch.randint(64, (tokens,))
         for tensor in (x, residual, positions):
             torch._dynamo.mark_dynamic(tensor, 0)
-        expected = layer(x, residual, positions, weights)
-        for ours, eager in zip(compiled(x, residual, positions, weights), expected, strict=True):
+        with force_backend(backend):
+            expected = layer(x, residual, positions, weights)
+            actual = compiled(x, residual, positions, weights)
+        for ours, eager in zip(actual, expected, strict=True):
             # The chain's longest reductions one behind the other, on both sides.
             assert_close(ours, eager, {torch.float32: 2 * (3 * HIDDEN + HEAD_DIM + INTERMEDIATE)})
     assert counter.frame_count == 1

@@ -22,7 +22,16 @@ from qnext_kernels import (
 from qnext_kernels.dispatch import Backend, BackendError, Operation, parse_forced
 
 CPU = torch.device("cpu")
-NAMES = {"causal_conv1d", "gated_attention", "gated_delta_rule", "gated_norm", "moe", "rms_norm"}
+NAMES = {
+    "causal_conv1d",
+    "gated_attention",
+    "gated_delta_rule",
+    "gated_norm",
+    "linear",
+    "moe",
+    "paged_attention",
+    "rms_norm",
+}
 
 
 class FirstBackend(Backend):
@@ -62,7 +71,9 @@ def test_forced_backends_are_parsed(value: str, expected: dict[str, str]) -> Non
 
 @pytest.mark.parametrize("value", ["cuda", "moe=cuda", "moe=", "reference,cuda", "cpu=moe"])
 def test_an_unknown_backend_is_refused_with_the_known_ones(value: str) -> None:
-    with pytest.raises(BackendError, match=r"^QNEXT_BACKEND: expected one of reference, cpu, triton, flashinfer, got"):
+    with pytest.raises(
+        BackendError, match=r"^QNEXT_BACKEND: expected one of reference, cpu, native, triton, flashinfer, got"
+    ):
         parse_forced(value)
 
 

@@ -13,12 +13,12 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 )
 
 from qnext_kernels import force_backend, qk_norm_rope_gate, sigmoid_gate
-from tests.kernels.kernel_inputs import BACKENDS, DTYPES, Bad, assert_close, same_bits
+from tests.kernels.kernel_inputs import DTYPES, NATIVE_BACKENDS, Bad, assert_close, same_bits
 
 EPS = 1e-6
 MAX_POSITION = 512
-# heads, key-value heads, head_dim, rotary_dim: the model's quarter, a whole head, and nothing to rotate
-LAYOUTS = [(4, 2, 32, 8), (3, 1, 20, 20), (2, 2, 16, 0)]
+# heads, key-value heads, head_dim, rotary_dim: the model's quarter, a whole head, nothing to rotate, parts of vectors
+LAYOUTS = [(4, 2, 32, 8), (4, 2, 256, 64), (3, 1, 20, 20), (2, 2, 16, 0), (2, 1, 45, 26)]
 Layout = tuple[int, int, int, int]
 
 
@@ -45,7 +45,7 @@ def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("tokens", [0, 1, 11])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_agrees_with_float64_and_rounds_once(backend: str, layout: Layout, dtype: torch.dtype, tokens: int) -> None:
     given = arguments(layout, tokens, dtype)
     with force_backend(backend):
@@ -61,7 +61,7 @@ def test_agrees_with_float64_and_rounds_once(backend: str, layout: Layout, dtype
     assert torch.equal(gate.double(), truth_gate)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_agrees_with_the_lines_of_transformers_attention(backend: str) -> None:
     heads, kv_heads, head_dim, tokens = 4, 2, 32, 11
     config = Qwen3NextConfig(num_attention_heads=heads, head_dim=head_dim, max_position_embeddings=MAX_POSITION)
@@ -96,7 +96,7 @@ def test_agrees_with_the_lines_of_transformers_attention(backend: str) -> None:
     assert torch.equal(ours[3], gate.reshape(tokens, -1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_reads_a_projection_that_is_a_slice_of_a_wider_tensor(backend: str) -> None:
     given = arguments(LAYOUTS[0], 5, torch.float32)
     wide = torch.cat([given["qkv"], torch.full((5, 3), float("nan"))], dim=1)
@@ -107,9 +107,39 @@ def test_reads_a_projection_that_is_a_slice_of_a_wider_tensor(backend: str) -> N
             assert same_bits(sliced, whole)
 
 
+@pytest.mark.parametrize("weight_dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("table_dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_weights_and_table_may_have_other_dtypes(
+    backend: str, dtype: torch.dtype, table_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    given = arguments(LAYOUTS[0], 5, dtype)
+    given["q_weight"], given["cos_sin"] = given["q_weight"].to(weight_dtype), given["cos_sin"].to(table_dtype)
+    with force_backend(backend):
+        q, k, _, _ = qk_norm_rope_gate(**given)
+    with force_backend("reference"):
+        truth_q, truth_k, _, _ = qk_norm_rope_gate(**in_float64(given))
+    assert_close(q, truth_q, {torch.float32: LAYOUTS[0][2]})
+    assert_close(k, truth_k, {torch.float32: LAYOUTS[0][2]})
+
+
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_weights_table_and_positions_of_any_stride_are_read(backend: str) -> None:
+    given = arguments(LAYOUTS[0], 5, torch.float32)
+    strided = {
+        name: given[name].repeat_interleave(2, dim=-1)[..., ::2] for name in ("positions", "q_weight", "k_weight")
+    }
+    strided["cos_sin"] = torch.cat([given["cos_sin"]] * 2, dim=1)[:, : given["cos_sin"].shape[1]]
+    with force_backend(backend):
+        for ours, whole in zip(qk_norm_rope_gate(**(given | strided)), qk_norm_rope_gate(**given), strict=True):
+            assert same_bits(ours, whole)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_a_token_does_not_depend_on_the_batch(backend: str, layout: Layout, dtype: torch.dtype) -> None:
     given = arguments(layout, 25, dtype)
 
@@ -126,7 +156,7 @@ def test_a_token_does_not_depend_on_the_batch(backend: str, layout: Layout, dtyp
 
 
 @pytest.mark.parametrize("positions_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_positions_may_be_int32_or_int64(backend: str, positions_dtype: torch.dtype) -> None:
     given = arguments(LAYOUTS[0], 5, torch.float32)
     with force_backend(backend):
@@ -136,9 +166,18 @@ def test_positions_may_be_int32_or_int64(backend: str, positions_dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("shape", "gate_shape"), [((7, 48), (7, 48)), ((7, 48), (7, 1)), ((2, 3, 5), (2, 3, 1)), ((0, 4), (0, 1))]
+    ("shape", "gate_shape"),
+    [
+        ((7, 48), (7, 48)),
+        ((7, 48), (7, 1)),
+        ((2, 3, 5), (2, 3, 1)),
+        ((2, 1, 3, 17), (2, 1, 3, 17)),
+        ((31,), (31,)),
+        ((3, 1), (3, 1)),
+        ((0, 4), (0, 1)),
+    ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_sigmoid_gate_agrees_with_float64_and_rounds_once(
     backend: str, shape: tuple[int, ...], gate_shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -149,11 +188,26 @@ def test_sigmoid_gate_agrees_with_float64_and_rounds_once(
     assert_close(out, x.double() * torch.sigmoid(gate.double()), {torch.float32: 5})
 
 
-@pytest.mark.parametrize("gate_width", [1, 33])
+@pytest.mark.parametrize("gate_dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_sigmoid_gate_of_a_row_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype, gate_width: int) -> None:
-    x, gate = torch.randn(25, 33, dtype=dtype), torch.randn(25, gate_width, dtype=dtype)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_sigmoid_gate_reads_views_and_other_dtypes(backend: str, dtype: torch.dtype, gate_dtype: torch.dtype) -> None:
+    x, gate = torch.randn(5, 4, 3, 40).to(dtype), torch.randn(5, 4, 3, 40).to(gate_dtype)
+    with force_backend(backend):
+        for a, b in ((x[:, 1, 1], gate[:, 2, 2]), (x[..., 3:20], gate[..., 7:8]), (x[0].mT, gate[0].mT)):
+            out = sigmoid_gate(a, b)
+            assert same_bits(out, sigmoid_gate(a.contiguous(), b.contiguous()))
+            assert_close(out, a.double() * torch.sigmoid(b.double()), {torch.float32: 5})
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("width", "gate_width"), [(33, 1), (33, 33), (2048, 1), (2048, 2048)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_sigmoid_gate_of_a_row_does_not_depend_on_the_batch(
+    backend: str, dtype: torch.dtype, width: int, gate_width: int
+) -> None:
+    x, gate = torch.randn(25, width, dtype=dtype), torch.randn(25, gate_width, dtype=dtype)
     order = torch.randperm(25)
     with force_backend(backend):
         together = sigmoid_gate(x, gate)
@@ -162,6 +216,7 @@ def test_sigmoid_gate_of_a_row_does_not_depend_on_the_batch(backend: str, dtype:
     assert same_bits(together, alone)
 
 
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 @pytest.mark.parametrize(
     "bad",
     [
@@ -182,9 +237,9 @@ def test_sigmoid_gate_of_a_row_does_not_depend_on_the_batch(backend: str, dtype:
     ],
     ids=str,
 )
-def test_bad_input_is_refused_by_name(bad: Bad) -> None:
+def test_bad_input_is_refused_by_name(bad: Bad, backend: str) -> None:
     given = arguments(LAYOUTS[0], 5, torch.float32)
-    with pytest.raises(bad.error, match=f"^{bad.argument}:"):
+    with force_backend(backend), pytest.raises(bad.error, match=f"^{bad.argument}:"):
         qk_norm_rope_gate(**(given | {bad.argument: bad.change(given[bad.argument])}))
 
 

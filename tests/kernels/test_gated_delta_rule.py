@@ -38,9 +38,9 @@ from tests.kernels.delta_rule_runs import (
     verify,
 )
 from tests.kernels.kernel_inputs import (
-    NATIVE_BACKENDS,
     DTYPES,
     LENGTHS,
+    NATIVE_BACKENDS,
     Bad,
     assert_close,
     distinct_slots,

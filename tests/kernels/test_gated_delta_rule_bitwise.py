@@ -33,9 +33,9 @@ from tests.kernels.delta_rule_runs import (
     verify,
 )
 from tests.kernels.kernel_inputs import (
-    NATIVE_BACKENDS,
     DTYPES,
     LENGTHS,
+    NATIVE_BACKENDS,
     distinct_slots,
     memory,
     nan_pool,

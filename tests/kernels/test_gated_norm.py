@@ -7,14 +7,14 @@ import torch
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from qnext_kernels import force_backend, gated_rms_norm
-from tests.kernels.kernel_inputs import BACKENDS, DTYPES, Bad, assert_close, same_bits
+from tests.kernels.kernel_inputs import DTYPES, NATIVE_BACKENDS, Bad, assert_close, same_bits
 
 EPS = 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(7, 4, 128), (3, 33), (1, 1, 4), (0, 2, 16)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(7, 4, 128), (3, 33), (2, 1, 3, 39), (65,), (1, 1, 4), (3, 1), (0, 2, 16)])
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_agrees_with_float64_and_rounds_once(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, z, weight = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype) * 3, torch.randn(shape[-1])
     with force_backend(backend):
@@ -25,7 +25,7 @@ def test_agrees_with_float64_and_rounds_once(backend: str, shape: tuple[int, ...
     assert_close(out, truth, {torch.float32: shape[-1]})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_agrees_with_transformers(backend: str) -> None:
     module = Qwen3NextRMSNormGated(48, eps=EPS)
     torch.nn.init.normal_(module.weight)
@@ -34,11 +34,41 @@ def test_agrees_with_transformers(backend: str) -> None:
         assert_close(gated_rms_norm(x, z, module.weight, EPS), module(x, z), {torch.float32: 2 * 48})
 
 
-@pytest.mark.parametrize("width", [20, 33, 128])
+@pytest.mark.parametrize("weight_dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("z_dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype, width: int) -> None:
-    x, z, weight = torch.randn(25, 3, width, dtype=dtype), torch.randn(25, 3, width, dtype=dtype), torch.randn(width)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_gate_and_weight_may_have_other_dtypes(
+    backend: str, dtype: torch.dtype, z_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    x, z, weight = (torch.randn(s, dtype=d) for s, d in (((3, 20), dtype), ((3, 20), z_dtype), (20, weight_dtype)))
+    with force_backend(backend):
+        out = gated_rms_norm(x, z, weight, EPS)
+    with force_backend("reference"):
+        truth = gated_rms_norm(x.double(), z.double(), weight.double(), EPS)
+    assert out.dtype == dtype
+    assert_close(out, truth, {torch.float32: 20})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_native_kernel_reads_strided_views(dtype: torch.dtype) -> None:
+    # One group of a projection: per key head something, then two value heads.
+    x, wide = torch.randn(5, 8, 16, dtype=dtype), torch.randn(5, 4, 40, dtype=dtype)
+    z, weight = wide[:, :, 8:].unflatten(2, (2, 16)), torch.randn(16)
+    cases = [(x, z.reshape(5, 8, 16)), (x[:, ::2], z[:, :, 1]), (x[:, ::2], wide[:, :, 3:19]), (x.mT, x.mT)]
+    with force_backend("native"):
+        for a, b in cases:
+            ours = gated_rms_norm(a, b, weight[: a.shape[-1]], EPS)
+            assert same_bits(ours, gated_rms_norm(a.contiguous(), b.contiguous(), weight[: a.shape[-1]], EPS))
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("heads", "width"), [(3, 20), (3, 33), (16, 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_a_row_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype, heads: int, width: int) -> None:
+    x, z = torch.randn(2, 25, heads, width, dtype=dtype)
+    weight = torch.randn(width)
     order = torch.randperm(25)
     with force_backend(backend):
         together = gated_rms_norm(x, z, weight, EPS)

@@ -13,7 +13,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 )
 
 from qnext_kernels import experts, force_backend, sigmoid_gate, silu_and_mul, topk_softmax
-from tests.kernels.kernel_inputs import BACKENDS, DTYPES, Bad, assert_close, same_bits
+from tests.kernels.kernel_inputs import DTYPES, NATIVE_BACKENDS, Bad, assert_close, same_bits
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 9, 3, 40, 24
@@ -53,7 +53,7 @@ def randomize(module: ModuleT) -> ModuleT:
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(512, 10), (9, 9), (4, 1)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_topk_softmax_agrees_with_float64(
     backend: str, num_experts: int, top_k: int, dtype: torch.dtype, renormalize: bool
 ) -> None:
@@ -72,7 +72,7 @@ def test_topk_softmax_agrees_with_float64(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_topk_softmax_of_a_token_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype) -> None:
     for num_experts in (512, 37):
         logits = torch.randn(25, num_experts, dtype=dtype)
@@ -87,7 +87,7 @@ def test_topk_softmax_of_a_token_does_not_depend_on_the_batch(backend: str, dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(7, 48), (2, 3, 10), (0, 6)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_silu_and_mul_agrees_with_float64_and_rounds_once(
     backend: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -100,7 +100,7 @@ def test_silu_and_mul_agrees_with_float64_and_rounds_once(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_silu_and_mul_of_a_row_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype) -> None:
     x = torch.randn(25, 66, dtype=dtype)
     with force_backend(backend):
@@ -110,7 +110,7 @@ def test_silu_and_mul_of_a_row_does_not_depend_on_the_batch(backend: str, dtype:
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 33])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_experts_agree_with_float64(backend: str, tokens: int, dtype: torch.dtype, ids_dtype: torch.dtype) -> None:
     arguments = expert_arguments(tokens, dtype)
     arguments["topk_ids"] = arguments["topk_ids"].to(ids_dtype)
@@ -124,7 +124,35 @@ def test_experts_agree_with_float64(backend: str, tokens: int, dtype: torch.dtyp
     assert_close(out, truth, {torch.float32: HIDDEN + INTERMEDIATE, dtype: 3})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# Around the block sizes of the C++ kernel: tokens of an expert, elements of a product, rows and columns at once.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "middle"), [(513, 65), (1041, 130), (130, 520)])
+def test_native_experts_are_exact_in_every_block_and_do_not_depend_on_the_batch_or_on_threads(
+    hidden: int, middle: int, dtype: torch.dtype
+) -> None:
+    tokens = 103
+    x = torch.randn(tokens, hidden, dtype=dtype)
+    w13, w2 = torch.randn(3, 2 * middle, hidden) * hidden**-0.5, torch.randn(3, hidden, middle) * middle**-0.5
+    arguments = {"x": x, "w13": w13.to(dtype), "w2": w2.to(dtype)}
+    # Every token has expert 0, which so has more than two blocks of tokens; expert 2 has one token.
+    ids = torch.tensor([[0, 1]] * (tokens - 1) + [[0, 2]], dtype=torch.int32)
+    arguments |= {"topk_weights": torch.rand(tokens, 2), "topk_ids": ids}
+    with force_backend("native"):
+        out = experts(**arguments)
+    with force_backend("reference"):
+        truth = experts(**in_float64(arguments))
+    assert_close(out, truth, {torch.float32: hidden + middle, dtype: 3})
+    threads = torch.get_num_threads()
+    for some in (slice(0, 1), slice(7, 9), slice(40, 100), slice(102, 103)):
+        part = arguments | {name: arguments[name][some] for name in ("x", "topk_weights", "topk_ids")}
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with force_backend("native"):
+                assert same_bits(experts(**part), out[some])
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_a_token_without_experts_of_this_rank_is_zero(backend: str) -> None:
     arguments = expert_arguments(4, torch.float32)
     arguments["topk_ids"][1:3] = -1
@@ -134,7 +162,7 @@ def test_a_token_without_experts_of_this_rank_is_zero(backend: str) -> None:
     assert (out[[0, 3]] != 0).any(dim=1).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_experts_that_nobody_chose_are_not_read(backend: str) -> None:
     arguments = expert_arguments(4, torch.float32)
     idle = torch.ones(EXPERTS, dtype=torch.bool)
@@ -149,7 +177,7 @@ def test_experts_that_nobody_chose_are_not_read(backend: str) -> None:
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_router_and_experts_agree_with_transformers(backend: str, norm_topk_prob: bool) -> None:
     config = transformers_config()
     config.norm_topk_prob = norm_topk_prob
@@ -164,7 +192,7 @@ def test_router_and_experts_agree_with_transformers(backend: str, norm_topk_prob
     assert_close(out, module(x, indices, scores), {torch.float32: 2 * (HIDDEN + INTERMEDIATE)})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_the_operations_compose_to_transformers_sparse_block(backend: str) -> None:
     block = randomize(Qwen3NextSparseMoeBlock(transformers_config()))
     x = torch.randn(33, HIDDEN)

@@ -7,16 +7,17 @@ import torch
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from qnext_kernels import force_backend, rms_norm
-from tests.kernels.kernel_inputs import BACKENDS, DTYPES, Bad, assert_close, same_bits
+from tests.kernels.kernel_inputs import DTYPES, NATIVE_BACKENDS, Bad, assert_close, same_bits
 
 EPS = 1e-6
-SHAPES = [(7, 2048), (3, 5, 33), (1, 4), (0, 16)]
+# The model's width, and widths around the parts that a vectorised kernel splits a row into.
+SHAPES = [(7, 2048), (3, 5, 33), (2, 1, 3, 31), (5, 65), (4, 39), (16,), (1, 4), (3, 1), (0, 16)]
 
 
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_agrees_with_float64_and_rounds_once(
     backend: str, shape: tuple[int, ...], dtype: torch.dtype, with_residual: bool
 ) -> None:
@@ -31,7 +32,7 @@ def test_agrees_with_float64_and_rounds_once(
     assert_close(normed, truth, {torch.float32: shape[-1]})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_agrees_with_transformers(backend: str) -> None:
     module = Qwen3NextRMSNorm(48, eps=EPS)
     torch.nn.init.normal_(module.weight)
@@ -39,6 +40,33 @@ def test_agrees_with_transformers(backend: str) -> None:
     with force_backend(backend):
         normed, _ = rms_norm(x, module.weight, EPS)
     assert_close(normed, module(x), {torch.float32: 2 * 48})
+
+
+@pytest.mark.parametrize("weight_dtype", [*DTYPES, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_the_weight_may_have_another_dtype(backend: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    x, weight = torch.randn(3, 20, dtype=dtype), torch.randn(20, dtype=weight_dtype)
+    with force_backend(backend):
+        normed, _ = rms_norm(x, weight, EPS)
+    with force_backend("reference"):
+        truth, _ = rms_norm(x.double(), weight.double(), EPS)
+    assert normed.dtype == dtype
+    assert_close(normed, truth, {torch.float32: 20})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_native_kernel_reads_strided_views(dtype: torch.dtype) -> None:
+    wide, weights = torch.randn(5, 4, 6, 50, dtype=dtype), torch.randn(33, 2)
+    views = [wide[:, 1, 2, :33], wide[:, 1, ::2, 3:36], wide[..., 7:40], wide[0, 0].T, wide[:, :2, :, 9:10].mT]
+    for x in views:
+        weight = weights[: x.shape[-1], 0]
+        # The residual lies in memory as x does, or contiguously.
+        for residual in (x.flip(0), torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x.flip(0))):
+            with force_backend("native"):
+                strided, whole = rms_norm(x, weight, EPS, residual), rms_norm(x.contiguous(), weight, EPS, residual)
+                assert same_bits(rms_norm(x, weight, EPS)[0], rms_norm(x.contiguous(), weight, EPS)[0])
+            assert all(same_bits(one, other) for one, other in zip(strided, whole, strict=True))
 
 
 def test_a_row_of_zeros_is_finite() -> None:
@@ -49,7 +77,7 @@ def test_a_row_of_zeros_is_finite() -> None:
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("width", [20, 129, 2048])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_a_row_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype, width: int) -> None:
     x, residual, weight = torch.randn(25, width, dtype=dtype), torch.randn(25, width, dtype=dtype), torch.randn(width)
     order = torch.randperm(25)

@@ -10,6 +10,7 @@ from qnext_plugins.model.sharding import sharded_parameter
 from qnext_vllm import vllm_api as api
 from qnext_vllm.experts import QnextRoutedExperts, route
 from qnext_vllm.gated_delta_net import GatedDeltaNetState
+from qnext_vllm.linear import on_our_kernel
 
 
 class VllmEngine:
@@ -22,30 +23,34 @@ class VllmEngine:
         self._rank = {"rank": api.get_tensor_model_parallel_rank(), "ranks": self.tensor_parallel_size}
 
     def column_linear(self, input_size: int, output_size: int, *, prefix: str) -> nn.Module:
-        return api.ColumnParallelLinear(input_size, output_size, **self._linear(prefix))
+        return on_our_kernel(api.ColumnParallelLinear(input_size, output_size, **self._linear(prefix)))
 
     def gate_up_linear(self, input_size: int, intermediate_size: int, *, prefix: str) -> nn.Module:
-        return api.MergedColumnParallelLinear(input_size, [intermediate_size] * 2, **self._linear(prefix))
+        sizes = [intermediate_size] * 2
+        return on_our_kernel(api.MergedColumnParallelLinear(input_size, sizes, **self._linear(prefix)))
 
     def qkv_linear(self, config: Qwen3NextConfig, *, prefix: str) -> nn.Module:
-        return api.QKVParallelLinear(
-            config.hidden_size,
-            config.head_dim,
-            2 * config.num_attention_heads,
-            config.num_key_value_heads,
-            **self._linear(prefix, bias=config.attention_bias),
+        return on_our_kernel(
+            api.QKVParallelLinear(
+                config.hidden_size,
+                config.head_dim,
+                2 * config.num_attention_heads,
+                config.num_key_value_heads,
+                **self._linear(prefix, bias=config.attention_bias),
+            )
         )
 
     def row_linear(
         self, input_size: int, output_size: int, *, reduce: bool, bias: bool = False, prefix: str
     ) -> nn.Module:
-        return api.RowParallelLinear(input_size, output_size, reduce_results=reduce, **self._linear(prefix, bias=bias))
+        options = self._linear(prefix, bias=bias)
+        return on_our_kernel(api.RowParallelLinear(input_size, output_size, reduce_results=reduce, **options))
 
     def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:
         options = self._linear(prefix)
         if not quantized:
             options["quant_config"] = None
-        return api.ReplicatedLinear(input_size, output_size, **options)
+        return on_our_kernel(api.ReplicatedLinear(input_size, output_size, **options))
 
     def conv_weight(self, segments: tuple[int, ...], kernel_size: int) -> nn.Parameter:
         return sharded_parameter(segments, 1, kernel_size, dtype=torch.get_default_dtype(), **self._rank)

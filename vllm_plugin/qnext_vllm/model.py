@@ -23,6 +23,7 @@ from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.gated_delta_net import state_dtypes, state_shapes
+from qnext_vllm.linear import on_our_kernel
 from qnext_vllm.serving import prepare_process
 
 # Checkpoint tensors that vLLM keeps as one parameter.
@@ -156,8 +157,10 @@ class Qwen3NextForCausalLM(
             check_files(Path(vllm_config.model_config.model), shapes, passing=(MTP_PREFIX,))
         self.quant_config = vllm_config.quant_config
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=api.maybe_prefix(prefix, "model"))
-        self.lm_head = api.ParallelLMHead(
-            self.config.vocab_size, self.config.hidden_size, prefix=api.maybe_prefix(prefix, "lm_head")
+        self.lm_head = on_our_kernel(
+            api.ParallelLMHead(
+                self.config.vocab_size, self.config.hidden_size, prefix=api.maybe_prefix(prefix, "lm_head")
+            )
         )
         if self.config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)

@@ -10,6 +10,7 @@ from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_we
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
+from qnext_vllm.linear import on_our_kernel
 from qnext_vllm.model import PACKED_MODULES, STACKED, MixtureOfExpertsInfo
 from qnext_vllm.serving import prepare_process
 
@@ -50,8 +51,10 @@ class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
         self.model = Qwen3NextMultiTokenPredictor(vllm_config=vllm_config, prefix=api.maybe_prefix(prefix, "mtp"))
-        self.lm_head = api.ParallelLMHead(
-            self.config.vocab_size, self.config.hidden_size, prefix=api.maybe_prefix(prefix, "lm_head")
+        self.lm_head = on_our_kernel(
+            api.ParallelLMHead(
+                self.config.vocab_size, self.config.hidden_size, prefix=api.maybe_prefix(prefix, "lm_head")
+            )
         )
         self.logits_processor = api.LogitsProcessor(self.config.vocab_size)
         self.set_moe_parameters(self.model.layers)

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -34,7 +35,11 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     is_conv_state_dim_first,
 )
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.interfaces import (
     EagleModelMixin,
     HasInnerState,
@@ -87,7 +92,9 @@ __all__ = [
     "SupportsEagle3",
     "SupportsLoRA",
     "SupportsPP",
+    "UnquantizedEmbeddingMethod",
     "UnquantizedFusedMoEMethod",
+    "UnquantizedLinearMethod",
     "UnquantizedMoeBackend",
     "VllmConfig",
     "VocabParallelEmbedding",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.causal_conv1d.cpu import CpuBackend
+from qnext_kernels.causal_conv1d.native import CausalConv1dNative
 from qnext_kernels.causal_conv1d.reference import ReferenceBackend
 from qnext_kernels.checks import (
     expect_both_or_neither,
@@ -31,7 +32,7 @@ from qnext_kernels.checks import (
 )
 from qnext_kernels.dispatch import Operation
 
-operation = Operation("causal_conv1d", [CpuBackend(), ReferenceBackend()])
+operation = Operation("causal_conv1d", [CausalConv1dNative(), CpuBackend(), ReferenceBackend()])
 
 
 def causal_conv1d_prefill(

@@ -47,6 +47,9 @@ Scratch<T> scratch(int64_t count) {
     return Scratch<T>(static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64)));
 }
 
+// Whether so many multiplications or elements are worth waking threads for: below, that takes longer than the work.
+inline bool worth_threads(int64_t multiplications) { return multiplications > 1 << 18; }
+
 // Calls f with a value of the C++ type of a dtype.
 template <class F>
 void with_type(int64_t dtype, F f) {

@@ -239,7 +239,8 @@ void delta_rule(const DeltaRule& p) {
     int64_t parts = 1;
     while (heads * parts < 2 * omp_get_max_threads() && p.value_dim / (2 * parts) >= 8 * kRows) parts *= 2;
     const int64_t rows = (p.value_dim + parts - 1) / parts;
-#pragma omp parallel for schedule(dynamic, 1) if (heads * parts * rows * p.key_dim > 1 << 15)
+    const int64_t work = p.query_start_loc.at(p.sequences, p.sequences) * p.value_heads * p.value_dim * p.key_dim;
+#pragma omp parallel for schedule(dynamic, 1) if (worth_threads(work))
     for (int64_t task = 0; task < heads * parts; ++task) {
         const int64_t first = task % parts * rows, head = task / parts;
         if (first < p.value_dim)

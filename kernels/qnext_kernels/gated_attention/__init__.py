@@ -7,14 +7,16 @@ head; the attention output is multiplied by sigmoid(gate).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from qnext_kernels.checks import expect_floating, expect_indices, expect_shape
+from qnext_kernels.checks import expect_dtype, expect_floating, expect_indices, expect_shape
 from qnext_kernels.dispatch import Operation
 from qnext_kernels.gated_attention.cpu import CpuBackend
+from qnext_kernels.gated_attention.native import GatedAttentionNative
 from qnext_kernels.gated_attention.reference import ReferenceBackend
 
-operation = Operation("gated_attention", [CpuBackend(), ReferenceBackend()])
+operation = Operation("gated_attention", [GatedAttentionNative(), CpuBackend(), ReferenceBackend()])
 
 
 def qk_norm_rope_gate(
@@ -53,10 +55,12 @@ def qk_norm_rope_gate(
     expect_shape("cos_sin", cos_sin, (None, None))
     expect_floating("cos_sin", cos_sin)
     expect_shape("positions", positions, (qkv.shape[0],))
-    expect_indices("positions", positions, 0, cos_sin.shape[0])
+    expect_dtype("positions", positions, (torch.int32, torch.int64))
     if cos_sin.shape[1] > head_dim or cos_sin.shape[1] % 2:
         raise ValueError(f"cos_sin: expected an even rotary_dim of at most {head_dim}, got {cos_sin.shape[1]}")
     backend = operation.select(qkv.device, qkv.dtype)
+    if not isinstance(backend, GatedAttentionNative):  # whose kernel checks what it reads
+        expect_indices("positions", positions, 0, cos_sin.shape[0])
     return backend.qk_norm_rope_gate(qkv, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads, eps)
 
 

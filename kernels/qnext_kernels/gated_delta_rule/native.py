@@ -72,9 +72,7 @@ class GatedDeltaRuleNative(NativeBackend, CpuBackend):
         snapshots: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         if not (_reads_pool(state) and _reads(a, b, A_log, dt_bias)):
-            return super().prefill(
-                q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, has_initial, snapshots
-            )
+            return super().prefill(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, has_initial, snapshots)
         snapshot_slots, snapshot_lengths = (x.contiguous() for x in snapshots) if snapshots else (None, None)
         has_initial, query_start_loc = has_initial.contiguous(), query_start_loc.contiguous()
         return _run(
@@ -143,7 +141,7 @@ def _reads(*tensors: Tensor) -> bool:
 
 
 def _reads_pool(state: Tensor) -> bool:
-    heads, value_dim, key_dim = state.shape[1:]
+    _, value_dim, key_dim = state.shape[1:]
     return state.dtype in DTYPES and state.stride()[1:] == (value_dim * key_dim, key_dim, 1)
 
 

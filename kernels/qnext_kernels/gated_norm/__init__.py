@@ -11,9 +11,10 @@ from torch import Tensor
 from qnext_kernels.checks import expect_floating, expect_shape
 from qnext_kernels.dispatch import Operation
 from qnext_kernels.gated_norm.cpu import CpuBackend
+from qnext_kernels.gated_norm.native import GatedNormNative
 from qnext_kernels.gated_norm.reference import ReferenceBackend
 
-operation = Operation("gated_norm", [CpuBackend(), ReferenceBackend()])
+operation = Operation("gated_norm", [GatedNormNative(), CpuBackend(), ReferenceBackend()])
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:

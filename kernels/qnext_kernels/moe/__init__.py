@@ -12,9 +12,10 @@ from torch import Tensor
 from qnext_kernels.checks import expect_dtype, expect_floating, expect_indices, expect_shape
 from qnext_kernels.dispatch import Operation
 from qnext_kernels.moe.cpu import CpuBackend
+from qnext_kernels.moe.native import MoeNative
 from qnext_kernels.moe.reference import ReferenceBackend
 
-operation = Operation("moe", [CpuBackend(), ReferenceBackend()])
+operation = Operation("moe", [MoeNative(), CpuBackend(), ReferenceBackend()])
 
 
 def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,8 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: 
         topk_ids: [T, top_k] int32 or int64; −1 (an expert of another rank) is skipped.
 
     Returns:
-        [T, D] in the dtype of ``x``; the sum over the experts runs in float32, in the order of ``topk_ids``.
+        [T, D] in the dtype of ``x``; a token's sum over its experts runs in float32, in an order that depends on
+        nothing but its ``topk_ids``.
 
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit.

@@ -10,9 +10,10 @@ from torch import Tensor
 from qnext_kernels.checks import expect_dtype, expect_floating, expect_shape
 from qnext_kernels.dispatch import Operation
 from qnext_kernels.rms_norm.cpu import CpuBackend
+from qnext_kernels.rms_norm.native import RmsNormNative
 from qnext_kernels.rms_norm.reference import ReferenceBackend
 
-operation = Operation("rms_norm", [CpuBackend(), ReferenceBackend()])
+operation = Operation("rms_norm", [RmsNormNative(), CpuBackend(), ReferenceBackend()])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

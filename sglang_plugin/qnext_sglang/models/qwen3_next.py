@@ -19,6 +19,7 @@ from qnext_plugins.model import (
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_sglang import sglang_api as api
 from qnext_sglang.engine import SglangEngine
+from qnext_sglang.linear import on_our_kernel
 from qnext_sglang.loading import load_parameters, read_config
 from qnext_sglang.serving import announce, checkpoint_folder, in_tree_class
 
@@ -63,12 +64,14 @@ class ServedModel(nn.Module):
         """The head, which is the embedding where the checkpoint ties them."""
         if self.qnext_config.tie_word_embeddings:
             return self.model.embed_tokens
-        return api.ParallelLMHead(
-            self.config.vocab_size,
-            self.config.hidden_size,
-            quant_config=self.quant_config,
-            org_num_embeddings=self.config.vocab_size,
-            prefix=api.add_prefix("lm_head", prefix),
+        return on_our_kernel(
+            api.ParallelLMHead(
+                self.config.vocab_size,
+                self.config.hidden_size,
+                quant_config=self.quant_config,
+                org_num_embeddings=self.config.vocab_size,
+                prefix=api.add_prefix("lm_head", prefix),
+            )
         )
 
     def get_input_embeddings(self) -> nn.Module:

@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""Our kernels on this CPU beside vLLM's own, operation by operation, at the layer sizes of Qwen3-Next-80B-A3B.
+
+    python benchmarks/cpu_ops.py [--quick] [--ops experts,conv] [--threads 1,2] [--csv FILE] [--plot FILE]
+
+Both sides get the same inputs, must agree within bfloat16's rounding before anything is timed, and then run in turns
+(ours, vLLM's, ours …) in bfloat16; medians count. Inputs rotate, so that a decode finds weights and states in memory,
+as in the model, and not in a cache. With one thread the clock is CPU time, with more it is wall time. roof_pct is the
+least time that memory bandwidth (a read loop) or the better of two matrix products (bfloat16, float32) allows, over our
+time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from cpu_cases import GROUPS
+from cpu_inputs import REAL, TINY, Case, Row
+from cpu_roof import Roofs, clock, describe_machine, interleave, keep_freed_memory
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+COLUMNS = ("op", "shape", "threads", "ours_ms", "peer", "peer_ms", "ratio", "roof_pct")
+QUICK_SECONDS = 270
+"""After this long a --quick run starts no further row, so that it ends within five minutes."""
+
+
+@dataclass
+class Result:
+    """A measured row; times in seconds, work as in :class:`cpu_inputs.Case`."""
+
+    op: str
+    shape: str
+    threads: int
+    ours: float
+    peer_name: str
+    peer: float
+    flops: float
+    moved: float | None
+
+    def cells(self, roofs: Roofs) -> tuple[str, ...]:
+        """The values of :data:`COLUMNS`, then which roof it is; "-" for inputs that stay in cache."""
+        percent = bound = "-"
+        if self.moved is not None:
+            least, bound = roofs.seconds(self.threads, self.flops, self.moved)
+            percent = f"{100 * least / self.ours:.0f}"
+        times = (milliseconds(self.ours), self.peer_name, milliseconds(self.peer), f"{self.peer / self.ours:.2f}")
+        return (self.op, self.shape, str(self.threads), *times, percent, bound)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g}"
+
+
+def difference(case: Case) -> str | None:
+    """How the two sides differ on the same inputs by more than their rounding, or None."""
+    results = [_tensors(case.comparable(side(0))) for side in (case.ours, case.peer)]
+    for n, (ours, peer) in enumerate([*zip(*results, strict=True), *case.states()]):
+        ours, peer = ours.double().flatten(), peer.double().flatten()
+        error = float((ours - peer).norm() / peer.norm())
+        if not error <= 2 * torch.finfo(torch.bfloat16).eps:
+            return f"result {n} differs from the peer's by {error:.1%}"
+    return None
+
+
+def _tensors(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """Copies, for the next call may write where the last one did."""
+    return [tensor.clone() for tensor in ((result,) if isinstance(result, Tensor) else result)]
+
+
+def measure(row: Row, case: Case, threads: int, quick: bool) -> Result:
+    torch.set_num_threads(threads)
+    case.retune()
+    calls = [case.ours, case.peer]
+    if case.compiled:
+        for call in calls:
+            call(0)  # compiles for this number of threads
+    ours, peer = interleave(calls, clock(threads), seconds=0.7 if quick else 6, least=1 if quick else 3)
+    return Result(row.op, row.shape, threads, ours, case.peer_name, peer, case.flops, case.moved)
+
+
+def choose_rows(args: argparse.Namespace) -> list[list[Row]]:
+    """The rows to measure, by group."""
+    groups = [list(group(TINY if args.tiny else REAL)) for group in GROUPS]
+    wanted = [name.strip() for name in args.ops.split(",")] if args.ops else [""]
+    names = sorted({row.op for rows in groups for row in rows})
+    for name in wanted:
+        if not any(name in op for op in names):
+            raise SystemExit(f"--ops: no operation contains {name!r}; there are {', '.join(names)}")
+    return [
+        [row for row in rows if any(name in row.op for name in wanted) and (row.quick or not args.quick)]
+        for rows in groups
+    ]
+
+
+def run(args: argparse.Namespace, console: Console) -> tuple[list[Result], Roofs, bool]:
+    """Measure everything; the last value says whether the two sides agreed on every row."""
+    start, results, agreed = time.monotonic(), list[Result](), True
+    groups, roofs = choose_rows(args), Roofs()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("roofs", total=sum(map(len, groups)))
+        roofs.measure(args.threads, args.quick)
+        while groups:
+            for row in groups.pop(0):
+                progress.update(task, description=f"{row.op} {row.shape}")
+                if args.quick and time.monotonic() - start > QUICK_SECONDS:
+                    console.print(f"{row.op} {row.shape}: left out, --quick has taken {QUICK_SECONDS} s")
+                    continue
+                torch.set_num_threads(max(args.threads))
+                case = row.build()
+                if (problem := difference(case)) is None:
+                    results += [measure(row, case, threads, args.quick) for threads in args.threads]
+                else:
+                    console.print(f"[bold red]{row.op} {row.shape}: not timed; {problem}")
+                    agreed = False
+                del case
+                gc.collect()
+                progress.advance(task)
+            progress.update(task, description="roofs")
+            roofs.measure(args.threads, args.quick)
+    return results, roofs, agreed
+
+
+def print_table(console: Console, results: list[Result], roofs: Roofs) -> None:
+    table = Table()
+    for column in (*COLUMNS, "roof"):
+        words = column in ("op", "shape", "peer", "roof")
+        table.add_column(column, justify="left" if words else "right", no_wrap=column != "peer", overflow="fold")
+    for result in results:
+        table.add_row(*result.cells(roofs))
+    console.print(table)
+
+
+def write_csv(path: Path, header: list[str], results: list[Result], roofs: Roofs) -> None:
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {line}\n" for line in header)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(result.cells(roofs)[: len(COLUMNS)] for result in results)
+
+
+def write_plot(path: Path, title: str, results: list[Result]) -> str | None:
+    """Bars of peer / ours; returns why there is none."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "--plot needs matplotlib (pip install matplotlib); no plot was written"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = list(dict.fromkeys(f"{result.op}, {result.shape}" for result in results))
+    threads = sorted({result.threads for result in results})
+    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.3 * len(labels)), layout="constrained")
+    for n, count in enumerate(threads):
+        bars = {f"{r.op}, {r.shape}": r.peer / r.ours for r in results if r.threads == count}
+        offset = 0.8 * ((n + 0.5) / len(threads) - 0.5)
+        places = [labels.index(label) + offset for label in bars]
+        axes.barh(places, list(bars.values()), height=0.8 / len(threads), label=f"threads={count}")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="time of vLLM's own / ours (right of 1: ours is faster)")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize="small", loc="left")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return None
+
+
+def thread_counts(value: str) -> list[int]:
+    counts = sorted({int(part) for part in value.split(",")})
+    if counts[0] < 1:
+        raise ValueError
+    return counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--ops", help="only operations whose name contains one of these, separated by commas")
+    parser.add_argument("--threads", type=thread_counts, default="1,2" if cores > 1 else "1", help="default 1,2")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and turns: five minutes on two cores")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table and the machine to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script; its times mean nothing")
+    args = parser.parse_args()
+    if max(args.threads) > cores:
+        parser.error(f"--threads: this process may use {cores} cores")
+
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    header = describe_machine()
+    with torch.inference_mode():
+        results, roofs, agreed = run(args, console)
+    header += [roofs.describe(threads) for threads in args.threads]
+    for line in header:
+        console.print(line, markup=False, highlight=False)
+    print_table(console, results, roofs)
+    if args.csv:
+        write_csv(args.csv, header, results, roofs)
+    if args.plot and (reason := write_plot(args.plot, header[0], results)) is not None:
+        console.print(reason)
+    return 0 if agreed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""The peer side: vLLM's own CPU operations, called as its in-tree Qwen3-Next calls them.
+
+Which kernel runs depends on the processor. Wherever vLLM itself decides (experts, convolution, attention, linears), its
+own deciding code runs here too, and the name that comes back says what it chose.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import vllm._custom_ops as ops
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm import ir
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts, X86CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.router.cpu_router import _softmax_topk
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNormGated
+from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
+from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.models.qwen3_next import Qwen3NextAttention
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+BLOCK_SIZE = 128
+"""Tokens of a block of the paged KV cache, vLLM's default on a CPU."""
+
+logging.getLogger("vllm").setLevel(logging.ERROR)
+current_platform.import_kernels()
+_config = VllmConfig()  # the defaults of ``vllm serve``: torch.compile with Inductor, custom operators off
+# As vLLM's worker does: Inductor sees the norms instead of calling them as operators that PyTorch runs.
+ir.set_default_torch_wrap(_config.compilation_config.ir_enable_torch_wrap)
+_config.kernel_config.ir_op_priority.set_default()
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as Inductor compiles it inside vLLM's model; mark dimension 0 of its inputs as dynamic."""
+    return torch.compile(function, options=dict(_config.compilation_config.inductor_compile_config))
+
+
+def experts(w13: Tensor, w2: Tensor) -> tuple[str, Callable[..., None]]:
+    """The grouped matrix products of the routed experts over repacked weights: f(out, x, weights, ids)."""
+    kinds = (X86CPUUnquantizedExperts, CPUUnquantizedExperts)
+    isa = next(kind.isa for kind in kinds if kind._supports_current_device())
+    w13, w2 = ops.cpu_prepack_moe_weight(w13, isa), ops.cpu_prepack_moe_weight(w2, isa)
+
+    def run(out: Tensor, x: Tensor, weights: Tensor, ids: Tensor) -> None:
+        ops.cpu_fused_moe(out, x, w13, w2, None, None, weights, ids, "silu", isa)
+
+    return f"cpu_fused_moe ({isa})", run
+
+
+class PagedAttention:
+    """CPU_ATTN over a paged cache of one sequence: ``queries`` tokens at the end of ``context``."""
+
+    def __init__(self, key: Tensor, value: Tensor, queries: int, heads: int) -> None:
+        context, kv_heads, dim = key.shape
+        self.isa = _get_attn_isa(key.dtype, BLOCK_SIZE, dim)
+        self.name = f"CPU_ATTN ({self.isa})"
+        blocks = -(-context // BLOCK_SIZE)
+        cache = torch.zeros(blocks + 1, kv_heads, 2 * BLOCK_SIZE, dim, dtype=key.dtype)
+        self.caches = cache.chunk(2, dim=2)
+        slots = torch.arange(BLOCK_SIZE, BLOCK_SIZE + context)
+        ops.cpu_attn_reshape_and_cache(key, value, *self.caches, slots, self.isa)
+        self.block_table = torch.arange(1, blocks + 1, dtype=torch.int32)[None]
+        self.lengths = torch.tensor([context], dtype=torch.int32)
+        self.starts = torch.tensor([0, queries], dtype=torch.int32)
+        self.shape = (heads, kv_heads, dim)
+        self.schedule()
+
+    def schedule(self) -> None:
+        """Divide the work among the threads, as vLLM does once a step for all layers."""
+        self.metadata = ops.cpu_attn_get_scheduler_metadata(
+            1, *self.shape, self.lengths, torch.bfloat16, self.starts, True, -1, self.isa, True
+        )
+
+    def __call__(self, query: Tensor, out: Tensor) -> Tensor:
+        scale = self.shape[2] ** -0.5
+        rest = (self.starts, self.lengths, scale, True, None, -1, self.block_table, 0.0, self.metadata, None)
+        ops.cpu_attention_with_kv_cache(query, *self.caches, out, *rest)
+        return out
+
+
+def linear(weight: Tensor) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """An unquantized linear layer [N, K]: f(x)."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    name = layer.cpu_linear.__code__.co_names[-1]
+    if name == "linear":
+        name = "F.linear (oneDNN: no bf16 here)"
+    return name, lambda x: layer.cpu_linear(x, layer.weight, None)
+
+
+class DeltaNetLayer:
+    """What vLLM's CPU functions of Gated DeltaNet read of a layer; ``conv_pool`` is [slots, state_len, channels].
+
+    Its convolution is not a function of its own: the methods run vLLM's layer up to where the delta rule would begin.
+    """
+
+    class _Convolved(Exception):  # noqa: N818 (no error: it carries a result)
+        pass
+
+    def __init__(self, conv_weight: Tensor, conv_pool: Tensor, heads: tuple[int, int, int]) -> None:
+        key_heads, value_heads, dim = heads
+        self.conv1d = nn.Module()
+        self.conv1d.weight = nn.Parameter(conv_weight[:, None].clone(), requires_grad=False)
+        self.conv1d.bias = None
+        dispatch_cpu_unquantized_gemm(self.conv1d, remove_weight=False)
+        self.activation, self.tp_size = "silu", 1
+        self.key_dim, self.value_dim, self.head_k_dim, self.head_v_dim = key_heads * dim, value_heads * dim, dim, dim
+        self.kv_cache = (conv_pool, conv_pool.new_empty(1, 1, 1, 1))
+
+    def rearrange_mixed_qkv(self, convolved: Tensor) -> None:
+        """Stop, with what the convolution made; vLLM calls this between convolution and delta rule."""
+        raise self._Convolved(convolved)
+
+    def split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, channels] → q, k, v [1, T, heads, head_dim], copied apart as vLLM does."""
+        return QwenGatedDeltaNetAttention.rearrange_mixed_qkv(self, convolved)
+
+    def convolve(self, x: Tensor, slots: Tensor, starts: Tensor | None, speculation: bool) -> Tensor:
+        """Prefill sequences that begin at ``starts`` [N + 1], or decode one token each where that is None."""
+        decodes = 0 if starts is not None else len(slots)
+        metadata = SimpleNamespace(
+            spec_sequence_masks=None,
+            num_accepted_tokens=None,
+            non_spec_state_indices_tensor=slots,
+            non_spec_query_start_loc=torch.arange(decodes + 1, dtype=torch.int32) if starts is None else starts,
+            num_decodes=decodes,
+            num_decode_tokens=decodes,
+            num_prefills=len(slots) - decodes,
+            num_prefill_tokens=x.shape[0] - decodes,
+            has_initial_state=torch.zeros(len(slots), dtype=torch.bool),
+        )
+        nothing = x[:, :0]
+        try:
+            if speculation:
+                pool, state = gdn_attention._conv_buffer_view(self), self.kv_cache[1]
+                width = self.conv1d.weight.shape[-1]
+                gdn_attention._spec_aware_nonspec(self, metadata, x, nothing, nothing, nothing, pool, state, width)
+            else:
+                gdn_attention._cpu_gdn_attention_nonspec(self, metadata, x, nothing, nothing, nothing)
+        except self._Convolved as done:
+            return done.args[0]
+        raise AssertionError("vLLM's layer did not reach the delta rule")
+
+    def verify(self, x: Tensor, slots: Tensor, starts: Tensor, accepted: Tensor) -> Tensor:
+        """Convolve the last accepted token and the drafts of each sequence; ``slots`` [N, 1 + drafts]."""
+        metadata = SimpleNamespace(
+            num_spec_decodes=len(slots),
+            spec_state_indices_tensor=slots,
+            spec_query_start_loc=starts,
+            num_accepted_tokens=accepted,
+        )
+        pool = gdn_attention._conv_buffer_view(self)
+        sizes = (self.conv1d.weight.shape[-1], pool.shape[2])
+        try:
+            gdn_attention._spec_forward(self, metadata, x, x[:, :0], x[:, :0], pool, self.kv_cache[1], *sizes)
+        except self._Convolved as done:
+            return done.args[0]
+        raise AssertionError("vLLM's layer did not reach the delta rule")
+
+
+class _Convolutions(TorchDispatchMode):
+    """Collects the operators that a call of vLLM's layer convolves with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.name()
+        if "conv" in name:
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def convolution_name(call: Callable[[int], Any]) -> str:
+    """The operator behind a call of :class:`DeltaNetLayer`: vLLM's C++ or PyTorch's convolution."""
+    with _Convolutions() as seen:
+        call(0)
+    return " + ".join(sorted(seen.names))
+
+
+def delta_rule_prefill(
+    layer: DeltaNetLayer,
+    convolved: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+) -> Tensor:
+    """The chunked delta rule from zero states; ``state`` is [slots, HV, K, V], the transpose of ours."""
+    q, k, v = layer.split(convolved)
+    g, beta = ops.fused_gdn_gating_cpu(A_log, a, b, dt_bias)
+    state[slots] = 0
+    return ops.chunk_gated_delta_rule_cpu(q, k, v, g, beta, state, True, starts, False, True, slots)[0].squeeze(0)
+
+
+def delta_rule_decode(
+    layer: DeltaNetLayer,
+    convolved: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+) -> Tensor:
+    """One token a sequence."""
+    q, k, v = layer.split(convolved)
+    return ops.fused_sigmoid_gating_delta_rule_update_cpu(
+        A_log, dt_bias, q, k, v, a, b, state, slots, starts, True
+    ).squeeze(1)
+
+
+def delta_rule_verify(
+    layer: DeltaNetLayer,
+    convolved: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    accepted: Tensor,
+) -> Tensor:
+    """A few tokens a sequence; the state behind token t goes to ``slots[:, t]``."""
+    q, k, v = (x.squeeze(0) for x in layer.split(convolved))
+    return ops.fused_sigmoid_gating_delta_rule_update_spec_cpu(
+        A_log, dt_bias, q, k, v, a, b, state, slots, accepted, starts, True
+    )
+
+
+def _module(make: Callable[[], nn.Module], weight: Tensor) -> nn.Module:
+    """A layer of vLLM in the dtype of its weight."""
+    with set_current_vllm_config(_config):
+        module = make().to(weight.dtype)
+    module.weight.data = weight
+    return module
+
+
+def rms_norm(weight: Tensor, eps: float) -> Callable[..., Any]:
+    """Zero-centred RMSNorm: f(x, residual)."""
+    return compiled(_module(lambda: GemmaRMSNorm(weight.shape[0], eps=eps), weight))
+
+
+def gated_rms_norm(weight: Tensor, eps: float) -> Callable[..., Any]:
+    """Gated RMSNorm: f(x, z)."""
+    return compiled(_module(lambda: RMSNormGated(weight.shape[0], eps=eps, norm_before_gate=True), weight))
+
+
+def silu_and_mul() -> Callable[..., Any]:
+    """SwiGLU's middle: f(x)."""
+    with set_current_vllm_config(_config):
+        return compiled(SiluAndMul(compile_native=False))
+
+
+def sigmoid_gate() -> Callable[..., Any]:
+    """The output gate of attention, as the forward pass of vLLM's model writes it: f(x, gate)."""
+    return compiled(lambda x, gate: x * torch.sigmoid(gate))
+
+
+def topk_softmax(top_k: int) -> Callable[..., Any]:
+    """The router of the experts: f(logits) → weights, ids, in no order."""
+    return compiled(lambda logits: _softmax_topk(logits, top_k, True))
+
+
+def qk_norm_rope_gate(
+    q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int, rotary_dim: int, positions: int, eps: float
+) -> tuple[Tensor, Callable[..., Any]]:
+    """What vLLM's attention does before attention: its table of cosines and sines, and f(qkv, positions)."""
+    dim = q_weight.shape[0]
+    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": rotary_dim / dim}
+    with set_current_vllm_config(_config):
+        rotary = get_rope(head_size=dim, max_position=positions, rope_parameters=rope, dtype=q_weight.dtype)
+    layer = SimpleNamespace(
+        use_fused_qk_norm_rope_gate=False,  # a Triton kernel of GPUs
+        attn_output_gate=True,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        q_size=heads * dim,
+        kv_size=kv_heads * dim,
+        q_norm=_module(lambda: GemmaRMSNorm(dim, eps=eps), q_weight),
+        k_norm=_module(lambda: GemmaRMSNorm(dim, eps=eps), k_weight),
+        rotary_emb=rotary,
+    )
+    run = compiled(lambda qkv, positions: Qwen3NextAttention._project_qkv_gate(layer, qkv, positions))
+    return rotary.cos_sin_cache, run

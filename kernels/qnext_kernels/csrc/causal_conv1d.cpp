@@ -1,0 +1,300 @@
+// Depthwise causal convolution with SiLU: prefill, verify and decode sum the same way, so they have the same bits.
+//
+// All outputs come first, then the states: outputs read what the states overwrite. A task is a range of the batch's
+// tokens, whichever sequences they belong to, times a block of channels, whose weights stay in the first-level cache.
+// An input is read from memory once; the limit is the bandwidth of reading x and writing y.
+#include <algorithm>
+
+#include "arguments.h"
+
+namespace qnext {
+
+// Strides of a pool: from a slot to the next, from a channel to the next, from an input to the next.
+struct ConvPool {
+    void* data;
+    int64_t slot, channel, column;
+};
+
+struct CausalConv1d {
+    const void* x;  // [tokens, channels], unit stride along the channels
+    void* y;        // [tokens, channels], contiguous
+    int64_t dtype, x_token;
+    Floats weight;  // [channels, width], contiguous
+    ConvPool state;
+    int64_t state_dtype;
+    Indices slots;
+    Indices query_start_loc;  // none: one token a sequence
+    const bool* has_initial;  // prefill
+    Indices snapshot_slots, snapshot_lengths;
+    Indices accepted;  // verify
+    ConvPool steps;    // verify into a step pool, of the dtype of the state
+    int64_t steps_step;
+    Indices step_rows;
+    int64_t tokens, sequences, channels, width;
+    int64_t every_token;  // verify: the inputs behind each token are kept
+};
+
+namespace {
+
+constexpr int64_t kChannels = 512;  // of a block
+constexpr int64_t kTokens = 64;     // of a task
+constexpr int kTogether = 4;        // tokens that share loads of weights and of earlier inputs
+
+// Access to a whole vector, and to the first few elements of one.
+struct Whole {
+    template <class E>
+    Vec load(const E* from) const {
+        return Vec::load(from);
+    }
+    template <class E>
+    void store(Vec v, E* to) const {
+        v.store(to);
+    }
+};
+
+struct First {
+    int64_t count;
+    template <class E>
+    Vec load(const E* from) const {
+        E padded[Vec::size] = {};
+        std::copy_n(from, count, padded);
+        return Vec::load(padded);
+    }
+    template <class E>
+    void store(Vec v, E* to) const {
+        E padded[Vec::size];
+        v.store(padded);
+        std::copy_n(padded, count, to);
+    }
+};
+
+// Calls f(c, access) for the vectors of `channels` channels.
+template <class F>
+inline void for_each_vector(int64_t channels, F f) {
+    int64_t c = 0;
+    for (; c + Vec::size <= channels; c += Vec::size) f(c, Whole{});
+    if (c < channels) f(c, First{channels - c});
+}
+
+// Inputs of type E before the current one, as a pool of type S keeps them.
+template <class S, class E>
+inline Vec kept(Vec input) {
+    if constexpr (std::is_same_v<S, bfloat16> && std::is_same_v<E, float>) {
+        bfloat16 rounded[Vec::size];
+        input.store(rounded);
+        return Vec::load(rounded);
+    } else {
+        return input;
+    }
+}
+
+template <class To, class From>
+inline To converted(From from) {
+    if constexpr (std::is_same_v<To, From>) {
+        return from;
+    } else {
+        To to;
+        assign(to, to_float(from));
+        return to;
+    }
+}
+
+// `count` elements, rounded as by torch.
+template <class From, class To>
+void copy(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t count) {
+    if (from_stride == 1 && to_stride == 1) {
+        if constexpr (std::is_same_v<From, To>)
+            std::memcpy(to, from, count * sizeof(To));
+        else
+            for_each_vector(count, [&](int64_t i, auto part) { part.store(part.load(from + i), to + i); });
+    } else {
+        for (int64_t i = 0; i < count; ++i) to[i * to_stride] = converted<To>(from[i * from_stride]);
+    }
+}
+
+// A block of channels. W: width if known here, else 0; T: of the tokens, S: of the state.
+template <int W, class T, class S>
+class Block {
+  public:
+    Block(const CausalConv1d& p, int64_t block)
+        : p(p), width(W ? W : p.width), history(width - 1), first(block * kChannels),
+          channels(std::min(kChannels, p.channels - first)) {}
+
+    // Outputs of tokens [from, to) of the batch.
+    void outputs(int64_t from, int64_t to) {
+        weights = scratch<float>(width * kChannels);
+        inputs = scratch<S>(2 * history * kChannels);
+        with_type(p.weight.dtype, [&](auto type) { load_weights(static_cast<const decltype(type)*>(p.weight.data)); });
+        for (int64_t n = 0; n < p.sequences; ++n) {
+            const int64_t start = std::max(begin(n), from), stop = std::min(end(n), to);
+            if (start >= stop) continue;
+            if (p.slots[n] < 0) {
+                for (int64_t t = start; t < stop; ++t) std::memset(y(t), 0, channels * sizeof(T));
+                continue;
+            }
+            const int64_t alone = std::clamp(begin(n) + history, start, stop);
+            if (start < alone) behind_history(n, start, alone);
+            behind_tokens(alone, stop);
+        }
+    }
+
+    // What sequence n leaves in the pools.
+    void keep(int64_t n) {
+        const int64_t slot = p.slots[n], length = end(n) - begin(n);
+        if (slot < 0) return;
+        if (p.step_rows.data) {
+            if (p.step_rows[n] >= 0) keep_steps(n);
+            return;
+        }
+        const int64_t snapshot_slot = p.snapshot_slots.at(n, -1), snapshot_length = p.snapshot_lengths[n];
+        if (snapshot_slot >= 0) {
+            store(n, snapshot_length - history, snapshot_length, column(p.state, snapshot_slot, 0), p.state);
+        }
+        const int64_t from = p.every_token ? 1 - history : length - history;
+        if (length > 0) store(n, from, length, column(p.state, slot, 0), p.state);
+    }
+
+  private:
+    int64_t begin(int64_t n) const { return p.query_start_loc.at(n, n); }
+    int64_t end(int64_t n) const { return p.query_start_loc.at(n + 1, n + 1); }
+    const T* x(int64_t t) const { return static_cast<const T*>(p.x) + t * p.x_token + first; }
+    T* y(int64_t t) const { return static_cast<T*>(p.y) + t * p.channels + first; }
+    S* column(const ConvPool& pool, int64_t slot, int64_t index) const {
+        return static_cast<S*>(pool.data) + slot * pool.slot + first * pool.channel + index * pool.column;
+    }
+
+    // Input i < 0 of sequence n, counted from its first token; none where it is zero.
+    const S* earlier(int64_t n, int64_t i) const {
+        if (p.has_initial && !p.has_initial[n]) return nullptr;
+        return column(p.state, p.slots[n], p.accepted.at(n, 1) - 1 + history + i);
+    }
+
+    template <class E>
+    void load_weights(const E* from) {
+        from += first * width;
+        for (int64_t c = 0; c < channels; ++c) {
+            for (int64_t w = 0; w < width; ++w) weights[w * kChannels + c] = to_float(from[c * width + w]);
+        }
+        for (int64_t w = 0; w < width; ++w) {
+            std::fill(&weights[w * kChannels + channels], &weights[w * kChannels + padded(channels)], 0.0f);
+        }
+    }
+
+    // Input i of sequence n, as the pool keeps it.
+    void load_input(int64_t n, int64_t i, S* to, int64_t to_stride) const {
+        if (i >= 0) {
+            copy(x(begin(n) + i), 1, to, to_stride, channels);
+        } else if (const S* from = earlier(n, i)) {
+            copy(from, p.state.channel, to, to_stride, channels);
+        } else {
+            for (int64_t c = 0; c < channels; ++c) to[c * to_stride] = S();
+        }
+    }
+
+    // Tokens [start, stop), whose windows reach back to the slot.
+    void behind_history(int64_t n, int64_t start, int64_t stop) {
+        const int64_t oldest = -history;
+        for (int64_t i = start - begin(n) + oldest; i < stop - begin(n) - 1; ++i) {
+            load_input(n, i, &inputs[(i - oldest) * kChannels], 1);
+        }
+        for (int64_t t = start; t < stop; ++t) convolve(&inputs[(t - begin(n)) * kChannels], kChannels, t);
+    }
+
+    // Tokens [start, stop), with as many tokens of the sequence before them as a window has.
+    void behind_tokens(int64_t start, int64_t stop) const {
+        int64_t t = start;
+        if constexpr (W != 0) {
+            for (; t + kTogether <= stop; t += kTogether) convolve_together(t);
+        }
+        for (; t < stop; ++t) convolve(x(t - history), p.x_token, t);
+    }
+
+    // Token t behind `history` rows of earlier inputs.
+    template <class E>
+    void convolve(const E* past, int64_t stride, int64_t t) const {
+        const float* taps = weights.get();
+        const T* token = x(t);
+        T* out = y(t);
+        for_each_vector(channels, [=, taps_of_past = width - 1](int64_t c, auto part) {
+            Vec total = Vec::zero();
+            for (int64_t w = 0; w < (W ? W - 1 : taps_of_past); ++w) {
+                total = fma(kept<S, E>(part.load(past + w * stride + c)), Vec::load(taps + w * kChannels + c), total);
+            }
+            const Vec tap = Vec::load(taps + taps_of_past * kChannels + c);
+            part.store(silu(fma(part.load(token + c), tap, total)), out + c);
+        });
+    }
+
+    // kTogether tokens from t on, with the same sums.
+    void convolve_together(int64_t t) const {
+        const float* taps = weights.get();
+        const T *past = x(t - history), *token = x(t);
+        T* out = y(t);
+        for_each_vector(channels, [=, x_stride = p.x_token, y_stride = p.channels](int64_t c, auto part) {
+            Vec tap[W], window[W];
+            for (int w = 0; w < W; ++w) tap[w] = Vec::load(taps + w * kChannels + c);
+            for (int w = 0; w < W - 1; ++w) window[w] = kept<S, T>(part.load(past + w * x_stride + c));
+#pragma GCC unroll 4
+            for (int i = 0; i < kTogether; ++i) {
+                const Vec now = part.load(token + i * x_stride + c);
+                Vec total = Vec::zero();
+                for (int w = 0; w < W - 1; ++w) total = fma(window[w], tap[w], total);
+                part.store(silu(fma(now, tap[W - 1], total)), out + i * y_stride + c);
+                window[W - 1] = kept<S, T>(now);
+                for (int w = 0; w < W - 1; ++w) window[w] = window[w + 1];
+            }
+        });
+    }
+
+    // Inputs [from, to) of sequence n, from column 0 of `place` on. Ascending: a column's old content has been read.
+    void store(int64_t n, int64_t from, int64_t to, S* place, const ConvPool& pool) const {
+        for (int64_t i = from; i < to; ++i) load_input(n, i, place + (i - from) * pool.column, pool.channel);
+    }
+
+    void keep_steps(int64_t n) const {
+        // Steps that share memory share all but the last input.
+        const bool shared = p.steps_step == p.steps.column;
+        for (int64_t t = 0; t < end(n) - begin(n); ++t) {
+            const int64_t known = shared && t > 0 ? history - 1 : 0;
+            S* place = column(p.steps, p.step_rows[n], known) + t * p.steps_step;
+            store(n, t + 1 - history + known, t + 1, place, p.steps);
+        }
+    }
+
+    const CausalConv1d& p;
+    const int64_t width, history, first, channels;
+    Scratch<float> weights;  // [width, kChannels]
+    Scratch<S> inputs;       // [2 history, kChannels]: those of the slot, then tokens
+};
+
+template <int W, class T, class S>
+void causal_conv1d(const CausalConv1d& p) {
+    const int64_t blocks = (p.channels + kChannels - 1) / kChannels, ranges = (p.tokens + kTokens - 1) / kTokens;
+#pragma omp parallel if (worth_threads(p.tokens * p.channels * 8))
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < ranges * blocks; ++task) {
+            const int64_t from = task / blocks * kTokens;
+            Block<W, T, S>(p, task % blocks).outputs(from, std::min(from + kTokens, p.tokens));
+        }
+#pragma omp for
+        for (int64_t task = 0; task < p.sequences * blocks; ++task) {
+            Block<W, T, S>(p, task % blocks).keep(task / blocks);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace qnext
+
+extern "C" __attribute__((visibility("default"))) void qnext_causal_conv1d(const qnext::CausalConv1d* p) {
+    using namespace qnext;
+    with_type(p->dtype, [&](auto token) {
+        with_type(p->state_dtype, [&](auto state) {
+            if (p->width == 4)
+                causal_conv1d<4, decltype(token), decltype(state)>(*p);
+            else
+                causal_conv1d<0, decltype(token), decltype(state)>(*p);
+        });
+    });
+}

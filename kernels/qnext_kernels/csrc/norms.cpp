@@ -1,0 +1,81 @@
+// RMSNorm of rows: zero-centred with an optional residual, and gated.
+#include "rows.h"
+
+namespace qnext {
+
+struct RmsNorm {
+    Rows x, residual;
+    const void* weight;  // [width]
+    int64_t weight_dtype;
+    void *out, *total;  // contiguous; x + residual, where there is a residual, in `total`
+    int64_t outer, inner, width;
+    double eps;
+};
+
+struct GatedRmsNorm {
+    Rows x, z;
+    const void* weight;  // [width]
+    int64_t weight_dtype;
+    void* out;  // contiguous
+    int64_t outer, inner, width;
+    double eps;
+};
+
+namespace {
+
+template <class T>
+void add(const T* a, const T* b, int64_t width, T* out) {
+    for_vectors(width, [&](int64_t i, auto part) { store(load(a + i, part) + load(b + i, part), out + i, part); });
+}
+
+template <class T, class W>
+void rms_norm(const RmsNorm& p) {
+    for_rows(p.outer, p.inner, p.outer * p.inner * p.width, [&](int64_t outer, int64_t inner) {
+        const int64_t place = (outer * p.inner + inner) * p.width;
+        const T* x = p.x.row<T>(outer, inner);
+        if (p.residual.data) {
+            T* total = static_cast<T*>(p.total) + place;
+            add(x, p.residual.row<T>(outer, inner), p.width, total);
+            x = total;
+        }
+        const W* weight = static_cast<const W*>(p.weight);
+        T* out = static_cast<T*>(p.out) + place;
+        const Vec scale = Vec::fill(inverse_rms(x, p.width, float(p.eps))), one = Vec::fill(1.0f);
+        for_vectors(p.width, [&](int64_t i, auto part) {
+            store(load(x + i, part) * scale * (one + load(weight + i, part)), out + i, part);
+        });
+    });
+}
+
+template <class T, class Z, class W>
+void gated_rms_norm(const GatedRmsNorm& p) {
+    for_rows(p.outer, p.inner, p.outer * p.inner * p.width, [&](int64_t outer, int64_t inner) {
+        const T* x = p.x.row<T>(outer, inner);
+        const Z* z = p.z.row<Z>(outer, inner);
+        const W* weight = static_cast<const W*>(p.weight);
+        T* out = static_cast<T*>(p.out) + (outer * p.inner + inner) * p.width;
+        const Vec scale = Vec::fill(inverse_rms(x, p.width, float(p.eps)));
+        for_vectors(p.width, [&](int64_t i, auto part) {
+            store(load(x + i, part) * scale * load(weight + i, part) * silu(load(z + i, part)), out + i, part);
+        });
+    });
+}
+
+}  // namespace
+}  // namespace qnext
+
+extern "C" __attribute__((visibility("default"))) void qnext_rms_norm(const qnext::RmsNorm* p) {
+    using namespace qnext;
+    with_type(p->x.dtype, [&](auto x) {
+        with_type(p->weight_dtype, [&](auto weight) { rms_norm<decltype(x), decltype(weight)>(*p); });
+    });
+}
+
+extern "C" __attribute__((visibility("default"))) void qnext_gated_rms_norm(const qnext::GatedRmsNorm* p) {
+    using namespace qnext;
+    with_type(p->x.dtype, [&](auto x) {
+        with_type(p->z.dtype, [&](auto z) {
+            with_type(p->weight_dtype, [&](auto w) { gated_rms_norm<decltype(x), decltype(z), decltype(w)>(*p); });
+        });
+    });
+}

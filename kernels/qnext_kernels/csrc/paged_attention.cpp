@@ -1,0 +1,559 @@
+// Attention over a paged cache of keys and values: decode, verify and prefill run the same steps, so they have the same
+// bits.
+//
+// A query's softmax runs through blocks of 64 keys within partitions of 512, both counted from the start of its
+// sequence, and partitions are put together in order; keys behind a query's own are left out, not masked. So the bits of
+// a query's result do not depend on the other queries, and one long sequence still occupies many threads.
+//
+// With 8 query heads a key-value head, float32 has 4 vector operations a vector of the cache and query head: at bfloat16
+// a decode is bound by them as much as by the memory. A few queries read the cache as it lies: two bfloat16 in 32 bits are
+// two floats after a shift and a mask, so that queries and results are kept in the order even elements, odd elements.
+// Many queries first copy a block to float32, in the order in which they read it.
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "arguments.h"
+
+namespace qnext {
+
+struct PagedAttention {
+    const void *q, *gate, *keys, *values;  // gate: or none
+    void* out;                             // [tokens, heads, head_dim], contiguous
+    int64_t dtype;
+    int64_t q_token, q_head, gate_token, gate_head;  // strides
+    int64_t key_block, key_slot, key_head, value_block, value_slot, value_head;
+    Indices block_table;
+    int64_t table_row;
+    Indices seq_lens, query_start_loc;
+    int64_t sequences, heads, kv_heads, head_dim, block_size, causal;
+    double scale;
+};
+
+struct StoreKv {
+    const void *k, *v;
+    void *keys, *values;
+    int64_t element_bytes;
+    int64_t k_token, k_head, v_token, v_head;
+    int64_t key_block, key_slot, key_head, value_block, value_slot, value_head;
+    Indices slots;
+    int64_t tokens, kv_heads, head_dim, block_size;
+};
+
+namespace {
+
+constexpr int64_t kBlock = 48;
+constexpr int64_t kPartition = 576;
+constexpr int64_t kTileRows = 64;  // queries, of all heads of a group, that meet a block together
+constexpr int64_t kCopyRows = 24;  // from so many on, a block is copied
+constexpr int64_t kKeysAtOnce = 12;
+constexpr int kRows = Vec::size == 16 ? 8 : 4, kKeys = 3;  // queries and keys in registers
+constexpr int64_t kPair = 2 * Vec::size;
+
+// kPair neighbouring elements; those of bfloat16 as the even ones and the odd ones.
+struct Pair {
+    Vec first, second;
+    void store(float* to) const {
+        first.store(to);
+        second.store(to + Vec::size);
+    }
+};
+
+inline Vec load_half(const float* p, int half) { return Vec::load(p + half * Vec::size); }
+
+inline Vec load_half(const bfloat16* p, int half) {
+#if defined(__AVX512F__)
+    const __m512i x = _mm512_loadu_si512(p), odd = _mm512_set1_epi32(int(0xffff0000));
+    return {_mm512_castsi512_ps(half ? _mm512_and_si512(x, odd) : _mm512_slli_epi32(x, 16))};
+#else
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), odd = _mm256_set1_epi32(int(0xffff0000));
+    return {_mm256_castsi256_ps(half ? _mm256_and_si256(x, odd) : _mm256_slli_epi32(x, 16))};
+#endif
+}
+
+template <class T>
+Pair load_pair(const T* p) {
+    return {load_half(p, 0), load_half(p, 1)};
+}
+
+// In a register: the compiler would make a value that is read several times a memory operand of each use.
+inline Vec held(Vec x) {
+    asm("" : "+v"(x.v));
+    return x;
+}
+
+// Of a row of `size` elements, zeros behind its end.
+template <class T>
+Pair load_pair(const T* row, int64_t i, int64_t size) {
+    if (i + kPair <= size) return load_pair(row + i);
+    T padded[kPair] = {};
+    if (i < size) std::memcpy(padded, row + i, (size - i) * sizeof(T));
+    return load_pair(padded);
+}
+
+inline void store_pair(Pair x, float* to) { x.store(to); }
+inline void store_pair(Pair x, bfloat16* to) {
+    bfloat16 even[Vec::size], odd[Vec::size];
+    x.first.store(even);
+    x.second.store(odd);
+    for (int i = 0; i < Vec::size; ++i) {
+        to[2 * i] = even[i];
+        to[2 * i + 1] = odd[i];
+    }
+}
+
+template <class T>
+void store_pair(Pair x, T* row, int64_t i, int64_t size) {
+    if (i + kPair <= size) return store_pair(x, row + i);
+    T padded[kPair];
+    store_pair(x, padded);
+    std::memcpy(row + i, padded, (size - i) * sizeof(T));
+}
+
+// Calls f with min(rows, R) as a constant.
+template <int R, class F>
+void with_rows(int64_t rows, F f) {
+    if constexpr (R > 1) {
+        if (rows < R) return with_rows<R - 1>(rows, f);
+    }
+    f(std::integral_constant<int, R>());
+}
+
+template <int R>
+void store_sums(const Vec* x, float* to) {
+    for (int r = 0; r < R; r += 4) {
+        const Vec none = Vec::zero();
+        _mm_storeu_ps(to + r, sums(x[r], r + 1 < R ? x[r + 1] : none, r + 2 < R ? x[r + 2] : none,
+                                   r + 3 < R ? x[r + 3] : none));
+    }
+}
+
+// The products of R queries [R, width] with K keys, to R neighbouring floats for each key.
+template <int R, int K, class S>
+void dots(const float* q, int64_t width, const S* const* keys, float* out, int64_t lanes) {
+    const S* rows[K];
+    Vec total[K][R];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) {
+        rows[k] = keys[k];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) total[k][r] = Vec::zero();
+    }
+    for (int64_t i = 0; i < width; i += kPair) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            Vec key[K];
+#pragma GCC unroll 8
+            for (int k = 0; k < K; ++k) key[k] = held(load_half(rows[k] + i, half));
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const Vec x = held(Vec::load(q + r * width + i + half * Vec::size));
+#pragma GCC unroll 8
+                for (int k = 0; k < K; ++k) total[k][r] = fma(x, key[k], total[k][r]);
+            }
+        }
+    }
+    for (int k = 0; k < K; ++k) store_sums<R>(total[k], out + k * lanes);
+}
+
+// Values where they lie in the cache.
+template <class T>
+struct Paged {
+    static constexpr int64_t at_once = 16;
+    const T* const* rows;
+    Pair load(int64_t key, int64_t column) const { return load_pair(rows[key] + column); }
+};
+
+// Values of a block in float32, kPair columns of all keys behind each other.
+struct Panels {
+    static constexpr int64_t at_once = kBlock;
+    const float* data;
+    Pair load(int64_t key, int64_t column) const { return load_pair(data + column * kBlock + key * kPair); }
+};
+
+// Adds to kPair columns of R results [R, width] the values of keys [from, to) times their weights [keys, lanes].
+template <int R, class Values>
+void add_weighted(const float* weights, int64_t lanes, const Values& values, int64_t from, int64_t to, int64_t column,
+                  float* out, int64_t width) {
+    Vec x[R], y[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        x[r] = Vec::load(out + r * width + column);
+        y[r] = Vec::load(out + r * width + column + Vec::size);
+    }
+    for (int64_t j = from; j < to; ++j) {
+        const Pair v = values.load(j, column);
+        const Vec first = held(v.first), second = held(v.second);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const Vec w = Vec::fill(weights[j * lanes + r]);
+            x[r] = fma(w, first, x[r]);
+            y[r] = fma(w, second, y[r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        x[r].store(out + r * width + column);
+        y[r].store(out + r * width + column + Vec::size);
+    }
+}
+
+struct Shape {
+    explicit Shape(const PagedAttention& p)
+        : group(p.heads / p.kv_heads), lanes(padded(group)), width((p.head_dim + kPair - 1) / kPair * kPair),
+          tokens(std::max<int64_t>(1, kTileRows / group)) {}
+    int64_t group, lanes, width, tokens;  // query heads a key-value head; both sizes in whole vectors; tokens a tile
+};
+
+// Neighbouring query tokens of one sequence, and the query heads of one key-value head.
+struct Tile {
+    int64_t sequence, kv_head, token, tokens, keys;  // keys: of the last token
+    int64_t parts() const { return (keys + kPartition - 1) / kPartition; }
+};
+
+// The softmax of a tile over some of its keys: the largest score, Σ e^(score − largest), and the values weighted so.
+struct Softmax {
+    static int64_t floats(const Shape& s, int64_t tokens) { return tokens * (2 * s.lanes + s.group * s.width); }
+    Softmax(float* memory, const Shape& s, int64_t tokens)
+        : largest(memory), total(memory + tokens * s.lanes), values(memory + 2 * tokens * s.lanes),
+          end(memory + floats(s, tokens)) {}
+    void clear() const {
+        std::fill(largest, total, -std::numeric_limits<float>::infinity());
+        std::fill(total, end, 0.0f);
+    }
+    float *largest, *total;  // [tokens, lanes]
+    float *values, *end;     // [tokens, group, width]
+};
+
+// One thread's.
+template <class T>
+class Worker {
+  public:
+    explicit Worker(const PagedAttention& p)
+        : p(p), s(p), queries(scratch<float>(s.tokens * s.group * s.width)),
+          weights(scratch<float>(s.tokens * kBlock * s.lanes)), key_copy(scratch<float>(kBlock * s.width)),
+          value_copy(scratch<float>(kBlock * s.width)), part_memory(scratch<float>(Softmax::floats(s, s.tokens))),
+          memory(scratch<float>(Softmax::floats(s, s.tokens))) {
+        std::fill_n(weights.get(), s.tokens * kBlock * s.lanes, 0.0f);
+        for (int64_t j = 0; j < kBlock; ++j) copied_keys[j] = key_copy.get() + j * s.width;
+    }
+
+    void whole(const Tile& tile) {
+        t = tile;
+        load_queries();
+        const Softmax part(part_memory.get(), s, t.tokens), all(memory.get(), s, t.tokens);
+        all.clear();
+        for (int64_t i = 0; i < t.parts(); ++i) {
+            attend(i, part);
+            join(i, part, all);
+        }
+        finish(all);
+    }
+
+    void part(const Tile& tile, int64_t i, float* result) {
+        t = tile;
+        load_queries();
+        attend(i, Softmax(result, s, t.tokens));
+    }
+
+    void finish_parts(const Tile& tile, float* parts) {
+        t = tile;
+        const Softmax all(memory.get(), s, t.tokens);
+        all.clear();
+        for (int64_t i = 0; i < t.parts(); ++i) join(i, Softmax(parts + i * Softmax::floats(s, t.tokens), s, t.tokens), all);
+        finish(all);
+    }
+
+  private:
+    // Keys that token i of the tile sees.
+    int64_t keys_of(int64_t i) const { return p.causal ? t.keys - (t.tokens - 1 - i) : t.keys; }
+
+    const T* row(const void* data, int64_t token, int64_t token_stride, int64_t head_stride, int64_t g) const {
+        return static_cast<const T*>(data) + token * token_stride + (t.kv_head * s.group + g) * head_stride;
+    }
+
+    void load_queries() {
+        const Vec scale = Vec::fill(float(p.scale));
+        float* to = queries.get();
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            for (int64_t g = 0; g < s.group; ++g, to += s.width) {
+                const T* q = row(p.q, t.token + i, p.q_token, p.q_head, g);
+                for (int64_t c = 0; c < s.width; c += kPair) {
+                    const Pair x = load_pair(q, c, p.head_dim);
+                    Pair{x.first * scale, x.second * scale}.store(to + c);
+                }
+            }
+        }
+    }
+
+    void attend(int64_t part, const Softmax& to) {
+        const int64_t begin = part * kPartition, end = std::min(begin + kPartition, t.keys);
+        const bool copies = s.width != p.head_dim || t.tokens * s.group >= kCopyRows;
+        to.clear();
+        find(begin, end);
+        for (int64_t start = begin; start < end; start += kBlock) {
+            const int64_t count = std::min(kBlock, end - start);
+            const T *const *keys = key_rows + (start - begin), *const *values = value_rows + (start - begin);
+            if (copies) {
+                copy(keys, values, count);
+                block(copied_keys, Panels{value_copy.get()}, start, count, to);
+            } else {
+                block(keys, Paged<T>{values}, start, count, to);
+            }
+        }
+    }
+
+    // Where keys and values [begin, end) lie.
+    void find(int64_t begin, int64_t end) {
+        int64_t column = t.sequence * p.table_row + begin / p.block_size, slot = begin % p.block_size;
+        for (int64_t at = 0; at < end - begin; ++column, slot = 0) {
+            const int64_t block = p.block_table[column];
+            const T* k = static_cast<const T*>(p.keys) + block * p.key_block + t.kv_head * p.key_head;
+            const T* v = static_cast<const T*>(p.values) + block * p.value_block + t.kv_head * p.value_head;
+            for (; slot < p.block_size && at < end - begin; ++slot, ++at) {
+                key_rows[at] = k + slot * p.key_slot;
+                value_rows[at] = v + slot * p.value_slot;
+            }
+        }
+    }
+
+    void copy(const T* const* keys, const T* const* values, int64_t count) {
+        for (int64_t j = 0; j < count; ++j) {
+            for (int64_t c = 0; c < s.width; c += kPair) {
+                load_pair(keys[j], c, p.head_dim).store(key_copy.get() + j * s.width + c);
+                load_pair(values[j], c, p.head_dim).store(value_copy.get() + c * kBlock + j * kPair);
+            }
+        }
+    }
+
+    template <class S, class Values>
+    void block(const S* const* keys, const Values& values, int64_t start, int64_t count, const Softmax& to) {
+        for (int64_t i = 0; i < t.tokens; ++i) seen[i] = std::clamp<int64_t>(keys_of(i) - start, 0, count);
+        score(keys, count);
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            if (seen[i]) soften(i, to);
+        }
+        weigh(values, count, to);
+    }
+
+    float* weights_of(int64_t i) const { return weights.get() + i * kBlock * s.lanes; }
+
+    template <class S>
+    void score(const S* const* keys, int64_t count) {
+        for (int64_t from = 0; from < count; from += kKeysAtOnce) {
+            for (int64_t i = 0; i < t.tokens; ++i) {
+                const int64_t to = std::min(from + kKeysAtOnce, seen[i]);
+                for (int64_t j = from; j < to; j += kKeys) {
+                    // The last one again where there are fewer.
+                    const S* some[kKeys];
+                    for (int k = 0; k < kKeys; ++k) some[k] = keys[std::min(j + k, to - 1)];
+                    for (int64_t g = 0; g < s.group; g += kRows) {
+                        const float* q = queries.get() + (i * s.group + g) * s.width;
+                        float* out = weights_of(i) + j * s.lanes + g;
+                        with_rows<kRows>(s.group - g, [&](auto rows) {
+                            dots<rows.value, kKeys>(q, s.width, some, out, s.lanes);
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    // Scores of token i become weights, a query a lane; what was weighted by a smaller largest score is scaled.
+    void soften(int64_t i, const Softmax& to) {
+        alignas(64) float factors[Vec::size];
+        for (int64_t g = 0; g < s.lanes; g += Vec::size) {
+            float *w = weights_of(i) + g, *largest = to.largest + i * s.lanes + g, *total = to.total + i * s.lanes + g;
+            const Vec before = Vec::load(largest);
+            Vec top = before;
+            for (int64_t j = 0; j < seen[i]; ++j) top = max(top, Vec::load(w + j * s.lanes));
+            const Vec factor = exp(before - top);
+            Vec sum = Vec::load(total) * factor;
+            for (int64_t j = 0; j < seen[i]; ++j) {
+                const Vec e = exp(Vec::load(w + j * s.lanes) - top);
+                e.store(w + j * s.lanes);
+                sum = sum + e;
+            }
+            top.store(largest);
+            sum.store(total);
+            factor.store(factors);
+            for (int64_t r = g; r < std::min(g + Vec::size, s.group); ++r)
+                scale(to.values + (i * s.group + r) * s.width, factors[r - g]);
+        }
+    }
+
+    void scale(float* values, float factor) const {
+        if (factor == 1.0f) return;
+        for (int64_t c = 0; c < s.width; c += Vec::size) (Vec::load(values + c) * Vec::fill(factor)).store(values + c);
+    }
+
+    template <class Values>
+    void weigh(const Values& values, int64_t count, const Softmax& sums) {
+        for (int64_t from = 0; from < count; from += Values::at_once) {
+            for (int64_t c = 0; c < s.width; c += kPair) {
+                for (int64_t i = 0; i < t.tokens; ++i) {
+                    const int64_t to = std::min(from + Values::at_once, seen[i]);
+                    for (int64_t g = 0; g < s.group; g += kRows) {
+                        float* out = sums.values + (i * s.group + g) * s.width;
+                        with_rows<kRows>(s.group - g, [&](auto rows) {
+                            add_weighted<rows.value>(weights_of(i) + g, s.lanes, values, from, to, c, out, s.width);
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    // Puts a partition's result behind that of the partitions before it.
+    void join(int64_t part, const Softmax& from, const Softmax& to) const {
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            if (keys_of(i) <= part * kPartition) continue;
+            for (int64_t r = 0; r < s.group; ++r) {
+                const int64_t at = i * s.lanes + r, row = (i * s.group + r) * s.width;
+                join_row(from.largest[at], from.total[at], from.values + row, to.largest[at], to.total[at], to.values + row);
+            }
+        }
+    }
+
+    void join_row(float largest, float total, const float* values, float& to_largest, float& to_total,
+                  float* to_values) const {
+        const float top = std::max(to_largest, largest);
+        const Vec old = exp(Vec::fill(to_largest - top)), added = exp(Vec::fill(largest - top));
+        const Vec sum = fma(added, Vec::fill(total), old * Vec::fill(to_total));
+        to_largest = top;
+        float lanes[Vec::size];
+        sum.store(lanes);
+        to_total = lanes[0];
+        for (int64_t c = 0; c < s.width; c += Vec::size)
+            fma(added, Vec::load(values + c), old * Vec::load(to_values + c)).store(to_values + c);
+    }
+
+    void finish(const Softmax& all) const {
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            for (int64_t g = 0; g < s.group; ++g) {
+                const int64_t token = t.token + i;
+                T* to = static_cast<T*>(p.out) + (token * p.heads + t.kv_head * s.group + g) * p.head_dim;
+                const T* gate = p.gate ? row(p.gate, token, p.gate_token, p.gate_head, g) : nullptr;
+                const Vec total = Vec::fill(all.total[i * s.lanes + g]);
+                const float* values = all.values + (i * s.group + g) * s.width;
+                for (int64_t c = 0; c < s.width; c += kPair) {
+                    Pair x = load_pair(values + c);
+                    x = {x.first / total, x.second / total};
+                    if (gate) {
+                        const Pair y = load_pair(gate, c, p.head_dim);
+                        x = {x.first * sigmoid(y.first), x.second * sigmoid(y.second)};
+                    }
+                    store_pair(x, to, c, p.head_dim);
+                }
+            }
+        }
+    }
+
+    const PagedAttention& p;
+    const Shape s;
+    Tile t;
+    Scratch<float> queries, weights, key_copy, value_copy, part_memory, memory;
+    const T *key_rows[kPartition], *value_rows[kPartition];
+    const float* copied_keys[kBlock];
+    int64_t seen[kTileRows];  // keys of the current block, by token
+};
+
+std::vector<Tile> tiles_of(const PagedAttention& p, const Shape& s) {
+    std::vector<Tile> tiles;
+    for (int64_t n = 0; n < p.sequences; ++n) {
+        const int64_t begin = p.query_start_loc[n], end = p.query_start_loc[n + 1], keys = p.seq_lens[n];
+        for (int64_t token = begin; token < end; token += s.tokens) {
+            const int64_t last = std::min(token + s.tokens, end);
+            for (int64_t head = 0; head < p.kv_heads; ++head)
+                tiles.push_back({n, head, token, last - token, p.causal ? keys - (end - last) : keys});
+        }
+    }
+    // The longest first, so that no thread begins with one at the end.
+    std::stable_sort(tiles.begin(), tiles.end(),
+                     [](const Tile& a, const Tile& b) { return a.tokens * a.keys > b.tokens * b.keys; });
+    return tiles;
+}
+
+template <class T>
+void by_tiles(const PagedAttention& p, const std::vector<Tile>& tiles, bool parallel) {
+#pragma omp parallel if (parallel)
+    {
+        Worker<T> worker(p);
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < tiles.size(); ++i) worker.whole(tiles[i]);
+    }
+}
+
+struct Part {
+    size_t tile;
+    int64_t number, at;  // at: where its result lies
+};
+
+template <class T>
+void by_parts(const PagedAttention& p, const Shape& s, const std::vector<Tile>& tiles) {
+    std::vector<Part> parts;
+    std::vector<int64_t> starts;
+    int64_t floats = 0;
+    for (size_t i = 0; i < tiles.size(); ++i) {
+        starts.push_back(floats);
+        for (int64_t n = 0; n < tiles[i].parts(); ++n, floats += Softmax::floats(s, tiles[i].tokens))
+            parts.push_back({i, n, floats});
+    }
+    const auto results = scratch<float>(floats);
+#pragma omp parallel
+    {
+        Worker<T> worker(p);
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < parts.size(); ++i)
+            worker.part(tiles[parts[i].tile], parts[i].number, results.get() + parts[i].at);
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < tiles.size(); ++i) worker.finish_parts(tiles[i], results.get() + starts[i]);
+    }
+}
+
+template <class T>
+void paged_attention(const PagedAttention& p) {
+    const Shape s(p);
+    const std::vector<Tile> tiles = tiles_of(p, s);
+    int64_t work = 0, parts = 0, most_parts = 0;
+    for (const Tile& tile : tiles) {
+        work += tile.tokens * tile.keys * s.group * s.width;
+        parts += tile.parts();
+        most_parts = std::max(most_parts, tile.parts());
+    }
+    const int64_t threads = omp_get_max_threads(), count = int64_t(tiles.size());
+    const bool parallel = threads > 1 && worth_threads(work);
+    // Partitions go to different threads where there are few tiles and little memory is needed for it.
+    if (parallel && most_parts > 1 && count < 4 * threads && parts * Softmax::floats(s, s.tokens) < 1 << 25)
+        by_parts<T>(p, s, tiles);
+    else
+        by_tiles<T>(p, tiles, parallel);
+}
+
+void store_row(const void* from, int64_t at, void* pool, int64_t to, int64_t bytes, int64_t count) {
+    std::memcpy(static_cast<char*>(pool) + to * bytes, static_cast<const char*>(from) + at * bytes, count * bytes);
+}
+
+void store_kv(const StoreKv& p) {
+#pragma omp parallel for schedule(static) if (worth_threads(p.tokens * p.kv_heads * p.head_dim * 4))
+    for (int64_t t = 0; t < p.tokens; ++t) {
+        if (p.slots[t] < 0) continue;
+        const int64_t block = p.slots[t] / p.block_size, slot = p.slots[t] % p.block_size, bytes = p.element_bytes;
+        for (int64_t h = 0; h < p.kv_heads; ++h) {
+            store_row(p.k, t * p.k_token + h * p.k_head, p.keys,
+                      block * p.key_block + slot * p.key_slot + h * p.key_head, bytes, p.head_dim);
+            store_row(p.v, t * p.v_token + h * p.v_head, p.values,
+                      block * p.value_block + slot * p.value_slot + h * p.value_head, bytes, p.head_dim);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace qnext
+
+extern "C" __attribute__((visibility("default"))) void qnext_paged_attention(const qnext::PagedAttention* p) {
+    qnext::with_type(p->dtype, [&](auto type) { qnext::paged_attention<decltype(type)>(*p); });
+}
+
+extern "C" __attribute__((visibility("default"))) void qnext_store_kv(const qnext::StoreKv* p) { qnext::store_kv(*p); }

@@ -1,0 +1,39 @@
+"""Linear layers in C++ (``csrc/linear.cpp``), over the weights as the checkpoint stores them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qnext_kernels.linear.cpu import CpuBackend
+from qnext_kernels.native import DTYPES, NativeBackend
+from qnext_kernels.operators import operator
+from qnext_kernels.rows import packed_function
+
+
+class LinearNative(NativeBackend, CpuBackend):
+    """Every product accumulates in float32 in one order: a row's bits do not depend on how many rows there are."""
+
+    name = "native"
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias)
+
+
+def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+
+
+@operator(_empty)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = _empty(x, weight, bias)
+    x, weight = x if x.stride(1) == 1 else x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    places = (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
+    _kernel()(*places, DTYPES[x.dtype], x.stride(0), x.shape[0], *weight.shape)
+    return out
+
+
+_kernel = cache(lambda: packed_function("qnext_linear", "9q"))

@@ -1,0 +1,60 @@
+"""The routed experts in C++ (``csrc/experts.cpp``), over the weights as the checkpoint stores them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qnext_kernels.moe.cpu import CpuBackend
+from qnext_kernels.native import DTYPES, Indices, NativeBackend, function
+
+
+class _Arguments(ctypes.Structure):
+    """``Experts`` of the C++ file."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "w13", "w2", "weights")),
+        ("ids", Indices),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("dtype", "x_token", "tokens", "top_k", "experts", "hidden", "middle")),
+    )
+
+
+@cache
+def _kernel() -> Callable[[_Arguments], None]:
+    return function("qnext_experts", _Arguments)
+
+
+class MoeNative(NativeBackend, CpuBackend):
+    """Every product accumulates in float32 in one order: a token's bits do not depend on the rest of the batch."""
+
+    name = "native"
+
+    def experts(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        if not (w13.is_contiguous() and w2.is_contiguous()):
+            return super().experts(x, w13, w2, topk_weights, topk_ids)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
+        out = torch.empty(x.shape, dtype=x.dtype)
+        _kernel()(
+            _Arguments(
+                x=x.data_ptr(),
+                w13=w13.data_ptr(),
+                w2=w2.data_ptr(),
+                weights=topk_weights.data_ptr(),
+                ids=Indices.of(topk_ids),
+                out=out.data_ptr(),
+                dtype=DTYPES[x.dtype],
+                x_token=x.stride(0),
+                tokens=x.shape[0],
+                top_k=topk_ids.shape[1],
+                experts=w13.shape[0],
+                hidden=x.shape[1],
+                middle=w2.shape[2],
+            )
+        )
+        return out

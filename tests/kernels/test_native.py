@@ -1,0 +1,93 @@
+"""The native library: compiled once, kept, and where it cannot be had PyTorch serves and says why."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qnext_kernels import native
+from qnext_kernels.native import NativeError, build, instruction_set, library
+
+SERVED = """
+import torch
+from qnext_kernels import explain, selected_backends
+print(selected_backends(torch.device("cpu"), torch.bfloat16)["gated_delta_rule"])
+print(explain(torch.device("cpu"), torch.bfloat16)["gated_delta_rule"]["native"])
+"""
+
+
+def served(**environment: str) -> tuple[list[str], str]:
+    """What serves the delta rule in a fresh process, the reason why the native backend does not, and its log."""
+    done = subprocess.run(
+        [sys.executable, "-c", SERVED], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_library_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "csrc"
+    source.mkdir()
+    (source / "answer.cpp").write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 42; }')
+    monkeypatch.setattr(native, "SOURCES", source)
+    isa, folder = instruction_set(), tmp_path / "cache"
+    first = build(isa, folder)
+    assert ctypes.CDLL(str(first)).answer() == 42
+    made = first.stat().st_mtime_ns
+    assert build(isa, folder) == first
+    assert first.stat().st_mtime_ns == made
+    (source / "answer.cpp").write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 43; }')
+    second = build(isa, folder)
+    assert second != first
+    assert ctypes.CDLL(str(second)).answer() == 43
+    assert {path.suffix for path in folder.iterdir()} == {".so", ".lock"}, "nothing is left of a compilation"
+
+
+@pytest.mark.parametrize("isa", native.FLAGS_OF_ISA)
+def test_kernels_compile_for_every_instruction_set(isa: str, tmp_path: Path) -> None:
+    assert build(isa, tmp_path).stat().st_size > 0
+
+
+def test_library_shares_the_threads_of_pytorch() -> None:
+    library()
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    assert [path for path in paths if path.endswith("/libgomp.so.1")] == [
+        f"{Path(torch.__file__).parent}/lib/libgomp.so.1"
+    ]
+
+
+def test_without_a_compiler_pytorch_serves_with_one_line(tmp_path: Path) -> None:
+    lines, log = served(PATH="", CXX="", QNEXT_CACHE_DIR=str(tmp_path))
+    assert lines == ["cpu", "needs a C++ compiler once (g++ or clang++, or its name in CXX)"]
+    assert log.count("PyTorch's operators serve on this CPU instead of the C++ kernels") == 1
+
+
+def test_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
+    lines, log = served(CXX="false", QNEXT_CACHE_DIR=str(tmp_path))
+    assert lines[0] == "cpu"
+    assert "the C++ compiler failed: false" in log
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    lines, log = served(QNEXT_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    assert lines[0] == "cpu"
+    assert str(tmp_path / "file") in log
+
+
+def test_instruction_set_that_the_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QNEXT_ISA", "avx1024")
+    with pytest.raises(NativeError, match=r"^QNEXT_ISA: expected one of .*avx2.*, got 'avx1024'"):
+        instruction_set()
+
+
+def test_dtypes_of_others_are_declined_with_the_reason() -> None:
+    from qnext_kernels.gated_delta_rule import operation
+
+    reasons = [backend.supports(torch.device("cpu"), torch.float16) for backend in operation.backends]
+    assert reasons == ["needs torch.float32 or torch.bfloat16, got torch.float16", None, None]
