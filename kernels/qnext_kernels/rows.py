@@ -14,22 +14,29 @@ from torch import Tensor
 from qnext_kernels.native import DTYPES, library
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """[..., D] with at most three dimensions and unit stride in D; a copy only where no view is such."""
+def floats(x: Tensor) -> tuple[int, int]:
+    """The fields of ``Floats``, or of a pointer and its dtype, for a contiguous tensor."""
+    return x.data_ptr(), DTYPES[x.dtype]
+
+
+def rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """[..., D] as rows: the tensor that holds them, copied only where no view does, and the four fields of ``Rows``."""
     if x.dim() > 3:
         x = x.flatten(0, -3)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def rows(x: Tensor) -> tuple[int, int, int, int]:
-    """The four fields of ``Rows`` for what :func:`as_rows` returned."""
-    outer_stride, inner_stride, _ = (0, 0, *x.stride())[-3:]
-    return x.data_ptr(), DTYPES[x.dtype], outer_stride, inner_stride
+    strides = x.stride()
+    if strides[-1] != 1:
+        x = x.contiguous()
+        strides = x.stride()
+    outer, inner = strides[:2] if len(strides) == 3 else (0, strides[0])
+    return x, (x.data_ptr(), DTYPES[x.dtype], outer, inner)
 
 
 def row_counts(x: Tensor) -> tuple[int, int, int]:
-    """The sizes outer, inner and width."""
-    outer, inner, width = (1, 1, *x.shape)[-3:]
+    """The sizes outer, inner and width of what :func:`rows` returned."""
+    shape = x.shape
+    if len(shape) == 2:
+        return 1, shape[0], shape[1]
+    outer, inner, width = (1, 1, *shape)[-3:]
     return outer, inner, width
 
 

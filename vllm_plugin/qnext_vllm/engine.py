@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qnext_plugins.model import Qwen3NextConfig
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_vllm import vllm_api as api
+from qnext_vllm.attention import attention_backend
 from qnext_vllm.experts import QnextRoutedExperts, route
 from qnext_vllm.gated_delta_net import GatedDeltaNetState
 from qnext_vllm.linear import on_our_kernel
@@ -69,6 +70,8 @@ class VllmEngine:
         return rotary.cos_sin_cache
 
     def attention(self, num_heads: int, num_kv_heads: int, head_dim: int, *, prefix: str) -> nn.Module:
+        config = self.vllm_config
+        device, dtype = torch.device(config.device_config.device), config.model_config.dtype
         return api.Attention(
             num_heads,
             head_dim,
@@ -77,6 +80,7 @@ class VllmEngine:
             cache_config=self.vllm_config.cache_config,
             quant_config=self.quant_config,
             prefix=prefix,
+            attn_backend=attention_backend(config.cache_config.cache_dtype, dtype, device),
         )
 
     def recurrent_core(self, config: Qwen3NextConfig, *, prefix: str) -> GatedDeltaNetState:

@@ -59,6 +59,7 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
@@ -67,6 +68,8 @@ __all__ = [
     "NULL_BLOCK_ID",
     "Attention",
     "AutoWeightsLoader",
+    "CPUAttentionBackend",
+    "CPUAttentionBackendImpl",
     "ColumnParallelLinear",
     "EagleModelMixin",
     "FusedMoEFactory",

@@ -9,7 +9,7 @@ struct QkNormRopeGate {
     Indices positions;
     Floats q_weight, k_weight, cos_sin;
     int64_t cos_sin_row;       // stride
-    void *q, *k, *gate;        // contiguous
+    void *q, *k, *v, *gate;    // contiguous
     int64_t tokens, heads, kv_heads, head_dim, rotary_dim, max_position;
     double eps;
 };
@@ -64,6 +64,7 @@ void qk_norm_rope_gate(const QkNormRopeGate& p) {
         for (int64_t h = 0; h < p.kv_heads; ++h, from += dim) {
             norm_rope(from, k_weight.get(), cos, sin, half, dim, eps, k + h * dim);
         }
+        std::memcpy(static_cast<T*>(p.v) + t * p.kv_heads * dim, from, size_t(p.kv_heads * dim) * sizeof(T));
     });
 }
 

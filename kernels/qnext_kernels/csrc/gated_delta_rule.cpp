@@ -35,7 +35,8 @@ struct DeltaRule {
 
 namespace {
 
-constexpr int kTile = 16;           // tokens whose keys and queries lie in the cache together; divides kChunk
+constexpr int kTile = 8;            // tokens whose keys and queries lie in the cache together; divides kChunk
+constexpr int kGroups = 8;          // groups of kRows that do so: their steps overlap, one group's would wait for each other
 constexpr int kChunk = 64;          // where a split prefill would round the state
 constexpr int kRecurrentTokens = 4; // a last chunk of at most so many tokens rounds behind each, as decodes do
 constexpr int kRows = 4;
@@ -101,14 +102,14 @@ void load_normalised(const T* from, int64_t size, float scale, float* to, int64_
     for (int64_t i = 0; i < width; i += Vec::size) (Vec::load(to + i) * factor).store(to + i);
 }
 
-// Rows `first` to `last` of one value head of one sequence. T: of the tokens, S: of the state.
+// Rows `first` to `last` of one value head of one sequence. T: of the tokens, S: of the state, P: of the step pool.
 template <class T, class S, class P>
 class Head {
   public:
     Head(const DeltaRule& p, int64_t sequence, int64_t head, int64_t first, int64_t last)
-        : p(p), head(head), first(first), rows(last - first), width(padded(p.key_dim)),
+        : p(p), n(sequence), head(head), first(first), rows(last - first), width(padded(p.key_dim)),
           row_groups((rows + kRows - 1) / kRows), state(scratch<float>(row_groups * kRows * width)),
-          keys(scratch<float>(kTile * width)), queries(scratch<float>(kTile * width)), n(sequence) {}
+          keys(scratch<float>(kTile * width)), queries(scratch<float>(kTile * width)) {}
 
     void run() {
         const int64_t begin = p.query_start_loc.at(n, n), end = p.query_start_loc.at(n + 1, n + 1);
@@ -116,31 +117,88 @@ class Head {
         const int64_t accepted = std::clamp<int64_t>(p.accepted.at(n, 1), 1, columns);
         const int64_t slot = p.slots[n * columns + accepted - 1];
         if (slot < 0) return clear(begin, end);
-        const int64_t row = p.step_rows.at(n, -1);
-        const int64_t snapshot_slot = p.snapshot_slots.at(n, -1);
-        const int64_t snapshot_at = snapshot_slot < 0 ? -1 : begin + p.snapshot_lengths[n];
-        load(p.has_initial && !p.has_initial[n] ? nullptr : place(slot));
-        for (int64_t start = begin; start < end; start += kTile) {
-            if (start == snapshot_at) store(place(snapshot_slot));
-            const int64_t stop = std::min(start + kTile, end);
-            const int64_t chunk = begin + (start - begin) / kChunk * kChunk;
-            const bool rounds = p.every_token || std::min(chunk + kChunk, end) - chunk <= kRecurrentTokens;
-            prepare(start, stop);
-            for (int64_t g = 0; g < row_groups; ++g) {
-                for (int64_t t = start; t < stop; ++t) {
-                    advance(g, t, t - start);
-                    if (rounds) keep(g, t - begin, row);
-                }
-            }
-            if (!p.every_token && (stop == end || (stop - begin) % kChunk == 0)) round();
-        }
-        if (end == snapshot_at) store(place(snapshot_slot));
-        if (!p.every_token && begin < end) store(place(slot));
+        const bool starts_at_zero = p.has_initial && !p.has_initial[n];
+        if (p.every_token)
+            verify(begin, end, slot);
+        else
+            prefill(begin, end, slot, starts_at_zero);
     }
 
   private:
+    // The pool holds floats in whole vectors and groups of rows: steps can read and write it where it lies.
+    template <class Pool>
+    bool in_place() const {
+        return std::is_same_v<Pool, float> && width == p.key_dim && rows % kRows == 0;
+    }
+
+    void prefill(int64_t begin, int64_t end, int64_t slot, bool starts_at_zero) {
+        const int64_t snapshot_slot = p.snapshot_slots.at(n, -1);
+        const int64_t snapshot_at = snapshot_slot < 0 ? -1 : begin + p.snapshot_lengths[n];
+        const bool direct = in_place<S>() && begin < end;
+        float* current = direct ? reinterpret_cast<float*>(place(slot)) : state.get();
+        if (starts_at_zero)
+            std::fill_n(current, row_groups * kRows * width, 0.0f);
+        else if (!direct)
+            load(place(slot));
+        for (int64_t start = begin; start < end; start += kTile) {
+            if (start == snapshot_at) store(current, place(snapshot_slot));
+            const int64_t stop = std::min(start + kTile, end);
+            const int64_t chunk = begin + (start - begin) / kChunk * kChunk;
+            const bool rounds = std::min(chunk + kChunk, end) - chunk <= kRecurrentTokens;
+            prepare(start, stop);
+            for (int64_t block = 0; block < row_groups; block += kGroups) {
+                for (int64_t t = start; t < stop; ++t) {
+                    for (int64_t g = block; g < std::min(block + kGroups, row_groups); ++g) {
+                        advance(g, t, t - start, current, current);
+                        if (rounds) round<S>(g);
+                    }
+                }
+            }
+            if (stop == end || (stop - begin) % kChunk == 0)
+                for (int64_t g = 0; g < row_groups; ++g) round<S>(g);
+        }
+        if (end == snapshot_at) store(current, place(snapshot_slot));
+        if (!direct && begin < end) store(current, place(slot));
+    }
+
+    // The state behind token t goes to its place; the next token continues from what a pool can hold.
+    void verify(int64_t begin, int64_t end, int64_t slot) {
+        const bool direct = in_place<S>() && (!p.steps || in_place<P>());
+        const float* from = direct ? reinterpret_cast<const float*>(place(slot)) : state.get();
+        if (!direct) load(place(slot));
+        for (int64_t start = begin; start < end; start += kTile) {
+            const int64_t stop = std::min(start + kTile, end);
+            prepare(start, stop);
+            for (int64_t t = start; t < stop; ++t) {
+                P* step = step_place(t - begin);
+                S* target = p.steps ? nullptr : slot_place(t - begin);
+                float* to = state.get();
+                if (direct && step) to = reinterpret_cast<float*>(step);
+                if (direct && target) to = reinterpret_cast<float*>(target);
+                for (int64_t g = 0; g < row_groups; ++g) advance(g, t, t - start, from, to);
+                from = to;
+                if (direct) continue;
+                for (int64_t g = 0; g < row_groups; ++g) p.steps ? round<P>(g) : round<S>(g);
+                if (step) store(to, step);
+                if (target) store(to, target);
+            }
+        }
+    }
+
     S* place(int64_t slot) const {
         return static_cast<S*>(p.state) + slot * p.state_slot + (head * p.value_dim + first) * p.key_dim;
+    }
+
+    S* slot_place(int64_t t) const {
+        const int64_t slot = p.slots[n * p.slot_columns + t];
+        return slot < 0 ? nullptr : place(slot);
+    }
+
+    P* step_place(int64_t t) const {
+        const int64_t row = p.step_rows.at(n, -1);
+        if (!p.steps || row < 0) return nullptr;
+        P* step = static_cast<P*>(p.steps) + row * p.steps_row + t * p.steps_step;
+        return step + (head * p.value_dim + first) * p.key_dim;
     }
 
     void clear(int64_t begin, int64_t end) const {
@@ -149,50 +207,30 @@ class Head {
         }
     }
 
-    float* group(int64_t g) const { return state.get() + g * kRows * width; }
-
     void load(const S* from) {
         for (int64_t r = 0; r < row_groups * kRows; ++r) {
-            if (from && r < rows)
-                load_row(from + r * p.key_dim, p.key_dim, group(0) + r * width, width);
+            if (r < rows)
+                load_row(from + r * p.key_dim, p.key_dim, state.get() + r * width, width);
             else
-                std::fill_n(group(0) + r * width, width, 0.0f);
+                std::fill_n(state.get() + r * width, width, 0.0f);
         }
     }
 
     template <class Pool>
-    void store(Pool* to) const {
-        for (int64_t r = 0; r < rows; ++r) store_row(group(0) + r * width, p.key_dim, to + r * p.key_dim);
+    void store(const float* from, Pool* to) const {
+        for (int64_t r = 0; r < rows; ++r) store_row(from + r * width, p.key_dim, to + r * p.key_dim);
     }
 
+    // What a pool can hold of a group of rows.
     template <class Pool>
-    void round_rows(int64_t from, int64_t to) {
+    void round(int64_t g) {
         if constexpr (!std::is_same_v<Pool, float>) {
-            for (int64_t i = from * width; i < to * width; i += Vec::size) {
+            for (float* x = state.get() + g * kRows * width; x < state.get() + (g + 1) * kRows * width; x += Vec::size) {
                 Pool rounded[Vec::size];
-                Vec::load(state.get() + i).store(rounded);
-                Vec::load(rounded).store(state.get() + i);
+                Vec::load(x).store(rounded);
+                Vec::load(rounded).store(x);
             }
         }
-    }
-
-    void round() { round_rows<S>(0, row_groups * kRows); }
-
-    // The state behind token t of a verify goes to its place; the next token continues from what a pool can hold.
-    void keep(int64_t g, int64_t t, int64_t row) {
-        const int64_t from = g * kRows, to = std::min(rows, from + kRows);
-        if (p.every_token && p.steps) {
-            round_rows<P>(from, from + kRows);
-            if (row < 0) return;
-            P* step = static_cast<P*>(p.steps) + row * p.steps_row + t * p.steps_step;
-            step += (head * p.value_dim + first) * p.key_dim;
-            for (int64_t r = from; r < to; ++r) store_row(group(0) + r * width, p.key_dim, step + r * p.key_dim);
-            return;
-        }
-        round_rows<S>(from, from + kRows);
-        const int64_t slot = p.every_token ? p.slots[n * p.slot_columns + t] : -1;
-        if (slot < 0) return;
-        for (int64_t r = from; r < to; ++r) store_row(group(0) + r * width, p.key_dim, place(slot) + r * p.key_dim);
     }
 
     // Keys, queries and gates of tokens [start, stop).
@@ -214,21 +252,22 @@ class Head {
         }
     }
 
-    void advance(int64_t g, int64_t t, int64_t in_tile) {
+    // Group g of the rows at `from` becomes that at `to` behind token t.
+    void advance(int64_t g, int64_t t, int64_t in_tile, const float* from, float* to) {
         const int64_t count = std::min<int64_t>(kRows, rows - g * kRows), row = first + g * kRows;
         const T* v_from = static_cast<const T*>(p.v) + t * p.v_token + head * p.v_head + row;
         T* out = static_cast<T*>(p.out) + (t * p.value_heads + head) * p.value_dim + row;
         float v[kRows] = {}, o[kRows];
         for (int64_t r = 0; r < count; ++r) v[r] = to_float(v_from[r]);
-        step(group(g), group(g), width, keys.get() + in_tile * width, queries.get() + in_tile * width,
+        const int64_t offset = g * kRows * width;
+        step(from + offset, to + offset, width, keys.get() + in_tile * width, queries.get() + in_tile * width,
              tokens[in_tile], v, o);
         for (int64_t r = 0; r < count; ++r) assign(out[r], o[r]);
     }
 
     const DeltaRule& p;
-    const int64_t head, first, rows, width, row_groups;
+    const int64_t n, head, first, rows, width, row_groups;
     Scratch<float> state, keys, queries;
-    const int64_t n;
     Token tokens[kTile];
 };
 

@@ -100,8 +100,9 @@ int64_t packed_width(int64_t k) {
 // Keeps the compiler from reading an activation from memory again for every row: that would be the limit.
 inline void in_register(Vec& x) { asm("" : "+v"(x.v)); }
 
-// Adds to c[a · c_stride + r] the products of elements [0, size) of activations a < A and rows r < R.
-template <class T, int A, int R>
+// Adds to c[a · c_stride + r] the products of elements [0, size) of activations a < A and rows r < R. With Ahead the same
+// elements of the next R rows are fetched: a processor's own prefetching ends with a page, which a row often fills.
+template <class T, int A, int R, bool Ahead>
 void multiply_tile(const typename Dot<T>::Packed* x, int64_t x_stride, const T* const* rows, int64_t offset, int64_t size,
                    float* c, int64_t c_stride) {
     using D = Dot<T>;
@@ -112,6 +113,8 @@ void multiply_tile(const typename Dot<T>::Packed* x, int64_t x_stride, const T* 
     for (int r = 0; r < R; ++r) w[r] = rows[r] + offset;
     const int64_t whole = size / D::step * D::step;
     for (int64_t i = 0; i < whole; i += D::step) {
+        if constexpr (Ahead)
+            for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(rows[R + r] + offset + i), _MM_HINT_T0);
         for (int part = 0; part < D::parts; ++part) {
             Vec weights[R];
             for (int r = 0; r < R; ++r) weights[r] = D::weights(w[r] + i, part);
@@ -138,13 +141,13 @@ void multiply_tile(const typename Dot<T>::Packed* x, int64_t x_stride, const T* 
 }
 
 // The same for any number of activations up to A.
-template <class T, int R, int A = kActivations>
+template <class T, int R, bool Ahead, int A = kActivations>
 void multiply_rows(int activations, const typename Dot<T>::Packed* x, int64_t x_stride, const T* const* rows,
                    int64_t offset, int64_t size, float* c, int64_t c_stride) {
     if (activations == A)
-        multiply_tile<T, A, R>(x, x_stride, rows, offset, size, c, c_stride);
+        multiply_tile<T, A, R, Ahead>(x, x_stride, rows, offset, size, c, c_stride);
     else if constexpr (A > 1)
-        multiply_rows<T, R, A - 1>(activations, x, x_stride, rows, offset, size, c, c_stride);
+        multiply_rows<T, R, Ahead, A - 1>(activations, x, x_stride, rows, offset, size, c, c_stride);
 }
 
 // c [count, num_rows] = x [count, K] · rows [num_rows, K]ᵀ, with x packed.
@@ -155,20 +158,24 @@ void multiply(const typename Dot<T>::Packed* x, int64_t count, const T* const* r
     std::fill_n(c, count * num_rows, 0.0f);
     if (count <= kActivations) {
         // Weights are read once, along their rows; few sums leave registers for more rows.
-        const auto along = [&](auto at_once) {
+        const auto along = [&](auto at_once, auto ahead, int64_t r) {
+            constexpr int R = decltype(at_once)::value;
+            for (int64_t i = 0; i < k; i += kBlock) {
+                const int64_t size = std::min(kBlock, k - i);
+                multiply_rows<T, R, decltype(ahead)::value>(count, x + i, width, rows + r, i, size, c + r, num_rows);
+            }
+        };
+        const auto all = [&](auto at_once) {
             constexpr int R = decltype(at_once)::value;
             int64_t r = 0;
-            for (; r + R <= num_rows; r += R)
-                for (int64_t i = 0; i < k; i += kBlock)
-                    multiply_rows<T, R>(count, x + i, width, rows + r, i, std::min(kBlock, k - i), c + r, num_rows);
-            for (; r < num_rows; ++r)
-                for (int64_t i = 0; i < k; i += kBlock)
-                    multiply_rows<T, 1>(count, x + i, width, rows + r, i, std::min(kBlock, k - i), c + r, num_rows);
+            for (; r + 2 * R <= num_rows; r += R) along(at_once, std::true_type(), r);
+            for (; r + R <= num_rows; r += R) along(at_once, std::false_type(), r);
+            for (; r < num_rows; ++r) along(std::integral_constant<int, 1>(), std::false_type(), r);
         };
         if (count <= 2)
-            along(std::integral_constant<int, kRowsAtOnce>());
+            all(std::integral_constant<int, kRowsAtOnce>());
         else
-            along(std::integral_constant<int, 2>());
+            all(std::integral_constant<int, 2>());
         return;
     }
     // A block of a few activations stays in the first-level cache while the block of all rows passes by.
@@ -178,9 +185,9 @@ void multiply(const typename Dot<T>::Packed* x, int64_t count, const T* const* r
             const int some = std::min<int64_t>(kActivations, count - a);
             int64_t r = 0;
             for (; r + 2 <= num_rows; r += 2)
-                multiply_rows<T, 2>(some, x + a * width + i, width, rows + r, i, size, c + a * num_rows + r, num_rows);
+                multiply_rows<T, 2, false>(some, x + a * width + i, width, rows + r, i, size, c + a * num_rows + r, num_rows);
             if (r < num_rows)
-                multiply_rows<T, 1>(some, x + a * width + i, width, rows + r, i, size, c + a * num_rows + r, num_rows);
+                multiply_rows<T, 1, false>(some, x + a * width + i, width, rows + r, i, size, c + a * num_rows + r, num_rows);
         }
     }
 }

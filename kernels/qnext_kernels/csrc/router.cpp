@@ -53,9 +53,9 @@ void largest_first(const float* values, int64_t size, int64_t count, float* chos
 
 template <class T>
 void topk_softmax(const TopkSoftmax& p) {
-    for_rows(p.tokens, 1, p.tokens * p.experts, [&](int64_t t, int64_t) {
+    for_rows(1, p.tokens, p.tokens * p.experts, [&](int64_t, int64_t t) {
         const Scratch<float> values = scratch<float>(padded(p.experts));
-        const float total = exponentials(p.logits.row<T>(t, 0), p.experts, values.get());
+        const float total = exponentials(p.logits.row<T>(0, t), p.experts, values.get());
         float* weights = p.weights + t * p.top_k;
         largest_first(values.get(), p.experts, p.top_k, weights, p.ids + t * p.top_k);
         float chosen = 0.0f;

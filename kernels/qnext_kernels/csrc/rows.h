@@ -7,7 +7,7 @@
 
 namespace qnext {
 
-// A tensor [outer, inner, width], as `rows.py` describes it; without data there is none.
+// A tensor [outer, inner, width], as `rows.py` describes it; none without data.
 struct Rows {
     const void* data;
     int64_t dtype, outer_stride, inner_stride;
@@ -20,7 +20,7 @@ struct Rows {
 // Calls f(outer, inner) for every row, in parallel where their `elements` are many.
 template <class F>
 void for_rows(int64_t outer, int64_t inner, int64_t elements, F f) {
-#pragma omp parallel for collapse(2) if (worth_threads(elements * 4))
+#pragma omp parallel for collapse(2) if (elements > 1 << 15)
     for (int64_t o = 0; o < outer; ++o) {
         for (int64_t i = 0; i < inner; ++i) f(o, i);
     }

@@ -11,7 +11,7 @@ from qnext_kernels.checks import expect_indices
 from qnext_kernels.gated_attention.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, NativeBackend
 from qnext_kernels.operators import operator
-from qnext_kernels.rows import as_rows, packed_function, row_counts, rows
+from qnext_kernels.rows import floats, packed_function, row_counts, rows
 
 
 class GatedAttentionNative(NativeBackend, CpuBackend):
@@ -34,8 +34,7 @@ class GatedAttentionNative(NativeBackend, CpuBackend):
         if not {q_weight.dtype, k_weight.dtype, cos_sin.dtype} <= DTYPES.keys():
             expect_indices("positions", positions, 0, cos_sin.shape[0])
             return super().qk_norm_rope_gate(*arguments)
-        q, k, gate = qk_norm_rope_gate(*arguments)
-        return q, k, qkv[:, -k.shape[1] :], gate
+        return qk_norm_rope_gate(*arguments)
 
     def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         if gate.dtype not in DTYPES:
@@ -52,10 +51,11 @@ def _empty_heads(
     num_heads: int,
     num_kv_heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, head_dim = qkv.shape[0], q_weight.shape[0]
-    q, k, gate = (qkv.new_empty(tokens, heads * head_dim) for heads in (num_heads, num_kv_heads, num_heads))
-    return q, k, gate
+    q, gate = qkv.new_empty(tokens, num_heads * head_dim), qkv.new_empty(tokens, num_heads * head_dim)
+    k, v = qkv.new_empty(tokens, num_kv_heads * head_dim), qkv.new_empty(tokens, num_kv_heads * head_dim)
+    return q, k, v, gate
 
 
 @operator(_empty_heads)
@@ -68,31 +68,27 @@ def qk_norm_rope_gate(
     num_heads: int,
     num_kv_heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, gate = _empty_heads(qkv, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads, eps)
-    qkv, cos_sin, positions = as_rows(qkv), as_rows(cos_sin), positions.contiguous()
-    q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
-    weights = (q_weight.data_ptr(), DTYPES[q_weight.dtype], k_weight.data_ptr(), DTYPES[k_weight.dtype])
-    in_range = _kernel()(
-        *(qkv.data_ptr(), DTYPES[qkv.dtype], qkv.stride(0)),
-        *(positions.data_ptr(), positions.dtype == torch.int64),
-        *weights,
-        *(cos_sin.data_ptr(), DTYPES[cos_sin.dtype], cos_sin.stride(0)),
-        *(q.data_ptr(), k.data_ptr(), gate.data_ptr()),
-        *(qkv.shape[0], num_heads, num_kv_heads, q_weight.shape[0], cos_sin.shape[1], cos_sin.shape[0], eps),
-    )
-    if not in_range:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, gate = _empty_heads(qkv, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads, eps)
+    qkv, (projection, dtype, _, token_stride) = rows(qkv)
+    cos_sin, (table, table_dtype, _, table_stride) = rows(cos_sin)
+    q_weight, k_weight, positions = q_weight.contiguous(), k_weight.contiguous(), positions.contiguous()
+    tokens = (projection, dtype, token_stride, positions.data_ptr(), positions.dtype == torch.int64)
+    tables = (*floats(q_weight), *floats(k_weight), table, table_dtype, table_stride)
+    results = (q.data_ptr(), k.data_ptr(), v.data_ptr(), gate.data_ptr())
+    sizes = (qkv.shape[0], num_heads, num_kv_heads, q_weight.shape[0], cos_sin.shape[1], cos_sin.shape[0])
+    if not _kernel()(*tokens, *tables, *results, *sizes, eps):
         expect_indices("positions", positions, 0, cos_sin.shape[0])
-    return q, k, gate
+    return q, k, v, gate
 
 
 @operator(lambda x, gate: torch.empty_like(x, memory_format=torch.contiguous_format))
 def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x, gate = as_rows(x), as_rows(gate)
-    _gate_kernel()(*rows(x), *rows(gate), out.data_ptr(), *row_counts(x), gate.shape[-1])
+    (x, x_rows), (gate, gate_rows) = rows(x), rows(gate)
+    _gate_kernel()(*x_rows, *gate_rows, out.data_ptr(), *row_counts(x), gate.shape[-1])
     return out
 
 
-_kernel = cache(lambda: packed_function("qnext_qk_norm_rope_gate", "21qd"))
+_kernel = cache(lambda: packed_function("qnext_qk_norm_rope_gate", "22qd"))
 _gate_kernel = cache(lambda: packed_function("qnext_sigmoid_gate", "13q"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from qnext_kernels.gated_norm.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, NativeBackend
 from qnext_kernels.operators import operator
-from qnext_kernels.rows import as_rows, packed_function, row_counts, rows
+from qnext_kernels.rows import floats, packed_function, row_counts, rows
 
 
 class GatedNormNative(NativeBackend, CpuBackend):
@@ -27,9 +27,8 @@ class GatedNormNative(NativeBackend, CpuBackend):
 @operator(lambda x, z, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format))
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x, z, weight = as_rows(x), as_rows(z), weight.contiguous()
-    places = (weight.data_ptr(), DTYPES[weight.dtype], out.data_ptr())
-    _kernel()(*rows(x), *rows(z), *places, *row_counts(x), eps)
+    (x, x_rows), (z, z_rows), weight = rows(x), rows(z), weight.contiguous()
+    _kernel()(*x_rows, *z_rows, *floats(weight), out.data_ptr(), *row_counts(x), eps)
     return out
 
 

@@ -8,38 +8,35 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.operators import operator
-from qnext_kernels.rows import as_rows, packed_function, row_counts, rows
+from qnext_kernels.rows import packed_function, row_counts, rows
 
 
 def _empty_choice(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    shape = (router_logits.shape[0], top_k)
-    weights = router_logits.new_empty(shape, dtype=torch.float32)
-    return weights, router_logits.new_empty(shape, dtype=torch.int32)
+    tokens = router_logits.shape[0]
+    weights = router_logits.new_empty(tokens, top_k, dtype=torch.float32)
+    return weights, router_logits.new_empty(tokens, top_k, dtype=torch.int32)
 
 
 @operator(_empty_choice)
 def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """:func:`qnext_kernels.topk_softmax`; of equal probabilities, that of the lower index comes first."""
     weights, ids = _empty_choice(router_logits, top_k, renormalize)
-    logits = as_rows(router_logits)
-    _, tokens, experts = row_counts(logits)
-    # A token is the inner row of three.
-    data, dtype, _, stride = rows(logits)
-    _topk_kernel()(data, dtype, stride, 0, weights.data_ptr(), ids.data_ptr(), tokens, experts, top_k, renormalize)
+    logits, logit_rows = rows(router_logits)
+    _topk_kernel()(*logit_rows, weights.data_ptr(), ids.data_ptr(), *logits.shape, top_k, renormalize)
     return weights, ids
 
 
 def _empty_half(x: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
 @operator(_empty_half)
 def silu_and_mul(x: Tensor) -> Tensor:
     """:func:`qnext_kernels.silu_and_mul`."""
     out = _empty_half(x)
-    x = as_rows(x)
+    x, x_rows = rows(x)
     outer, inner, double = row_counts(x)
-    _silu_kernel()(*rows(x), out.data_ptr(), outer, inner, double // 2)
+    _silu_kernel()(*x_rows, out.data_ptr(), outer, inner, double // 2)
     return out
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from qnext_kernels.native import DTYPES, NativeBackend
 from qnext_kernels.operators import operator
 from qnext_kernels.rms_norm.cpu import CpuBackend
-from qnext_kernels.rows import as_rows, packed_function, row_counts, rows
+from qnext_kernels.rows import floats, packed_function, row_counts, rows
 
 
 class RmsNormNative(NativeBackend, CpuBackend):
@@ -32,22 +32,24 @@ def _empty(x: Tensor) -> Tensor:
 
 @operator(lambda x, weight, eps: _empty(x))
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    out, x, weight = _empty(x), as_rows(x), weight.contiguous()
-    _run(x, (0, 0, 0, 0), weight, out, 0, eps)
+    out = _empty(x)
+    _run(x, _NO_ROWS, weight, out, 0, eps)
     return out
 
 
 @operator(lambda x, residual, weight, eps: (_empty(x), _empty(x)))
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out, total = _empty(x), _empty(x)
-    x, residual, weight = as_rows(x), as_rows(residual), weight.contiguous()
-    _run(x, rows(residual), weight, out, total.data_ptr(), eps)
+    residual, residual_rows = rows(residual)
+    _run(x, residual_rows, weight, out, total.data_ptr(), eps)
     return out, total
 
 
 def _run(x: Tensor, residual: tuple[int, ...], weight: Tensor, out: Tensor, total: int, eps: float) -> None:
-    places = (weight.data_ptr(), DTYPES[weight.dtype], out.data_ptr(), total)
-    _kernel()(*rows(x), *residual, *places, *row_counts(x), eps)
+    x, x_rows = rows(x)
+    weight = weight.contiguous()
+    _kernel()(*x_rows, *residual, *floats(weight), out.data_ptr(), total, *row_counts(x), eps)
 
 
+_NO_ROWS = (0, 0, 0, 0)
 _kernel = cache(lambda: packed_function("qnext_rms_norm", "15qd"))

@@ -1,4 +1,4 @@
-"""Full attention over SGLang's paged cache on a CPU, with PyTorch's scaled_dot_product_attention.
+"""Full attention over SGLang's paged cache on a CPU, on our kernel.
 
 One function serves prefill, decode, verification and drafts: a query at position p sees its sequence's keys 0 to p.
 SGLang's own ``torch_native`` backend has no verification and no drafts.
@@ -12,8 +12,8 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool, move_kv_cache_native
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from qnext_kernels import paged_attention
 from qnext_sglang.cpu.platform import ATTENTION_BACKEND
 
 
@@ -27,18 +27,19 @@ class CpuKVPool(MHATokenToKVPool):
         move_kv_cache_native(self.k_buffer, self.v_buffer, tgt_loc, src_loc)
 
 
-class Run(NamedTuple):
-    """Tokens of one sequence that attend together."""
+class Batch(NamedTuple):
+    """The sequences that attend, with the tokens that they attend for."""
 
-    tokens: slice
     slots: Tensor
-    """[keys], where its keys and values lie."""
-    mask: Tensor | None
-    """[tokens, keys] bool; None: every key."""
+    """[N, longest] int32, where the keys and values of each sequence lie."""
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    tokens: int
+    """How many of the batch's rows; padding follows."""
 
 
 class CpuAttentionBackend(AttentionBackend):
-    """Sequence by sequence, so that a sequence's result does not depend on the rest of the batch."""
+    """The kernel reads SGLang's pool as a cache with blocks of one slot."""
 
     needs_cpu_seq_lens = False
 
@@ -46,28 +47,22 @@ class CpuAttentionBackend(AttentionBackend):
         super().__init__()
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
-        self._runs: list[Run] = []
+        self._batch: Batch | None = None
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Find each run's tokens, the cache slots of its keys, and its mask, once for all layers."""
+        """Find each sequence's tokens and the cache slots of its keys, once for all layers."""
         positions, mode = forward_batch.positions, forward_batch.forward_mode
-        requests = forward_batch.req_pool_indices.tolist()
+        requests = forward_batch.req_pool_indices
         if mode.is_decode() or mode.is_target_verify() or forward_batch.extend_seq_lens is None:
-            # Query by query: a verified token then has the bits of a decoded one.
-            tokens = len(positions) // max(1, len(requests))
-            requests, lengths = [request for request in requests for _ in range(tokens)], [1] * len(positions)
+            lengths = torch.full((len(requests),), len(positions) // max(1, len(requests)))
         else:
-            lengths = forward_batch.extend_seq_lens.tolist()
-        self._runs = []
-        start = 0
-        for request, length in zip(requests, lengths, strict=False):
-            if length:
-                own = positions[start : start + length]
-                keys = int(own[-1]) + 1
-                slots = self.req_to_token_pool.req_to_token[request, :keys].long()
-                mask = torch.arange(keys) <= own[:, None] if length > 1 else None
-                self._runs.append(Run(slice(start, start + length), slots, mask))
-            start += length
+            lengths = forward_batch.extend_seq_lens.long()
+        requests, lengths = requests[lengths > 0], lengths[lengths > 0]
+        ends = lengths.cumsum(0)
+        tokens = int(ends[-1]) if len(ends) else 0
+        seq_lens = positions[ends - 1] + 1
+        slots = self.req_to_token_pool.req_to_token[requests, : int(seq_lens.max()) if tokens else 0]
+        self._batch = Batch(slots, seq_lens, torch.nn.functional.pad(ends, (1, 0)), tokens)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -91,18 +86,13 @@ class CpuAttentionBackend(AttentionBackend):
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.zeros_like(q)
-        keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
-        for run in self._runs:
-            attended = scaled_dot_product_attention(
-                q[run.tokens].transpose(0, 1)[None],
-                keys[run.slots].transpose(0, 1)[None].to(q.dtype),
-                values[run.slots].transpose(0, 1)[None].to(q.dtype),
-                attn_mask=run.mask,
-                scale=layer.scaling,
-                enable_gqa=True,
-            )
-            out[run.tokens] = attended[0].transpose(0, 1)
+        batch = self._batch
+        if batch is not None and batch.tokens:
+            keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)[:, None]
+            values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)[:, None]
+            queries = q[: batch.tokens].to(keys.dtype)
+            where = (batch.slots, batch.seq_lens, batch.query_start_loc)
+            out[: batch.tokens] = paged_attention(queries, keys, values, *where, layer.scaling).to(q.dtype)
         return out.flatten(1)
 
 

@@ -1,0 +1,69 @@
+"""Full attention over vLLM's paged cache on a CPU, on our kernel: a verified token has the bits of a decoded one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qnext_kernels import paged_attention, selected_backends, store_kv
+from qnext_vllm import vllm_api as api
+
+
+class QnextAttentionImpl(api.CPUAttentionBackendImpl):
+    """The cache is vLLM's: [blocks, kv_heads, block_size, 2·head_dim]."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        if attn_metadata is None:  # vLLM measures memory without a cache
+            return output
+        tokens = attn_metadata.num_actual_tokens
+        output[:tokens] = paged_attention(
+            query[:tokens],
+            *keys_and_values(kv_cache),
+            attn_metadata.block_table,
+            attn_metadata.seq_lens,
+            attn_metadata.query_start_loc,
+            self.scale,
+            causal=attn_metadata.causal,
+        )
+        return output
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        tokens = slot_mapping.shape[0]
+        store_kv(key[:tokens], value[:tokens], *keys_and_values(kv_cache), slot_mapping)
+
+
+class QnextAttentionBackend(api.CPUAttentionBackend):
+    """vLLM's CPU backend with our arithmetic; its name, cache and metadata stay vLLM's."""
+
+    @staticmethod
+    def get_impl_cls() -> type[QnextAttentionImpl]:
+        return QnextAttentionImpl
+
+
+def attention_backend(cache_dtype: str, dtype: torch.dtype, device: torch.device) -> type[QnextAttentionBackend] | None:
+    """Our backend where our kernel serves and the cache holds what the model computes with, else None: vLLM's own."""
+    stores_model_dtype = cache_dtype == "auto" or getattr(torch, cache_dtype, None) == dtype
+    serves = selected_backends(device, dtype)["paged_attention"] == "native"
+    return QnextAttentionBackend if stores_model_dtype and serves else None
+
+
+def keys_and_values(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Views [blocks, block_size, kv_heads, head_dim] of vLLM's cache, where a head's keys lie before its values."""
+    blocks, heads, block_size, _ = kv_cache.shape
+    halves = kv_cache.view(blocks, heads, 2, block_size, -1).transpose(1, 3)
+    return halves[:, :, 0], halves[:, :, 1]
