@@ -42,10 +42,10 @@ def experts_rows(s: Sizes) -> Iterator[Row]:
 
     def build(tokens: int) -> Case:
         w13, w2, name, peer = weights()
-        active = min(s.experts, tokens * s.top_k)
-        read = active * 3 * s.intermediate * s.hidden * 2
-        sets = min(rotations(read, 64 << 30), 64)
+        one_expert = 3 * s.intermediate * s.hidden * 2
+        sets = min(rotations(one_expert * min(s.experts, tokens * s.top_k), 64 << 30), 64)
         ids = balanced_routing(sets * tokens, s.experts, s.top_k).view(sets, tokens, s.top_k)
+        read = one_expert * sum(len(each.unique()) for each in ids) / sets
         scores = torch.softmax(torch.randn(sets, tokens, s.top_k), dim=-1)
         x = normal(tokens, s.hidden)
         out = torch.empty_like(x)

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from cpu_cases import GROUPS
 from cpu_inputs import REAL, TINY, Case, Row
-from cpu_roof import Roofs, clock, describe_machine, interleave, keep_freed_memory
+from cpu_roof import OtherLoad, Roofs, clock, describe_machine, interleave, keep_freed_memory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -79,6 +79,7 @@ def _tensors(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def measure(row: Row, case: Case, threads: int, quick: bool) -> Result:
+    """Time both sides in turns with so many threads."""
     torch.set_num_threads(threads)
     case.retune()
     calls = [case.ours, case.peer]
@@ -108,12 +109,13 @@ def run(args: argparse.Namespace, console: Console) -> tuple[list[Result], Roofs
     start, results, agreed = time.monotonic(), list[Result](), True
     groups, roofs = choose_rows(args), Roofs()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    # No refreshing thread: it would take CPU time of what is measured.
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("roofs", total=sum(map(len, groups)))
         roofs.measure(args.threads, args.quick)
         while groups:
             for row in groups.pop(0):
-                progress.update(task, description=f"{row.op} {row.shape}")
+                progress.update(task, description=f"{row.op} {row.shape}", refresh=True)
                 if args.quick and time.monotonic() - start > QUICK_SECONDS:
                     console.print(f"{row.op} {row.shape}: left out, --quick has taken {QUICK_SECONDS} s")
                     continue
@@ -127,7 +129,7 @@ def run(args: argparse.Namespace, console: Console) -> tuple[list[Result], Roofs
                 del case
                 gc.collect()
                 progress.advance(task)
-            progress.update(task, description="roofs")
+            progress.update(task, description="roofs", refresh=True)
             roofs.measure(args.threads, args.quick)
     return results, roofs, agreed
 
@@ -200,10 +202,11 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 170)
     keep_freed_memory()
     torch.manual_seed(0)
-    header = describe_machine()
+    header, others = describe_machine(), OtherLoad()
     with torch.inference_mode():
         results, roofs, agreed = run(args, console)
     header += [roofs.describe(threads) for threads in args.threads]
+    header.append(others.describe())
     for line in header:
         console.print(line, markup=False, highlight=False)
     print_table(console, results, roofs)

@@ -57,6 +57,26 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
+class OtherLoad:
+    """How much of the machine went to others since this was made: what makes wall times unsound."""
+
+    def __init__(self) -> None:
+        self._start, self._began = self._now(), time.monotonic()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        """Seconds that all cores were busy or taken by the hypervisor, and those of this process; waiting is idle."""
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        ticks = user + nice + system + irq + softirq + steal
+        return ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+    def describe(self) -> str:
+        """One line, in cores."""
+        busy, own = (now - start for now, start in zip(self._now(), self._start, strict=True))
+        seconds = time.monotonic() - self._began
+        return f"other processes: {max(0.0, busy - own) / seconds:.2f} of {os.cpu_count()} cores over {seconds:.0f} s"
+
+
 def last_level_cache() -> int:
     """Bytes of the largest cache that the first core sees; 32 MiB where the system does not say."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -14,7 +15,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="QNEXT_", extra="ignore")
 
     backend: str = Field(default="", description="Forces kernel backends: names or operation=name, with commas.")
+    cache_dir: Path | None = Field(
+        default=None, description="Where compiled CPU kernels are kept; by default the user's cache folder."
+    )
     disable: bool = Field(default=False, description="Leaves the engine's own Qwen3-Next in place.")
+    isa: str | None = Field(default=None, description="Instruction set of the CPU kernels: avx512bf16 or avx2.")
     strict: bool = Field(default=False, description="Raises where the plugin would otherwise step back with one line.")
 
     def forced_backends(self) -> dict[str, str]:

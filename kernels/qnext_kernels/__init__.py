@@ -1,8 +1,9 @@
 """Kernels of Qwen3-Next: torch in, torch out, and nothing of any engine.
 
 One folder an operation. Each exports public functions whose docstrings give shapes, dtypes and what is written in
-place; ``reference.py`` beside them is the readable definition, the other files are backends (``cpu.py``: vectorised
-PyTorch). :mod:`qnext_kernels.dispatch` picks the backend of a call and can say why it declined the others.
+place; ``reference.py`` beside them is the readable definition, the other files are backends (``native.py``: C++ under
+``csrc/``, ``cpu.py``: vectorised PyTorch). :mod:`qnext_kernels.dispatch` picks the backend of a call and can say why it
+declined the others.
 """
 
 from qnext_kernels.causal_conv1d import causal_conv1d_decode, causal_conv1d_prefill, causal_conv1d_verify

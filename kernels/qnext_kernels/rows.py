@@ -1,6 +1,6 @@
 """What ``csrc/rows.h`` reads: tensors as rows of unit stride, and arguments packed as a C struct.
 
-These kernels take about as long as it takes Python to call them, and filling a ctypes.Structure takes longer than that.
+Of one token, most of the time is that of the call, and struct packs arguments in a third of the time of ctypes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def row_counts(x: Tensor) -> tuple[int, int, int]:
 
 
 def packed_function(name: str, layout: str) -> Callable[..., int | None]:
-    """The C function ``bool name(const arguments*)``, called with the fields of its struct.
+    """The C function ``name(const arguments*)``, void or bool, called with the fields of its struct.
 
     Args:
         name: of the function.
