@@ -47,6 +47,8 @@ CPU_FLAGS_OF_ISA = {
     "avx2": {"avx2", "fma", "f16c"},
 }
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+LONGEST_WAIT = 300
+"""Seconds for another process that compiles; then this one goes on without the library."""
 
 
 class NativeError(RuntimeError):
@@ -100,7 +102,7 @@ def build(isa: str, folder: Path) -> Path:
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{library}.lock"), tempfile.TemporaryDirectory(dir=folder) as work:
+    with FileLock(f"{library}.lock", timeout=LONGEST_WAIT), tempfile.TemporaryDirectory(dir=folder) as work:
         if library.exists():
             return library
         logger.warning("qnext-kernels: compiling the CPU kernels for %s, once, into %s", isa, library)
