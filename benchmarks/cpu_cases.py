@@ -38,7 +38,9 @@ def experts_rows(s: Sizes) -> Iterator[Row]:
     def weights() -> tuple[Tensor, Tensor, str, Callable[..., None]]:
         w13 = normal(s.experts, 2 * s.intermediate, s.hidden, scale=0.02)
         w2 = normal(s.experts, s.hidden, s.intermediate, scale=0.02)
-        return w13, w2, *peers.experts(w13, w2)
+        packed = peers.experts(w13, w2)
+        qnext_kernels.use_huge_pages(w13, w2)  # as our engines' sides do
+        return w13, w2, *packed
 
     def build(tokens: int) -> Case:
         w13, w2, name, peer = weights()

@@ -13,53 +13,23 @@ time.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from cpu_cases import GROUPS
 from cpu_inputs import REAL, TINY, Case, Row
+from cpu_report import Result, print_table, write_csv, write_plot
 from cpu_roof import OtherLoad, Roofs, clock, describe_machine, interleave, keep_freed_memory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 
-COLUMNS = ("op", "shape", "threads", "ours_ms", "peer", "peer_ms", "ratio", "roof_pct")
 QUICK_SECONDS = 270
 """After this long a --quick run starts no further row, so that it ends within five minutes."""
-
-
-@dataclass
-class Result:
-    """A measured row; times in seconds, work as in :class:`cpu_inputs.Case`."""
-
-    op: str
-    shape: str
-    threads: int
-    ours: float
-    peer_name: str
-    peer: float
-    flops: float
-    moved: float | None
-
-    def cells(self, roofs: Roofs) -> tuple[str, ...]:
-        """The values of :data:`COLUMNS`, then which roof it is; "-" for inputs that stay in cache."""
-        percent = bound = "-"
-        if self.moved is not None:
-            least, bound = roofs.seconds(self.threads, self.flops, self.moved)
-            percent = f"{100 * least / self.ours:.0f}"
-        times = (milliseconds(self.ours), self.peer_name, milliseconds(self.peer), f"{self.peer / self.ours:.2f}")
-        return (self.op, self.shape, str(self.threads), *times, percent, bound)
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.4g}"
 
 
 def difference(case: Case) -> str | None:
@@ -132,51 +102,6 @@ def run(args: argparse.Namespace, console: Console) -> tuple[list[Result], Roofs
             progress.update(task, description="roofs", refresh=True)
             roofs.measure(args.threads, args.quick)
     return results, roofs, agreed
-
-
-def print_table(console: Console, results: list[Result], roofs: Roofs) -> None:
-    table = Table()
-    for column in (*COLUMNS, "roof"):
-        words = column in ("op", "shape", "peer", "roof")
-        table.add_column(column, justify="left" if words else "right", no_wrap=column != "peer", overflow="fold")
-    for result in results:
-        table.add_row(*result.cells(roofs))
-    console.print(table)
-
-
-def write_csv(path: Path, header: list[str], results: list[Result], roofs: Roofs) -> None:
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {line}\n" for line in header)
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(result.cells(roofs)[: len(COLUMNS)] for result in results)
-
-
-def write_plot(path: Path, title: str, results: list[Result]) -> str | None:
-    """Bars of peer / ours; returns why there is none."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "--plot needs matplotlib (pip install matplotlib); no plot was written"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    labels = list(dict.fromkeys(f"{result.op}, {result.shape}" for result in results))
-    threads = sorted({result.threads for result in results})
-    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.3 * len(labels)), layout="constrained")
-    for n, count in enumerate(threads):
-        bars = {f"{r.op}, {r.shape}": r.peer / r.ours for r in results if r.threads == count}
-        offset = 0.8 * ((n + 0.5) / len(threads) - 0.5)
-        places = [labels.index(label) + offset for label in bars]
-        axes.barh(places, list(bars.values()), height=0.8 / len(threads), label=f"threads={count}")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="time of vLLM's own / ours (right of 1: ours is faster)")
-    axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
-    axes.set_title(title, fontsize="small", loc="left")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    return None
 
 
 def thread_counts(value: str) -> list[int]:

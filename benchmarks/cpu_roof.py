@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from qnext_kernels import use_huge_pages
+
 Call = Callable[[int], object]
 """One run of an operation; the number of the run says which of its rotating inputs it takes."""
 
@@ -65,10 +67,10 @@ class OtherLoad:
 
     @staticmethod
     def _now() -> tuple[float, float]:
-        """Seconds that all cores were busy or taken by the hypervisor, and those of this process; waiting is idle."""
+        """Seconds that all cores were busy or taken by the hypervisor; those of this process and its ended children."""
         user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
         ticks = user + nice + system + irq + softirq + steal
-        return ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+        return ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
 
     def describe(self) -> str:
         """One line, in cores."""
@@ -137,6 +139,7 @@ class Roofs:
 
     def _measure(self, threads: int, now: Callable[[], float], quick: bool) -> None:
         data = torch.ones((256 << 20 if quick else 512 << 20) // 4)
+        use_huge_pages(data)
         for read in (data.sum, data.max):
             _keep_best(self.bandwidth, threads, data.nbytes, now, read)
         del data

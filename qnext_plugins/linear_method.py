@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qnext_kernels import linear, selected_backends
+from qnext_kernels import linear, selected_backends, use_huge_pages
 
 
 class RowMajorMethod:
@@ -25,4 +25,5 @@ def replace_method(layer: Any, ours: Mapping[type, type[RowMajorMethod]]) -> Any
     method = ours.get(type(layer.quant_method))
     if method is not None and selected_backends(layer.weight.device, layer.weight.dtype)["linear"] == "native":
         layer.quant_method = method()
+        use_huge_pages(layer.weight)
     return layer

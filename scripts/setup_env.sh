@@ -211,7 +211,7 @@ assert current_platform.is_cpu(), "vLLM does not recognise its CPU platform"
 
 # With PyPI's torch, CUDA libraries and all: SGLang imports torchvision, whose wheel links them.
 install_sglang() {
-    step "Installing SGLang, this package and its tools" pip_install -e '.[sglang,demo,dev]'
+    step "Installing SGLang, this package and its tools" pip_install -e '.[sglang,demo,dev,clients]'
     step "Checking that SGLang starts" "${first_import[@]}" -c '
 import torchvision
 import transformers.models.auto.modeling_auto

@@ -2,8 +2,8 @@
 
 One folder an operation. Each exports public functions whose docstrings give shapes, dtypes and what is written in
 place; ``reference.py`` beside them is the readable definition, the other files are backends (``native.py``: C++ under
-``csrc/``, ``cpu.py``: vectorised PyTorch). :mod:`qnext_kernels.dispatch` picks the backend of a call and can say why it
-declined the others.
+``csrc/``, ``cpu.py``: vectorised PyTorch, ``triton.py``: for GPUs). :mod:`qnext_kernels.dispatch` picks the backend of
+a call and can say why it declined the others.
 """
 
 from qnext_kernels.causal_conv1d import causal_conv1d_decode, causal_conv1d_prefill, causal_conv1d_verify
@@ -16,6 +16,7 @@ from qnext_kernels.gated_delta_rule import (
 )
 from qnext_kernels.gated_norm import gated_rms_norm
 from qnext_kernels.linear import linear
+from qnext_kernels.memory import use_huge_pages
 from qnext_kernels.moe import experts, silu_and_mul, topk_softmax
 from qnext_kernels.paged_attention import paged_attention, store_kv
 from qnext_kernels.rms_norm import rms_norm
@@ -41,4 +42,5 @@ __all__ = [
     "silu_and_mul",
     "store_kv",
     "topk_softmax",
+    "use_huge_pages",
 ]

@@ -82,7 +82,9 @@ def decline(reason: str) -> None:
     Raises:
         UnsupportedEngineError: with ``QNEXT_STRICT=1``.
     """
-    if os.environ.get("QNEXT_STRICT", "0").lower() not in ("0", "", "false", "no", "off"):
+    from qnext_plugins.strict import strict
+
+    if strict():
         raise UnsupportedEngineError(f"qnext-plugins: {reason}")
     # Not a warning: sglang.Engine's default log level hides those, and its own model would look like ours.
     logger.error("qnext-plugins leaves SGLang's own Qwen3-Next in place: %s", reason)

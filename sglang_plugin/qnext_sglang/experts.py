@@ -6,13 +6,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qnext_kernels import experts, topk_softmax
+from qnext_kernels import experts, topk_softmax, use_huge_pages
 from qnext_plugins.model import Qwen3NextConfig
 from qnext_sglang import sglang_api as api
 
 
 class QnextMoEMethod(api.UnquantizedFusedMoEMethod):
     """Unquantized experts on our kernel, which reads the weights as they are loaded."""
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        use_huge_pages(layer.w13_weight, layer.w2_weight)
 
     def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:
         """No runner of SGLang's: ``apply`` is a direct kernel on standard top-k with local expert indices."""

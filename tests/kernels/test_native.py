@@ -89,5 +89,6 @@ def test_instruction_set_that_the_processor_lacks_is_refused(monkeypatch: pytest
 def test_dtypes_of_others_are_declined_with_the_reason() -> None:
     from qnext_kernels.gated_delta_rule import operation
 
-    reasons = [backend.supports(torch.device("cpu"), torch.float16) for backend in operation.backends]
-    assert reasons == ["needs torch.float32 or torch.bfloat16, got torch.float16", None, None]
+    reasons = {backend.name: backend.supports(torch.device("cpu"), torch.float16) for backend in operation.backends}
+    assert reasons["native"] == "needs torch.float32 or torch.bfloat16, got torch.float16"
+    assert reasons["cpu"] is reasons["reference"] is None

@@ -225,7 +225,7 @@ def parameters(function: Any) -> list[str]:
 
 
 def test_only_the_named_modules_import_sglang() -> None:
-    named = {"__init__.py", "hooks.py", "serving.py", "sglang_api.py"}
+    named = {"__init__.py", "doctor.py", "hooks.py", "serving.py", "sglang_api.py"}
     named |= {"cpu/attention.py", "cpu/defaults.py", "cpu/hooks.py", "cpu/platform.py"}
     importing = {
         module

@@ -78,6 +78,13 @@ def test_strict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         register()
 
 
+def test_strict_raises_beside_an_invalid_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QNEXT_STRICT", "1")
+    monkeypatch.setenv("QNEXT_DISABLE", "maybe")
+    with pytest.raises(UnsupportedEngineError, match="disable"):
+        register()
+
+
 def test_unknown_forced_backend_leaves_the_in_tree_model(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
     monkeypatch.setenv("QNEXT_BACKEND", "fastest")
     register()

@@ -28,12 +28,12 @@ def register() -> None:
     Raises:
         UnsupportedEngineError: only with ``QNEXT_STRICT=1``.
     """
-    strict = False
+    from qnext_plugins.strict import strict
+
     try:
         from qnext_plugins.settings import Settings
 
         settings = Settings()
-        strict = settings.strict
         if settings.disable:
             return
         settings.forced_backends()
@@ -49,7 +49,7 @@ def register() -> None:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
     if reason is not None:
-        if strict:
+        if strict():
             raise UnsupportedEngineError(f"qnext-plugins: {reason}")
         logger.warning("qnext-plugins leaves vLLM's own Qwen3-Next in place: %s", reason)
 

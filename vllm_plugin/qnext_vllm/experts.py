@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qnext_kernels import experts, topk_softmax
+from qnext_kernels import experts, topk_softmax, use_huge_pages
 from qnext_vllm import vllm_api as api
 
 
@@ -26,6 +26,10 @@ class QnextMoEMethod(api.UnquantizedFusedMoEMethod):
         self.unquantized_backend = api.UnquantizedMoeBackend.CPU
         self.experts_cls = None
         self.supports_pre_processed_weights = True
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        use_huge_pages(layer.w13_weight, layer.w2_weight)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Nothing: row-major weights are what the kernel reads."""

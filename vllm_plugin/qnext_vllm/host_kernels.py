@@ -1,7 +1,7 @@
 """What vLLM lacks, or has wrong, on a CPU without Triton, and speculation on Qwen3-Next needs.
 
 The functions of :data:`HOST_KERNELS` have the names and arguments of Triton kernels and do the same; the decisions
-around them stay vLLM's. They are registered where vLLM registers its own counterparts for CPUs.
+around them stay vLLM's. They take the kernels' places as vLLM's own counterparts for CPUs do.
 
 - With prefix caching vLLM keeps recurrent states at cache-block boundaries (``mamba_cache_mode = "align"``); with
   speculation as well, two kernels of ``vllm.v1.worker.mamba_utils`` copy them. They have no counterpart, and the first
@@ -15,6 +15,8 @@ One function is wrapped: the rejection sampler's top-k fails on a step without d
 from __future__ import annotations
 
 import ctypes
+import importlib
+import sys
 from collections.abc import Callable
 from functools import cache
 
@@ -204,16 +206,38 @@ HOST_KERNELS: dict[str, Callable[..., None]] = {
 }
 
 
+def _override(name: str, implementation: Callable[..., None]) -> None:
+    """Put ``implementation`` in the place of the Triton kernel ``name``, wherever vLLM's modules refer to it.
+
+    With vLLM's own wrapper, but not its ``register_kernels``: that looks into the objects of every library, and
+    llvmlite, which n-gram drafts import, has one at which it fails.
+    """
+    from vllm.triton_utils.dispatcher import KernelOverride
+
+    module_name, attribute = name.rsplit(".", 1)
+    original = getattr(importlib.import_module(module_name), attribute)
+    override = KernelOverride(original, implementation)
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("vllm."):
+            for key, value in list(vars(module).items()):
+                if value is original:
+                    setattr(module, key, override)
+                # What warms a kernel up holds it, and has read its arguments' names.
+                elif isinstance(held := getattr(value, "__dict__", None), dict) and held.get("kernel") is original:
+                    value.kernel = override
+                    held.pop("_kernel_arg_names", None)
+
+
 @cache
 def register_host_kernels() -> None:
     """Put everything here in place; where Triton is there, its kernels run and nothing is done."""
     from vllm.triton_utils import HAS_TRITON
-    from vllm.triton_utils.dispatcher import register_kernels
     from vllm.v1.sample import rejection_sampler
 
     if HAS_TRITON:
         return
-    register_kernels(HOST_KERNELS)
+    for name, implementation in HOST_KERNELS.items():
+        _override(name, implementation)
     apply_top_k_top_p = rejection_sampler.apply_top_k_top_p
 
     def apply_to_drafts(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:

@@ -76,15 +76,15 @@ class Run {
     // middle[pair] = SiLU(gate x) · up x in columns [first, last), for the tokens of one expert.
     void up(int64_t expert, int64_t first, int64_t last) {
         const int64_t begin = routing.start[expert], end = routing.start[expert + 1];
-        const int64_t width = packed_width<T>(p.hidden);
-        const auto packed = scratch<Packed>(std::min(kTokens, end - begin) * width);
+        const int64_t width = packed_width<T>(p.hidden), stride = packed_stride<T>(p.hidden);
+        const auto packed = scratch<Packed>(std::min(kTokens, end - begin) * stride);
         const auto products = scratch<float>(std::min(kTokens, end - begin) * 2 * kPairs);
         const T* w = static_cast<const T*>(p.w13) + expert * 2 * p.middle * p.hidden;
         for (int64_t block = begin; block < end; block += kTokens) {
             const int64_t count = std::min(kTokens, end - block);
             for (int64_t i = 0; i < count; ++i) {
                 const T* x = static_cast<const T*>(p.x) + routing.pairs[block + i] / p.top_k * p.x_token;
-                Dot<T>::pack(x, p.hidden, packed.get() + i * width, width);
+                Dot<T>::pack(x, p.hidden, packed.get() + i * stride, width);
             }
             for (int64_t row = first; row < last; row += kPairs) {
                 const int64_t some = std::min(kPairs, last - row);
@@ -115,8 +115,8 @@ class Run {
     // Columns [first, last) of the output of every token.
     void down(int64_t first, int64_t last) {
         if (first >= last) return;
-        const int64_t width = packed_width<T>(p.middle);
-        const auto packed = scratch<Packed>(kTokens * width);
+        const int64_t width = packed_width<T>(p.middle), stride = packed_stride<T>(p.middle);
+        const auto packed = scratch<Packed>(kTokens * stride);
         const auto products = scratch<float>(kTokens * kColumns);
         for (int64_t t = 0; t < p.tokens; ++t)
             std::fill(total.get() + t * p.hidden + first, total.get() + t * p.hidden + last, 0.0f);
@@ -126,7 +126,7 @@ class Run {
             for (int64_t block = routing.start[expert]; block < end; block += kTokens) {
                 const int64_t count = std::min(kTokens, end - block);
                 for (int64_t i = 0; i < count; ++i)
-                    Dot<T>::pack(middle.get() + (block + i) * p.middle, p.middle, packed.get() + i * width, width);
+                    Dot<T>::pack(middle.get() + (block + i) * p.middle, p.middle, packed.get() + i * stride, width);
                 for (int64_t column = first; column < last; column += kColumns) {
                     const int64_t some = std::min(kColumns, last - column);
                     const T* rows[kColumns];

@@ -16,6 +16,9 @@ namespace qnext {
 
 constexpr int64_t kBlock = 512;
 constexpr int kRowsAtOnce = 4;  // streams of weights that a processor fetches ahead
+// Rows that all activations meet before the next; rows mostly lie a page apart, and the same block of many such rows finds
+// no place in the second-level cache.
+constexpr int64_t kGroup = 64;
 // With two rows at once their sums, weights, an activation and a mask fill the registers.
 constexpr int kActivations = Vec::size == 16 ? 8 : 5;
 // Activations that are packed together: with the rows that they meet they fit in the second-level cache.
@@ -97,14 +100,26 @@ int64_t packed_width(int64_t k) {
     return (k + Dot<T>::step - 1) / Dot<T>::step * Dot<T>::step;
 }
 
+// Elements from a packed activation to the next: not a multiple of a page, as the distance between rows of weights mostly
+// is, else all that is multiplied together would compete for the same few places of the first-level cache.
+template <class T>
+int64_t packed_stride(int64_t k) {
+    constexpr int64_t element = sizeof(typename Dot<T>::Packed), page = 4096, apart = page / 2 + 64;
+    const int64_t bytes = packed_width<T>(k) * element;
+    return (bytes <= apart ? bytes : (bytes - apart + page - 1) / page * page + apart) / element;
+}
+
 // Keeps the compiler from reading an activation from memory again for every row: that would be the limit.
 inline void in_register(Vec& x) { asm("" : "+v"(x.v)); }
 
-// Adds to c[a · c_stride + r] the products of elements [0, size) of activations a < A and rows r < R. With Ahead the same
-// elements of the next R rows are fetched: a processor's own prefetching ends with a page, which a row often fills.
+// Not inlined: among the surrounding loops the compiler would keep sums in memory instead of registers.
+//
+// Adds to c[a · c_stride + r] the products of elements [0, size) of activations a < A and rows r < R. With `ahead` the same
+// elements of those rows are fetched: a processor's own prefetching ends with a page, which a row often fills.
 template <class T, int A, int R, bool Ahead>
-void multiply_tile(const typename Dot<T>::Packed* x, int64_t x_stride, const T* const* rows, int64_t offset, int64_t size,
-                   float* c, int64_t c_stride) {
+__attribute__((noinline)) void multiply_tile(const typename Dot<T>::Packed* x, int64_t x_stride, const T* const* rows,
+                                             const T* const* ahead, int64_t offset, int64_t size, float* c,
+                                             int64_t c_stride) {
     using D = Dot<T>;
     Vec total[A][R];
     for (int a = 0; a < A; ++a)
@@ -114,7 +129,7 @@ void multiply_tile(const typename Dot<T>::Packed* x, int64_t x_stride, const T* 
     const int64_t whole = size / D::step * D::step;
     for (int64_t i = 0; i < whole; i += D::step) {
         if constexpr (Ahead)
-            for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(rows[R + r] + offset + i), _MM_HINT_T0);
+            for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(ahead[r] + offset + i), _MM_HINT_T0);
         for (int part = 0; part < D::parts; ++part) {
             Vec weights[R];
             for (int r = 0; r < R; ++r) weights[r] = D::weights(w[r] + i, part);
@@ -140,56 +155,55 @@ void multiply_tile(const typename Dot<T>::Packed* x, int64_t x_stride, const T* 
         for (int r = 0; r < R; ++r) c[a * c_stride + r] += sum(total[a][r]);
 }
 
-// The same for any number of activations up to A.
-template <class T, int R, bool Ahead, int A = kActivations>
+// The same for any number of activations up to A; without `ahead` nothing is fetched.
+template <class T, int R, int A>
 void multiply_rows(int activations, const typename Dot<T>::Packed* x, int64_t x_stride, const T* const* rows,
-                   int64_t offset, int64_t size, float* c, int64_t c_stride) {
-    if (activations == A)
-        multiply_tile<T, A, R, Ahead>(x, x_stride, rows, offset, size, c, c_stride);
-    else if constexpr (A > 1)
-        multiply_rows<T, R, Ahead, A - 1>(activations, x, x_stride, rows, offset, size, c, c_stride);
+                   const T* const* ahead, int64_t offset, int64_t size, float* c, int64_t c_stride) {
+    if (activations == A) {
+        if (ahead)
+            multiply_tile<T, A, R, true>(x, x_stride, rows, ahead, offset, size, c, c_stride);
+        else
+            multiply_tile<T, A, R, false>(x, x_stride, rows, ahead, offset, size, c, c_stride);
+    } else if constexpr (A > 1) {
+        multiply_rows<T, R, A - 1>(activations, x, x_stride, rows, ahead, offset, size, c, c_stride);
+    }
+}
+
+// The products of all activations with `group` rows, then with the next: a block of a few activations stays in the
+// first-level cache while the block of those rows passes by, and that in the second-level cache for the next activations.
+template <int A, int R, class T>
+void multiply_groups(const typename Dot<T>::Packed* x, int64_t count, const T* const* rows, int64_t num_rows,
+                     int64_t group, int64_t k, float* c) {
+    const int64_t stride = packed_stride<T>(k);
+    for (int64_t begin = 0; begin < num_rows; begin += group) {
+        const int64_t end = std::min(begin + group, num_rows);
+        for (int64_t i = 0; i < k; i += kBlock) {
+            const int64_t size = std::min(kBlock, k - i);
+            for (int64_t a = 0; a < count; a += A) {
+                const int some = std::min<int64_t>(A, count - a);
+                const auto run = [&](auto at_once, int64_t r) {
+                    const auto ahead = a == 0 && r + group + at_once <= num_rows ? rows + r + group : nullptr;
+                    multiply_rows<T, at_once, A>(some, x + a * stride + i, stride, rows + r, ahead, i, size,
+                                                 c + a * num_rows + r, num_rows);
+                };
+                int64_t r = begin;
+                for (; r + R <= end; r += R) run(std::integral_constant<int, R>(), r);
+                for (; r < end; ++r) run(std::integral_constant<int, 1>(), r);
+            }
+        }
+    }
 }
 
 // c [count, num_rows] = x [count, K] · rows [num_rows, K]ᵀ, with x packed.
 template <class T>
 void multiply(const typename Dot<T>::Packed* x, int64_t count, const T* const* rows, int64_t num_rows, int64_t k,
               float* c) {
-    const int64_t width = packed_width<T>(k);
     std::fill_n(c, count * num_rows, 0.0f);
-    if (count <= kActivations) {
-        // Weights are read once, along their rows; few sums leave registers for more rows.
-        const auto along = [&](auto at_once, auto ahead, int64_t r) {
-            constexpr int R = decltype(at_once)::value;
-            for (int64_t i = 0; i < k; i += kBlock) {
-                const int64_t size = std::min(kBlock, k - i);
-                multiply_rows<T, R, decltype(ahead)::value>(count, x + i, width, rows + r, i, size, c + r, num_rows);
-            }
-        };
-        const auto all = [&](auto at_once) {
-            constexpr int R = decltype(at_once)::value;
-            int64_t r = 0;
-            for (; r + 2 * R <= num_rows; r += R) along(at_once, std::true_type(), r);
-            for (; r + R <= num_rows; r += R) along(at_once, std::false_type(), r);
-            for (; r < num_rows; ++r) along(std::integral_constant<int, 1>(), std::false_type(), r);
-        };
-        if (count <= 2)
-            all(std::integral_constant<int, kRowsAtOnce>());
-        else
-            all(std::integral_constant<int, 2>());
-        return;
-    }
-    // A block of a few activations stays in the first-level cache while the block of all rows passes by.
-    for (int64_t i = 0; i < k; i += kBlock) {
-        const int64_t size = std::min(kBlock, k - i);
-        for (int64_t a = 0; a < count; a += kActivations) {
-            const int some = std::min<int64_t>(kActivations, count - a);
-            int64_t r = 0;
-            for (; r + 2 <= num_rows; r += 2)
-                multiply_rows<T, 2, false>(some, x + a * width + i, width, rows + r, i, size, c + a * num_rows + r, num_rows);
-            if (r < num_rows)
-                multiply_rows<T, 1, false>(some, x + a * width + i, width, rows + r, i, size, c + a * num_rows + r, num_rows);
-        }
-    }
+    // Few sums leave registers for more rows. For few activations weights are read once, along their rows.
+    if (count <= 2)
+        multiply_groups<2, kRowsAtOnce>(x, count, rows, num_rows, kRowsAtOnce, k, c);
+    else
+        multiply_groups<kActivations, 2>(x, count, rows, num_rows, count <= kActivations ? 2 : kGroup, k, c);
 }
 
 }  // namespace qnext

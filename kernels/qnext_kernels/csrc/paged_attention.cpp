@@ -162,7 +162,21 @@ template <class T>
 struct Paged {
     static constexpr int64_t at_once = 16;
     const T* const* rows;
+    int64_t count;
+    const T* const* next_keys;
+    int64_t next_count;
     Pair load(int64_t key, int64_t column) const { return load_pair(rows[key] + column); }
+    // What is read next, while this is computed: a processor does not foresee it, and waiting for memory would come on top
+    // of the operations.
+    void fetch_with_keys(int64_t from, int64_t to, int64_t width) const { fetch(rows, from, std::min(to, count), width); }
+    void fetch_with_values(int64_t from, int64_t to, int64_t width) const {
+        fetch(next_keys, from, std::min(to, next_count), width);
+    }
+    static void fetch(const T* const* rows, int64_t from, int64_t to, int64_t width) {
+        for (int64_t j = from; j < to; ++j)
+            for (int64_t c = 0; c < width; c += 64 / sizeof(T))
+                _mm_prefetch(reinterpret_cast<const char*>(rows[j] + c), _MM_HINT_T0);
+    }
 };
 
 // Values of a block in float32, kPair columns of all keys behind each other.
@@ -170,6 +184,8 @@ struct Panels {
     static constexpr int64_t at_once = kBlock;
     const float* data;
     Pair load(int64_t key, int64_t column) const { return load_pair(data + column * kBlock + key * kPair); }
+    void fetch_with_keys(int64_t, int64_t, int64_t) const {}
+    void fetch_with_values(int64_t, int64_t, int64_t) const {}
 };
 
 // Adds to kPair columns of R results [R, width] the values of keys [from, to) times their weights [keys, lanes].
@@ -299,7 +315,8 @@ class Worker {
                 copy(keys, values, count);
                 block(copied_keys, Panels{value_copy.get()}, start, count, to);
             } else {
-                block(keys, Paged<T>{values}, start, count, to);
+                const int64_t next = std::min(kBlock, end - start - count);
+                block(keys, Paged<T>{values, count, keys + count, next}, start, count, to);
             }
         }
     }
@@ -330,7 +347,7 @@ class Worker {
     template <class S, class Values>
     void block(const S* const* keys, const Values& values, int64_t start, int64_t count, const Softmax& to) {
         for (int64_t i = 0; i < t.tokens; ++i) seen[i] = std::clamp<int64_t>(keys_of(i) - start, 0, count);
-        score(keys, count);
+        score(keys, values, count);
         for (int64_t i = 0; i < t.tokens; ++i) {
             if (seen[i]) soften(i, to);
         }
@@ -339,12 +356,13 @@ class Worker {
 
     float* weights_of(int64_t i) const { return weights.get() + i * kBlock * s.lanes; }
 
-    template <class S>
-    void score(const S* const* keys, int64_t count) {
+    template <class S, class Values>
+    void score(const S* const* keys, const Values& values, int64_t count) {
         for (int64_t from = 0; from < count; from += kKeysAtOnce) {
             for (int64_t i = 0; i < t.tokens; ++i) {
                 const int64_t to = std::min(from + kKeysAtOnce, seen[i]);
                 for (int64_t j = from; j < to; j += kKeys) {
+                    if (i == 0) values.fetch_with_keys(j, j + kKeys, s.width);
                     // The last one again where there are fewer.
                     const S* some[kKeys];
                     for (int k = 0; k < kKeys; ++k) some[k] = keys[std::min(j + k, to - 1)];
@@ -392,6 +410,8 @@ class Worker {
     void weigh(const Values& values, int64_t count, const Softmax& sums) {
         for (int64_t from = 0; from < count; from += Values::at_once) {
             for (int64_t c = 0; c < s.width; c += kPair) {
+                const int64_t part = from + c / kPair;
+                if (c / kPair < Values::at_once) values.fetch_with_values(part, part + 1, s.width);
                 for (int64_t i = 0; i < t.tokens; ++i) {
                     const int64_t to = std::min(from + Values::at_once, seen[i]);
                     for (int64_t g = 0; g < s.group; g += kRows) {

@@ -40,10 +40,13 @@ from qnext_kernels.dispatch import Operation
 from qnext_kernels.gated_delta_rule.cpu import CpuBackend
 from qnext_kernels.gated_delta_rule.native import GatedDeltaRuleNative
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, ReferenceBackend
+from qnext_kernels.gated_delta_rule.triton import TritonGatedDeltaRule
 
 __all__ = ["CHUNK_SIZE", "gated_delta_rule_decode", "gated_delta_rule_prefill", "gated_delta_rule_verify"]
 
-operation = Operation("gated_delta_rule", [GatedDeltaRuleNative(), CpuBackend(), ReferenceBackend()])
+operation = Operation(
+    "gated_delta_rule", [GatedDeltaRuleNative(), CpuBackend(), TritonGatedDeltaRule(), ReferenceBackend()]
+)
 
 
 def gated_delta_rule_prefill(

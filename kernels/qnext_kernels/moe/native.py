@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qnext_kernels.moe import elementwise_native
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, Indices, NativeBackend, function
 
@@ -33,6 +34,12 @@ class MoeNative(NativeBackend, CpuBackend):
     """Every product accumulates in float32 in one order: a token's bits do not depend on the rest of the batch."""
 
     name = "native"
+
+    def topk_softmax(self, router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+        return elementwise_native.topk_softmax(router_logits, top_k, renormalize)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        return elementwise_native.silu_and_mul(x)
 
     def experts(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         if not (w13.is_contiguous() and w2.is_contiguous()):

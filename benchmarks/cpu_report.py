@@ -1,0 +1,91 @@
+"""What the CPU benchmarks print and write: one table, the same columns in a CSV, bars of the ratios."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpu_roof import Roofs
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = ("op", "shape", "threads", "ours_ms", "peer", "peer_ms", "ratio", "roof_pct")
+
+
+@dataclass
+class Result:
+    """A measured row; times in seconds, work as in :class:`cpu_inputs.Case`; without a peer's time, no ratio."""
+
+    op: str
+    shape: str
+    threads: int
+    ours: float
+    peer_name: str
+    peer: float | None
+    flops: float
+    moved: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.peer is None else self.peer / self.ours
+
+    def cells(self, roofs: Roofs) -> tuple[str, ...]:
+        """The values of :data:`COLUMNS`, then which roof it is; "-" for inputs that stay in cache."""
+        percent = bound = "-"
+        if self.moved is not None:
+            least, bound = roofs.seconds(self.threads, self.flops, self.moved)
+            percent = f"{100 * least / self.ours:.0f}"
+        peer, ratio = ("-", "-") if self.peer is None else (milliseconds(self.peer), f"{self.ratio:.2f}")
+        row = (self.op, self.shape, str(self.threads), milliseconds(self.ours), self.peer_name, peer, ratio)
+        return (*row, percent, bound)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g}"
+
+
+def print_table(console: Console, results: list[Result], roofs: Roofs) -> None:
+    table = Table()
+    for column in (*COLUMNS, "roof"):
+        words = column in ("op", "shape", "peer", "roof")
+        table.add_column(column, justify="left" if words else "right", no_wrap=column != "peer", overflow="fold")
+    for result in results:
+        table.add_row(*result.cells(roofs))
+    console.print(table)
+
+
+def write_csv(path: Path, header: list[str], results: list[Result], roofs: Roofs) -> None:
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {line}\n" for line in header)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(result.cells(roofs)[: len(COLUMNS)] for result in results)
+
+
+def write_plot(path: Path, title: str, results: list[Result]) -> str | None:
+    """Bars of peer / ours; returns why there is none."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "--plot needs matplotlib (pip install matplotlib); no plot was written"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    compared = [(f"{result.op}, {result.shape}", result.threads, result.ratio) for result in results if result.ratio]
+    labels = list(dict.fromkeys(label for label, _, _ in compared))
+    threads = sorted({count for _, count, _ in compared})
+    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.3 * len(labels)), layout="constrained")
+    for n, count in enumerate(threads):
+        bars = {label: ratio for label, used, ratio in compared if used == count}
+        offset = 0.8 * ((n + 0.5) / len(threads) - 0.5)
+        places = [labels.index(label) + offset for label in bars]
+        axes.barh(places, list(bars.values()), height=0.8 / len(threads), label=f"threads={count}")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="time of vLLM's own / ours (right of 1: ours is faster)")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize="small", loc="left")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return None

@@ -1,0 +1,262 @@
+#!/usr/bin/env python3
+"""Layers of Qwen3-Next-80B-A3B at real widths in vLLM on this CPU, with the plugin and without, step by step.
+
+    python benchmarks/cpu_slice.py [--quick] [--layers 4 --experts 256] [--threads 1,2] [--csv FILE] [--plot FILE]
+
+Two engines with random bfloat16 weights are held in memory at once and run in turns: a prefill each, then some decode
+steps each, and so on; medians count. A decode step is timed as a whole: scheduling, every layer, head, sampling. The
+verify step is timed with n-gram drafts that are all accepted, so that a step is one of 1 + drafts tokens and no draft
+model. Times are wall times: they need a machine that does nothing else. roof_pct is the least time over ours: what
+memory bandwidth (a read loop) or the better of two matrix products allows for the weights, caches and states that the
+step must move, or for its FLOP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cpu_report import Result, print_table, write_csv, write_plot
+from cpu_roof import OtherLoad, Roofs, describe_machine
+from cpu_slice_engine import Engine, EngineError, Side, Slice
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+PEER = "vLLM in-tree"
+STEPS = 8
+"""Decode steps of one engine before it is the other's turn."""
+DRAFTS = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step must move and compute, from the sizes of the layers."""
+
+    model: Slice
+
+    def weights(self, tokens: int) -> float:
+        """Bytes of the weights that ``tokens`` tokens of one sequence read, every expert at most once; with head."""
+        chosen = self.model.experts * (1 - (1 - 10 / self.model.experts) ** tokens)
+        return 2 * (self._dense() + self.model.layers * (chosen + 1) * self._expert() + self._head())
+
+    def decode(self, context: int, tokens: int = 1) -> float:
+        """Bytes of a step of ``tokens`` tokens: weights, states (one read, one written a token), keys and values."""
+        full = self.model.layers // 4
+        state = (self.model.layers - full) * 32 * 128 * 128 * 4
+        return self.weights(tokens) + (1 + tokens) * state + full * context * 2 * 2 * 256 * 2
+
+    def flops(self, tokens: int, context: int) -> float:
+        """FLOP of ``tokens`` tokens that end at ``context``; one of them goes through the head."""
+        full = self.model.layers // 4
+        matrices = 2 * tokens * (self._dense() + self.model.layers * 11 * self._expert()) + 2 * self._head()
+        scores = tokens * (context - tokens / 2)
+        return matrices + full * 4 * 16 * 256 * scores + (self.model.layers - full) * tokens * 32 * 7 * 128**2
+
+    def _dense(self) -> float:
+        hidden, full = self.model.hidden, self.model.layers // 4
+        linear = hidden * (12288 + 64 + 4096)
+        attention = hidden * (8192 + 1024 + 4096)
+        router = hidden * (self.model.experts + 1)
+        return (self.model.layers - full) * linear + full * attention + self.model.layers * router
+
+    def _expert(self) -> float:
+        return 3 * self.model.hidden * self.model.intermediate
+
+    def _head(self) -> float:
+        return self.model.vocabulary * self.model.hidden
+
+
+@contextmanager
+def engines(sides: list[Side], args: argparse.Namespace, console: Console) -> Iterator[list[Engine | None]]:
+    """Started engines; None in place of one that does not start, with a line that says so."""
+    started: list[Engine | None] = []
+    running: list[Engine] = []
+    try:
+        for side in sides:
+            log = args.logs / f"{side.name.replace(' ', '-')}-{side.drafts}.log"
+            engine = Engine(side, args.model, max(args.threads), log)
+            running.append(engine)
+            try:
+                engine.wait()
+                started.append(engine)
+            except EngineError as error:
+                console.print(str(error), style="red", markup=False)
+                started.append(None)
+        yield started
+    finally:
+        for engine in running:
+            engine.stop()
+
+
+def medians(engines: list[Engine], rounds: int, run: Callable[[Engine], list[float]]) -> list[float]:
+    """Median seconds of each engine; they run in turns, ``rounds`` times."""
+    seen: list[list[float]] = [[] for _ in engines]
+    for _ in range(rounds):
+        for engine, times in zip(engines, seen, strict=True):
+            times += run(engine)
+    return [statistics.median(times) for times in seen]
+
+
+def result(op: str, shape: str, threads: int, times: list[float], flops: float, moved: float) -> Result:
+    ours, *peer = times
+    return Result(op, shape, threads, ours, PEER, peer[0] if peer else None, flops, moved)
+
+
+def measure_prefill(pair: list[Engine], args: argparse.Namespace, tokens: int) -> Iterator[Result]:
+    """A prompt that no prefix cache knows, to its first token."""
+    rng = random.Random(tokens)
+
+    def run(engine: Engine, threads: int) -> list[float]:
+        seconds = engine.prefill(rng.choices(range(1, 30000), k=tokens), threads)
+        engine.finish()
+        return [seconds]
+
+    work = Work(args.model)
+    for engine in pair:
+        run(engine, max(args.threads))
+    for threads in args.threads:
+        times = medians(pair, args.rounds, lambda engine, threads=threads: run(engine, threads))
+        yield result("prefill", f"T={tokens}", threads, times, work.flops(tokens, tokens), work.weights(tokens))
+
+
+def measure_decode(pair: list[Engine], args: argparse.Namespace, context: int, op: str) -> Iterator[Result]:
+    """Steps behind a prompt of ``context`` tokens: of one token each, or all of 1 + drafts."""
+    tokens = 1 + pair[0].side.drafts
+    prompt = [0] * context if tokens > 1 else random.Random(context).choices(range(1, 30000), k=context)
+
+    def run(engine: Engine, threads: int) -> list[float]:
+        return [seconds for seconds, given in engine.steps(STEPS, threads) if given == tokens]
+
+    for engine in pair:
+        engine.prefill(prompt, max(args.threads))
+        engine.steps(STEPS, max(args.threads))
+    work = Work(args.model)
+    for threads in args.threads:
+        times = medians(pair, 2 * args.rounds, lambda engine, threads=threads: run(engine, threads))
+        flops = work.flops(tokens, context) + 2 * (tokens - 1) * args.model.vocabulary * args.model.hidden
+        yield result(op, f"context={context}", threads, times, flops, work.decode(context, tokens))
+    for engine in pair:
+        engine.finish()
+
+
+def run(args: argparse.Namespace, console: Console) -> tuple[list[Result], Roofs]:
+    results, roofs = list[Result](), Roofs()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    ours = Side("with the plugin", plugin=True, eager=args.eager)
+    sides = [ours] if args.alone else [ours, Side("in-tree", plugin=False, eager=args.eager)]
+    # No refreshing thread: it would take time from what is measured.
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("", total=3 + len(args.prefill) + len(args.context))
+
+        def step(description: str) -> None:
+            progress.advance(task)
+            progress.update(task, description=description, refresh=True)
+
+        progress.update(task, description="roofs", refresh=True)
+        roofs.measure(args.threads, args.quick)
+        step("starting the engines")
+        with engines(sides, args, console) as started:
+            pair = [engine for engine in started if engine is not None]
+            if started[0] is None:
+                return results, roofs
+            for tokens in args.prefill:
+                step(f"prefill {tokens}")
+                results += measure_prefill(pair, args, tokens)
+            for context in args.context:
+                step(f"decode at {context}")
+                results += measure_decode(pair, args, context, "decode")
+        step("starting the engines, with drafts")
+        with engines([replace(side, drafts=DRAFTS) for side in sides], args, console) as started:
+            pair = [engine for engine in started if engine is not None]
+            step(f"verify, {1 + DRAFTS} tokens")
+            if started[0] is not None:
+                for engine in list(pair):
+                    try:
+                        engine.constant()
+                        engine.prefill([0] * 32, max(args.threads))
+                        engine.steps(STEPS, max(args.threads))
+                        engine.finish()
+                    except EngineError as error:
+                        console.print(str(error), style="red", markup=False)
+                        pair.remove(engine)
+                if pair and pair[0].side.plugin:
+                    results += measure_decode(pair, args, args.context[0], f"verify, {1 + DRAFTS} tokens")
+        roofs.measure(args.threads, args.quick)
+    return results, roofs
+
+
+def in_words(results: list[Result]) -> Iterator[str]:
+    """Tokens a second, and a verify step in decode steps."""
+    for row in results:
+        if row.op == "decode":
+            theirs = "" if row.peer is None else f", {PEER} {1 / row.peer:.1f}"
+            yield f"decode, {row.shape}, threads={row.threads}: {1 / row.ours:.1f} tokens/s{theirs}"
+        elif row.op == "prefill":
+            tokens = int(row.shape.removeprefix("T="))
+            theirs = "" if row.peer is None else f", {PEER} {tokens / row.peer:.0f}"
+            yield f"prefill, {row.shape}, threads={row.threads}: {tokens / row.ours:.0f} tokens/s{theirs}"
+        else:
+            step = next(r for r in results if (r.op, r.shape, r.threads) == ("decode", row.shape, row.threads))
+            yield f"{row.op}, {row.shape}, threads={row.threads}: {row.ours / step.ours:.2f} of our decode steps"
+
+
+def numbers(value: str) -> list[int]:
+    found = sorted({int(part) for part in value.split(",")})
+    if found[0] < 1:
+        raise ValueError
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--layers", type=int, default=4, help="a multiple of 4 (default 4)")
+    parser.add_argument("--experts", type=int, default=256, help="6 MB each, a layer and engine (default 256)")
+    parser.add_argument("--vocabulary", type=int, default=Slice.vocabulary, help="default 151936")
+    parser.add_argument("--threads", type=numbers, default="1,2" if cores > 1 else "1", help="default 1,2")
+    parser.add_argument("--prefill", type=numbers, default="512,2048", metavar="TOKENS", help="default 512,2048")
+    parser.add_argument("--context", type=numbers, default="128,32768", metavar="TOKENS", help="default 128,32768")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each engine (default 3)")
+    parser.add_argument("--eager", action="store_true", help="both without torch.compile")
+    parser.add_argument("--alone", action="store_true", help="without the peer")
+    parser.add_argument("--quick", action="store_true", help="shortest prefill and context, two turns: five minutes")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table and the machine to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the engines' logs there")
+    args = parser.parse_args()
+    if max(args.threads) > cores:
+        parser.error(f"--threads: this process may use {cores} cores")
+    if args.layers < 4 or args.layers % 4:
+        parser.error(f"--layers: expected a multiple of 4, got {args.layers}")
+    if args.quick:
+        args.prefill, args.context, args.rounds = args.prefill[:1], args.context[:1], 2
+    args.model = Slice(args.layers, args.experts, args.vocabulary)
+    args.logs = args.logs or Path(tempfile.mkdtemp(prefix="cpu-slice-"))
+    args.logs.mkdir(parents=True, exist_ok=True)
+
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    header, others = describe_machine(), OtherLoad()
+    header.append(f"slice: {args.layers} layers, {args.experts} experts, vocabulary {args.vocabulary}, bfloat16")
+    results, roofs = run(args, console)
+    header += [roofs.describe(threads) for threads in args.threads]
+    header += [others.describe(), *in_words(results)]
+    for line in header:
+        console.print(line, markup=False, highlight=False)
+    print_table(console, results, roofs)
+    if args.csv:
+        write_csv(args.csv, header, results, roofs)
+    if args.plot and (reason := write_plot(args.plot, header[0], results)) is not None:
+        console.print(reason)
+    return 0 if results else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The gated delta rule in Triton: one launch for decode and for verify, three for a prefill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qnext_kernels.triton_support import TritonBackend, aligned_rows, rows
+
+
+class TritonGatedDeltaRule(TritonBackend):
+    """Gates, sums and states in float32; chunks multiply matrices in bfloat16, in tf32 or as exactly as float32.
+
+    Which of the three follows the activations: bfloat16, float16 or float32.
+
+    A prefill runs by chunks, and its last chunk token by token where it has at most RECURRENT_TOKENS: with the bits of
+    decode and verify, as on a CPU. The promises of the operation hold because everything token by token is one kernel,
+    block sizes never depend on the batch, and the state is rounded behind every chunk as a split prefill rounds it.
+
+    Nothing is read on the host and every grid follows from shapes, so that a CUDA graph can capture each call. Outputs
+    of tokens that belong to no sequence are undefined. Pools must be contiguous within a slot.
+
+    The tests compile it for GPUs of NVIDIA and AMD and run it in Triton's interpreter; it has not run on a GPU yet.
+    """
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+        query_start_loc: Tensor,
+        has_initial: Tensor,
+        snapshots: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        from qnext_kernels.gated_delta_rule.triton_chunked import run_chunked
+        from qnext_kernels.gated_delta_rule.triton_recurrent import run_recurrent
+
+        _expect_contiguous_slots("state", state, 1)
+        tokens = *map(aligned_rows, (q, k, v)), rows(a), rows(b), A_log.contiguous(), dt_bias.contiguous()
+        slots, query_start_loc, has_initial = slots.contiguous(), query_start_loc.contiguous(), has_initial.contiguous()
+        if snapshots is not None:
+            snapshots = snapshots[0].contiguous(), snapshots[1].contiguous()
+        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        with torch.cuda.device_of(v):
+            run_chunked(tokens, out, state, slots, query_start_loc, has_initial, snapshots)
+            run_recurrent(tokens, out, state, slots[:, None], query_start_loc, has_initial=has_initial)
+        return out
+
+    def verify(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+        query_start_loc: Tensor,
+        accepted: Tensor,
+        steps: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        from qnext_kernels.gated_delta_rule.triton_recurrent import run_recurrent
+
+        _expect_contiguous_slots("state", state, 1)
+        if steps is not None:
+            _expect_contiguous_slots("step_state", steps[0], 2)
+            steps = steps[0], steps[1].contiguous()
+        tokens = *map(rows, (q, k, v, a, b)), A_log.contiguous(), dt_bias.contiguous()
+        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        with torch.cuda.device_of(v):
+            where = query_start_loc.contiguous(), accepted.contiguous()
+            run_recurrent(tokens, out, state, slots.contiguous(), *where, steps)
+        return out
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        from qnext_kernels.gated_delta_rule.triton_recurrent import run_recurrent
+
+        _expect_contiguous_slots("state", state, 1)
+        tokens = *map(rows, (q, k, v, a, b)), A_log.contiguous(), dt_bias.contiguous()
+        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        with torch.cuda.device_of(v):
+            run_recurrent(tokens, out, state, slots.contiguous()[:, None])
+        return out
+
+
+def _expect_contiguous_slots(name: str, pool: Tensor, leading: int) -> None:
+    """Raise ValueError unless what lies behind the first ``leading`` dimensions of a pool is contiguous."""
+    shape, strides = pool.shape[leading:], pool.stride()[leading:]
+    _, value_dim, key_dim = shape
+    expected = (value_dim * key_dim, key_dim, 1)
+    if any(size > 1 and ours != want for size, ours, want in zip(shape, strides, expected, strict=True)):
+        raise ValueError(f"{name}: expected slots with strides {list(expected)}, got {list(strides)}")

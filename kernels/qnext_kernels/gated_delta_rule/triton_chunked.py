@@ -1,0 +1,313 @@
+"""Chunks of 64 tokens of a prefill: two launches for any number of sequences of any length.
+
+The chunked form of Gated Delta Networks (arXiv 2412.06464, section 3.3). For one value head and one chunk of C tokens
+with the state S [V, K] before it, G_i = g_1 + … + g_i, and rows k̂ and q̂ of L2 norm 1 (q̂ scaled by 1/√K):
+
+    D_ij = exp(g_{j+1} + … + g_i)  for i ≥ j, else 0                [C, C]
+    A    = strictly lower part of  diag(β) (k̂ k̂ᵀ ∘ D)               [C, C]
+    M    = (I + A)⁻¹ diag(β),      P = q̂ k̂ᵀ ∘ D                     [C, C]   the first kernel, every chunk by itself
+    n_i  = Σ_j M_ij (v_j − exp(G_j) S k̂_j)                          [C, V]   the second kernel, chunk after chunk
+    o_i  = exp(G_i) S q̂_i + Σ_j P_ij n_j                            [C, V]
+    S   ← exp(G_C) S + Σ_i exp(G_C − G_i) n_i ⊗ k̂_i                 [V, K]
+
+Norms, scale and decays are factors of rows and columns and are applied to the float32 products, so that q, k and v
+enter every product as they came. Decays are sums of g over just the tokens they span, never differences of longer sums:
+a token that forgets everything costs its neighbours no accuracy, and no exponent is positive.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
+from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, L2_NORM_EPS
+from qnext_kernels.gated_delta_rule.triton_math import inverse_norm, log_decay, write_strength
+from qnext_kernels.triton_support import Target, current_target, power_of_two
+
+
+@triton.jit
+def sequence_of_chunk(chunk, query_start_loc, sequences, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The last sequence n whose first chunk, number ⌊start_n / C⌋ + n, is not behind ``chunk``.
+
+    Those numbers leave room for ⌈length_n / C⌉ chunks each and end below ⌊T / C⌋ + N: no sum over lengths is needed,
+    on the host or here.
+    """
+    low = chunk * 0
+    high = low + sequences - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        begins = tl.load(query_start_loc + middle).to(tl.int64) // C + middle <= chunk
+        low = tl.where(begins, middle, low)
+        high = tl.where(begins, high, middle - 1)
+    return low
+
+
+@triton.jit
+def unit_lower_inverse(A, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(I + A)⁻¹ for a strictly lower A [C, C], C = 4 B.
+
+    The diagonal blocks are inverted together by forward substitution, which is stable however alike the keys are. With
+    D the block-diagonal matrix of their inverses and N the part of A below them, I + A = D⁻¹ (I + D N), and the fourth
+    power of D N is 0:
+
+        (I + A)⁻¹ = (I + (D N)²) (I − D N) D
+    """
+    BLOCKS: tl.constexpr = C // B
+    block = tl.arange(0, BLOCKS)
+    on_diagonal = block[:, None, None, None] == block[None, None, :, None]
+    diagonal = tl.sum(tl.where(on_diagonal, tl.reshape(A, [BLOCKS, B, BLOCKS, B]), 0.0), axis=2)
+    row = tl.arange(0, B)[None, :, None]
+    inverse = tl.where(row == tl.arange(0, B)[None, None, :], 1.0, 0.0) + tl.zeros([BLOCKS, B, B], tl.float32)
+    for i in range(1, B):
+        coefficients = tl.sum(tl.where(row == i, diagonal, 0.0), axis=1)
+        known = tl.sum(coefficients[:, :, None] * inverse, axis=1)
+        inverse = tl.where(row == i, inverse - known[:, None, :], inverse)
+    D = tl.reshape(tl.where(on_diagonal, inverse[:, :, None, :], 0.0), [C, C])
+    index = tl.arange(0, C)
+    below = tl.where(index[:, None] // B > index[None, :] // B, A, 0.0)
+    power = tl.dot(D, below, input_precision=PRECISION, out_dtype=tl.float32)
+    near = D - tl.dot(power, D, input_precision=PRECISION, out_dtype=tl.float32)
+    power = tl.dot(power, power, input_precision=PRECISION, out_dtype=tl.float32)
+    return near + tl.dot(power, near, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit(do_not_specialize=["sequences"])
+def chunk_kernel(  # type: ignore[no-untyped-def]
+    q, k, a, b, A_log, dt_bias, slots, query_start_loc, solve, attend, factors, decays,
+    q_token, q_head, k_token, k_head, a_token, b_token, sequences,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, SHORT: tl.constexpr,
+    EPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """M, P and the decays of one chunk of one value head: what does not depend on the state.
+
+    Grid: (⌊T / 64⌋ + N) · HV, the heads of a chunk next to each other, which share q and k. Programs without a chunk,
+    of which there are at most N · HV, end at once.
+
+    Bytes of a chunk and value head, in 16 bits: 256 K for q and k, which a group of heads shares; 16 KiB for M and P.
+    Operations: 4 · 64² K for the products of tokens, and 8 · 64³ in float32 for the inverse.
+
+    Args:
+        q, k: [T, H, K]; a, b: [T, HV]; slots: [N], query_start_loc: [N + 1].
+        solve, attend: [chunks, HV, C, C] for M and P, in the dtype of the products of the second kernel.
+        factors: [chunks, HV, 3, C] float32, what the rows of k Sᵀ, of q Sᵀ and of n are multiplied with: exp(G_i),
+            exp(G_i) and exp(G_C − G_i), over the norm of the row of k, of q and of k.
+        decays: [chunks, HV] float32, exp(G_C).
+    """
+    program = tl.program_id(0)
+    head = program % HV
+    chunk = program // HV
+    n = sequence_of_chunk(chunk, query_start_loc, sequences, C)
+    start = tl.load(query_start_loc + n).to(tl.int64)
+    end = tl.load(query_start_loc + n + 1).to(tl.int64)
+    first = start + (chunk - (start // C + n)) * C
+    if (end - first <= SHORT) | (tl.load(slots + n) < 0):
+        return
+
+    index = tl.arange(0, C)
+    tokens = first + index
+    valid = tokens < end
+    A = tl.load(A_log + head).to(tl.float32)
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    g = log_decay(tl.load(a + tokens * a_token + head, mask=valid, other=0.0).to(tl.float32), A, bias)
+    g = tl.where(valid, g, 0.0)
+    beta = write_strength(tl.load(b + tokens * b_token + head, mask=valid, other=0.0).to(tl.float32))
+    beta = tl.where(valid, beta, 0.0)
+    later = index[:, None] > index[None, :]
+    between = tl.exp(tl.cumsum(tl.where(later, g[:, None], 0.0), axis=0))
+    from_start = tl.exp(tl.cumsum(g, axis=0))
+    to_end = tl.sum(tl.where(index[:, None] == C - 1, between, 0.0), axis=0)
+
+    keys = tl.arange(0, BLOCK_K)
+    inside = valid[:, None] & (keys[None, :] < K)
+    key_head = head // (HV // H)
+    ks = tl.load(k + tokens[:, None] * k_token + key_head * k_head + keys[None, :], mask=inside, other=0.0)
+    ks = ks.to(solve.dtype.element_ty)
+    k_norms = inverse_norm(ks.to(tl.float32), 1, EPS)
+    qs = tl.load(q + tokens[:, None] * q_token + key_head * q_head + keys[None, :], mask=inside, other=0.0)
+    qs = qs.to(solve.dtype.element_ty)
+    q_norms = inverse_norm(qs.to(tl.float32), 1, EPS) * (K**-0.5)
+    entry = chunk.to(tl.int64) * HV + head
+    vector = factors + entry * 3 * C + index
+    tl.store(vector, from_start * k_norms)
+    tl.store(vector + C, from_start * q_norms)
+    tl.store(vector + 2 * C, to_end * k_norms)
+    tl.store(decays + entry, tl.exp(tl.sum(g, axis=0)))
+
+    # One matrix after the other: they do not fit into registers together.
+    matrix = entry * C * C + index[:, None] * C + index[None, :]
+    attended = tl.dot(qs, tl.trans(ks), input_precision=PRECISION, out_dtype=tl.float32)
+    attended = tl.where(index[:, None] >= index[None, :], attended * q_norms[:, None] * k_norms[None, :] * between, 0.0)
+    tl.store(attend + matrix, attended.to(attend.dtype.element_ty))
+    system = tl.dot(ks, tl.trans(ks), input_precision=PRECISION, out_dtype=tl.float32)
+    system = tl.where(later, system * (beta * k_norms)[:, None] * k_norms[None, :] * between, 0.0)
+    solved = unit_lower_inverse(system, C, 16, PRECISION) * beta[None, :]
+    tl.store(solve + matrix, solved.to(solve.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["with_snapshots"])
+def state_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths,
+    solve, attend, factors, decays,
+    q_token, q_head, k_token, k_head, v_token, v_head, state_slot, with_snapshots,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    C: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs and states of BLOCK_V of the value dimensions of one value head of one sequence, chunk after chunk.
+
+    The block of the state stays in registers, transposed: every product then has 64 or K rows. It is rounded to the
+    dtype of the pool behind every chunk, as it is where a prefill is split there.
+
+    Grid: N · HV · ceil(V / BLOCK_V), the blocks of one head next to each other, which share q, k, M and P.
+
+    Bytes of a chunk and block, in 16 bits: 256 K + 16 KiB for q, k, M and P, mostly from the L2 cache, and 256 BLOCK_V
+    for v and out. Operations: 128 BLOCK_V (3 K + 128).
+
+    Args:
+        q, k: [T, H, K]; v: [T, HV, V]; out: contiguous [T, HV, V].
+        state: [slots, HV, V, K], read where ``has_initial``, written; a slot is ``state_slot`` elements from the next.
+        slots, has_initial: [N]; query_start_loc: [N + 1]; snapshot_slots, snapshot_lengths: [N], not read where
+            ``with_snapshots`` is 0.
+        solve, attend, factors, decays: of :func:`chunk_kernel`.
+    """
+    BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    program = tl.program_id(0)
+    head = (program // BLOCKS) % HV
+    n = program // (BLOCKS * HV)
+    key_head = head // (HV // H)
+    index = tl.arange(0, C)
+    keys = tl.arange(0, BLOCK_K)
+    values = (program % BLOCKS) * BLOCK_V + tl.arange(0, BLOCK_V)
+    start = tl.load(query_start_loc + n).to(tl.int64)
+    end = tl.load(query_start_loc + n + 1).to(tl.int64)
+    last_chunk = (end - start) % C
+    length = end - start - tl.where(last_chunk <= SHORT, last_chunk, 0)
+    chunks = ((length + C - 1) // C).to(tl.int32)
+    first_entry = (start // C + n) * HV + head
+
+    slot = tl.load(slots + n).to(tl.int64)
+    live = slot >= 0
+    inside = (values[:, None] < V) & (keys[None, :] < K)
+    tile = head * V * K + values[:, None] * K + keys[None, :]
+    has_snapshot = live & (with_snapshots != 0)
+    snapshot = tl.load(snapshot_slots + n, mask=has_snapshot, other=-1).to(tl.int64)
+    has_snapshot = has_snapshot & (snapshot >= 0)
+    snapshot_at = tl.load(snapshot_lengths + n, mask=has_snapshot, other=-1).to(tl.int64)
+    known = live & (tl.load(has_initial + n) != 0) & ((length > 0) | has_snapshot)
+    S = tl.trans(tl.load(state + slot * state_slot + tile, mask=inside & known, other=0.0).to(tl.float32))
+
+    served = tl.where(live, chunks, 0)
+    for c in range(served):
+        if c * C == snapshot_at:
+            tl.store(state + snapshot * state_slot + tile, tl.trans(S).to(state.dtype.element_ty), mask=inside)
+        tokens = start + c * C + index
+        valid = tokens < end
+        rows = valid[:, None] & (keys[None, :] < K)
+        outputs = valid[:, None] & (values[None, :] < V)
+        entry = first_entry + c * HV
+        matrix = entry * C * C + index[:, None] * C + index[None, :]
+        vector = factors + entry * 3 * C + index
+        ks = tl.load(k + tokens[:, None] * k_token + key_head * k_head + keys[None, :], mask=rows, other=0.0)
+        qs = tl.load(q + tokens[:, None] * q_token + key_head * q_head + keys[None, :], mask=rows, other=0.0)
+        vs = tl.load(v + tokens[:, None] * v_token + head * v_head + values[None, :], mask=outputs, other=0.0)
+        M = tl.load(solve + matrix)
+        P = tl.load(attend + matrix)
+        ks = ks.to(M.dtype)
+        qs = qs.to(M.dtype)
+
+        before = S.to(M.dtype)
+        predicted = tl.dot(ks, before, input_precision=PRECISION, out_dtype=tl.float32) * tl.load(vector)[:, None]
+        new = (vs.to(tl.float32) - predicted).to(M.dtype)
+        new = tl.dot(M, new, input_precision=PRECISION, out_dtype=tl.float32)
+        o = tl.dot(qs, before, input_precision=PRECISION, out_dtype=tl.float32) * tl.load(vector + C)[:, None]
+        o += tl.dot(P, new.to(M.dtype), input_precision=PRECISION, out_dtype=tl.float32)
+        place = tokens[:, None] * (HV * V) + head * V + values[None, :]
+        tl.store(out + place, o.to(out.dtype.element_ty), mask=outputs)
+        new = (new * tl.load(vector + 2 * C)[:, None]).to(M.dtype)
+        S = S * tl.load(decays + entry)
+        S += tl.dot(tl.trans(ks), new, input_precision=PRECISION, out_dtype=tl.float32)
+        S = S.to(state.dtype.element_ty).to(tl.float32)
+
+    last = tl.trans(S).to(state.dtype.element_ty)
+    tl.store(state + snapshot * state_slot + tile, last, mask=inside & has_snapshot & (length == snapshot_at))
+    tl.store(state + slot * state_slot + tile, last, mask=inside & live & (length > 0))
+    for c in range(served, chunks):
+        tokens = start + c * C + index
+        place = tokens[:, None] * (HV * V) + head * V + values[None, :]
+        nothing = tl.zeros([C, BLOCK_V], out.dtype.element_ty)
+        tl.store(out + place, nothing, mask=(tokens[:, None] < end) & (values[None, :] < V))
+
+
+class Configuration:
+    """Block sizes, warps and stages of the two kernels: from shapes, dtype and target, never from the batch."""
+
+    def __init__(self, value_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, target: Target) -> None:
+        # float16 products of keys that are not normalised could overflow; its ten bits are those of tf32.
+        self.products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self.block_k = max(16, power_of_two(key_dim))
+        # One sequence should give every multiprocessor a program; 64 columns of the state would be too many registers.
+        self.block_v = min(32, max(16, power_of_two(value_heads * value_dim // 128)), max(16, power_of_two(value_dim)))
+        stage = CHUNK_SIZE * (2 * self.block_k + 2 * CHUNK_SIZE + self.block_v) * self.products.itemsize
+        operands = (self.block_k + 2 * CHUNK_SIZE) * self.block_v * self.products.itemsize
+        # The next chunk is loaded during this one where both fit into shared memory.
+        self.stages = 2 if 2 * stage + operands <= target.shared_memory else 1
+        self.precision = target.precision(dtype)
+        # AMD's warps have 64 threads.
+        self.chunk_warps, self.state_warps = (8, self.block_v // 4) if target.nvidia else (4, 4)
+
+
+def run_chunked(
+    tokens: tuple[Tensor, ...],
+    out: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    has_initial: Tensor,
+    snapshots: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Launch :func:`chunk_kernel` and :func:`state_kernel`.
+
+    Between them lie, in bfloat16, 16 KiB for every chunk and value head: 256 bytes a token and head.
+
+    Args:
+        tokens: q, k, v (aligned rows of unit stride), a, b (rows of unit stride), A_log and dt_bias (contiguous).
+        out: [T, HV, V], written, except where a sequence ends in a chunk of at most RECURRENT_TOKENS.
+        state, slots, query_start_loc, has_initial, snapshots: of the public function, all but ``state`` contiguous.
+    """
+    q, k, v, a, b, A_log, dt_bias = tokens
+    num_tokens, value_heads, value_dim = v.shape
+    key_heads, key_dim = q.shape[1:]
+    sequences = slots.shape[0]
+    if sequences == 0:
+        return
+    config = Configuration(value_heads, key_dim, value_dim, v.dtype, current_target())
+    entries = (num_tokens // CHUNK_SIZE + sequences, value_heads)
+    solve, attend = torch.empty(2, *entries, CHUNK_SIZE, CHUNK_SIZE, dtype=config.products, device=v.device)
+    factors = torch.empty(*entries, 3, CHUNK_SIZE, dtype=torch.float32, device=v.device)
+    decays = torch.empty(entries, dtype=torch.float32, device=v.device)
+    shapes: dict[str, Any] = {
+        "H": key_heads,
+        "HV": value_heads,
+        "K": key_dim,
+        "BLOCK_K": config.block_k,
+        "C": CHUNK_SIZE,
+        "SHORT": RECURRENT_TOKENS,
+        "PRECISION": config.precision,
+        "enable_fp_fusion": True,
+    }
+    chunk_kernel[(entries[0] * value_heads,)](
+        q, k, a, b, A_log, dt_bias, slots, query_start_loc, solve, attend, factors, decays,
+        *q.stride()[:2], *k.stride()[:2], a.stride(0), b.stride(0), sequences,
+        EPS=L2_NORM_EPS, num_warps=config.chunk_warps, num_stages=1, **shapes,
+    )  # fmt: skip
+    snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
+    state_kernel[(sequences * value_heads * triton.cdiv(value_dim, config.block_v),)](
+        q, k, v, out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths,
+        solve, attend, factors, decays,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], state.stride(0), int(snapshots is not None),
+        V=value_dim, BLOCK_V=config.block_v, num_warps=config.state_warps, num_stages=config.stages, **shapes,
+    )  # fmt: skip

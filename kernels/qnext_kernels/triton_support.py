@@ -1,0 +1,109 @@
+"""What the Triton backends share: when they serve, what the GPU at hand allows, and how tensors are handed to kernels.
+
+Kernels lie in modules of their own, imported with the first call: a process that serves on a CPU never imports Triton.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qnext_kernels.dispatch import Backend
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGNMENT = 16
+"""Bytes of the widest load of a thread. Triton compiles a second kernel for pointers that are not multiples of it."""
+
+
+class TritonBackend(Backend):
+    """Serves tensors on GPUs of NVIDIA and AMD (PyTorch calls both cuda), and on a CPU where Triton interprets."""
+
+    name = "triton"
+    devices = ("cuda",)
+
+    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if not dtype.is_floating_point:
+            return f"needs a floating-point dtype, got {dtype}"
+        if dtype not in DTYPES:
+            return f"computes in {', '.join(map(str, DTYPES))}, got {dtype}"
+        if not _installed():
+            return "triton is not installed"
+        if device.type == "cpu" and interpreting():
+            return None
+        return super().supports(device, dtype) or _unsuitable(device.index)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _unsuitable(index: int | None) -> str | None:
+    """Why the GPU of this index cannot run the kernels; None if it can."""
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    if torch.version.hip is None and (capability := torch.cuda.get_device_capability(index)) < (8, 0):
+        return f"needs compute capability 8.0, got {'.'.join(map(str, capability))}"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+class Target(NamedTuple):
+    """What a kernel is configured for."""
+
+    nvidia: bool
+    shared_memory: int
+    """Bytes that one program may use."""
+
+    def precision(self, dtype: torch.dtype) -> str:
+        """``input_precision`` of products of float32 matrices, where the activations are of this dtype.
+
+        tf32x3 has the accuracy of float32 at three times the cost of tf32, which has the ten bits of float16.
+        """
+        if not self.nvidia:
+            return "ieee"
+        return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def current_target() -> Target:
+    """The current GPU; an interpreter is taken for a large one."""
+    from triton.runtime import driver
+
+    if interpreting():
+        return Target(nvidia=True, shared_memory=1 << 20)
+    return _target(driver.active.get_current_target(), driver.active.get_current_device())
+
+
+@cache
+def _target(gpu: object, device: int) -> Target:
+    from triton.runtime import driver
+
+    properties = driver.active.utils.get_device_properties(device)
+    return Target(nvidia=gpu.backend == "cuda", shared_memory=properties["max_shared_mem"])  # type: ignore[attr-defined]
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` with a last dimension of unit stride, copied only where it has another."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """:func:`rows` from an aligned address: what Triton compiles depends on it, and so the bits might."""
+    x = rows(x)
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def power_of_two(at_least: int) -> int:
+    """The smallest power of two that is not below ``at_least``."""
+    return 1 << max(0, at_least - 1).bit_length()

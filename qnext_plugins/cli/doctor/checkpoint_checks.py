@@ -1,0 +1,164 @@
+"""The checkpoint that ``--model`` names: is it whole, is it a Qwen3-Next, is there memory for it?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from qnext_plugins.cli.doctor.findings import Finding, Subject, failure, note, ok, warning
+from qnext_plugins.cli.doctor.machine import device_type, memory_bytes
+
+ARCHITECTURE = "Qwen3NextForCausalLM"
+GIB = 1 << 30
+
+
+def subject_of(model: str | None) -> Subject:
+    """Find a checkpoint: a folder, or a name whose files are in the Hugging Face cache. Nothing is downloaded.
+
+    Raises:
+        ValueError: a folder without a readable config.json.
+    """
+    if model is None:
+        return Subject()
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+            raise ValueError(
+                f"--model: expected a folder or a name such as Qwen/Qwen3-Next-80B-A3B-Instruct, got {model}"
+            )
+        return _from_cache(model)
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except OSError:
+        raise ValueError(f"--model: expected a folder with a config.json, got {folder}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--model: {file}: expected JSON, got {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"--model: {file}: expected a JSON object, got {type(config).__name__}")
+    return Subject(model, folder, config)
+
+
+def _from_cache(name: str) -> Subject:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(name, "config.json")
+    except ImportError:
+        return Subject(name)
+    except ValueError as error:
+        raise ValueError(f"--model: {error}") from None
+    if not isinstance(file, str):
+        return Subject(name)
+    return Subject(name, Path(file).parent, json.loads(Path(file).read_text()))
+
+
+def architecture(subject: Subject) -> Finding | None:
+    """The plugin serves one architecture, and reads its configuration."""
+    if subject.model is None:
+        return None
+    if subject.config is None:
+        return note(f"{subject.model} is not on this machine yet; its configuration was not checked")
+    architectures = subject.config.get("architectures") or []
+    if ARCHITECTURE not in architectures:
+        return failure(
+            f"architectures is {architectures}: the plugin serves {ARCHITECTURE}, the engine's own model serves this",
+            "name another checkpoint",
+        )
+    from qnext_plugins.model import ConfigError
+
+    try:
+        config = model_config(subject.config)
+    except ConfigError as error:
+        return failure(str(error), "correct the config.json of the checkpoint")
+    return ok(f"{ARCHITECTURE} with {config.num_hidden_layers} layers, {config.num_experts} experts")
+
+
+def model_config(config: dict[str, Any]) -> Any:
+    """The configuration as the model reads it, behind transformers' defaults; raises ConfigError."""
+    from qnext_plugins.model import Qwen3NextConfig
+
+    try:
+        from transformers import Qwen3NextConfig as Stored
+    except ImportError:
+        return Qwen3NextConfig.from_hf(SimpleNamespace(**config))
+    return Qwen3NextConfig.from_hf(Stored.from_dict(config))
+
+
+def weights(subject: Subject) -> Finding | None:
+    """Every file of the index is there, every tensor has its shape."""
+    if subject.folder is None or subject.config is None or ARCHITECTURE not in subject.config.get("architectures", ()):
+        return None
+    files = weight_files(subject.folder)
+    if not files:
+        return failure(f"{subject.folder} has no safetensors files", "download the checkpoint's weights")
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        return failure(
+            f"{len(missing)} of {len(files)} files that the index names are missing, {missing[0]} first",
+            "finish the download",
+        )
+    if subject.config.get("quantization_config"):
+        return ok(f"{len(files)} files, all there; quantized, so that the shapes of the tensors were not checked")
+    return _tensors(subject)
+
+
+def _tensors(subject: Subject) -> Finding:
+    from safetensors import SafetensorError
+
+    from qnext_plugins.model import CheckpointError, check_files, expected_shapes
+    from qnext_plugins.model.weights import MTP_PREFIX
+
+    assert subject.folder is not None
+    assert subject.config is not None
+    config = model_config(subject.config)
+    try:
+        check_files(subject.folder, expected_shapes(config), passing=(MTP_PREFIX,))
+    except (CheckpointError, SafetensorError) as error:
+        return failure(f"{error}", "download the checkpoint again, or correct its config.json")
+    draft = expected_shapes(config, target=False, mtp=True)
+    try:
+        check_files(subject.folder, draft, passing=("model.layers.", "model.norm."))
+    except CheckpointError as error:
+        return note(f"complete without the draft's tensors ({error}): speculation will not start")
+    return ok("every tensor of the model and of its draft is there, with its shape")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a loader would read, whether they exist or not."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    return [file for file in [folder / "model.safetensors"] if file.is_file()]
+
+
+def memory(subject: Subject) -> Finding | None:
+    """The weights fit into the memory."""
+    if subject.folder is None or device_type() != "cpu":
+        return None
+    size = sum(file.stat().st_size for file in weight_files(subject.folder) if file.is_file())
+    here = memory_bytes()
+    total, available = here["MemTotal"], here["MemAvailable"]
+    sizes = f"{size / GIB:.2f} GiB of weights, {available / GIB:.1f} of {total / GIB:.1f} GiB memory available"
+    if size > total:
+        return failure(sizes, "take a machine with more memory, or a smaller checkpoint")
+    if size > 0.9 * available:
+        return warning(sizes, "end other programs, or take a machine with more memory")
+    return ok(sizes)
+
+
+def tokenizer(subject: Subject) -> Finding | None:
+    """The engines load a tokenizer from the checkpoint's folder."""
+    if subject.folder is None:
+        return None
+    if (subject.folder / "tokenizer.json").is_file() or (subject.folder / "vocab.json").is_file():
+        return ok("there is a tokenizer")
+    return warning(
+        "there is no tokenizer (tokenizer.json): the engines refuse text",
+        "copy one into the folder, or start the engine with --skip-tokenizer-init and send token ids",
+    )
+
+
+CHECKS = (architecture, weights, memory, tokenizer)

@@ -1,0 +1,105 @@
+"""Which kernels would serve here, and whether the C++ ones can be had."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qnext_plugins.cli.doctor.findings import Finding, Subject, failure, note, ok, warning
+from qnext_plugins.cli.doctor.machine import device_type
+from qnext_plugins.cli.doctor.report import Library, Serving
+
+DTYPES = ("bfloat16", "float32")
+FAST = {"cpu": "native"}
+"""The backend that is meant to serve every operation on a device."""
+SERVES_TOO = "serves too"
+"""In place of a reason: the backend would serve if the one before it did not."""
+
+
+def library() -> Library:
+    """The C++ kernels: found, or compiled now as a first start would."""
+    from qnext_kernels import native
+
+    folder = native.cache_folder()
+    before = set(folder.glob("*.so"))
+    reason = native.why_missing()
+    path = None if reason else native.build(native.instruction_set(), folder)
+    return Library(
+        compiler=_compiler(native),
+        cache_folder=str(folder),
+        path=None if path is None else str(path),
+        compiled_now=path is not None and path not in before,
+        reason=reason and reason.partition("\n")[0],
+    )
+
+
+def _compiler(native: Any) -> str | None:
+    try:
+        return " ".join(native.compiler())
+    except native.NativeError:
+        return None
+
+
+def backends() -> list[Serving]:
+    """For each operation and dtype, the backend that would serve and the others' reasons."""
+    import torch
+
+    from qnext_kernels import OPERATIONS, explain
+    from qnext_kernels.dispatch import BackendError
+
+    device, table = torch.device(device_type()), []
+    for dtype in DTYPES:
+        for operation, reasons in explain(device, getattr(torch, dtype)).items():
+            try:
+                serving = OPERATIONS[operation].select(device, getattr(torch, dtype)).name
+            except BackendError:
+                serving = None
+            others = {
+                name: (reason or SERVES_TOO).partition("\n")[0] for name, reason in reasons.items() if name != serving
+            }
+            table.append(Serving(operation=operation, dtype=dtype, backend=serving, others=others))
+    return table
+
+
+def native_library(subject: Subject) -> Finding | None:
+    """On a CPU, C++ kernels serve, or PyTorch's operators in their place."""
+    if device_type() != "cpu":
+        return None
+    found = library()
+    if found.path is not None:
+        return ok(f"the C++ kernels {'were compiled now, into' if found.compiled_now else 'lie in'} {found.path}")
+    return warning(f"the C++ kernels cannot be had ({found.reason}); PyTorch's operators serve, slower", _fix(found))
+
+
+def _fix(found: Library) -> str:
+    if found.compiler is None:
+        return "install g++ (Debian, Ubuntu: sudo apt-get install g++), or name a compiler in CXX"
+    if "QNEXT_ISA" in str(found.reason):
+        return "unset QNEXT_ISA"
+    return (
+        f"mend the compiler ({found.compiler}), or name another in CXX; "
+        f"QNEXT_CACHE_DIR names a folder that can be written, now {found.cache_folder}"
+    )
+
+
+def selection(subject: Subject) -> Finding:
+    """Every operation has a backend, and a fast one unless the user forces another."""
+    from qnext_kernels.dispatch import parse_forced
+    from qnext_plugins.settings import Settings
+
+    table, device = backends(), device_type()
+    forced = parse_forced(Settings().backend)
+    unserved = sorted({f"{row.operation} in {row.dtype}" for row in table if row.backend is None})
+    if unserved:
+        return failure(f"QNEXT_BACKEND={Settings().backend} cannot serve {', '.join(unserved)}", "unset QNEXT_BACKEND")
+    fast = FAST.get(device)
+    slow = sorted({row.operation for row in table if row.backend != fast})
+    if fast is None:
+        return note(f"this release has no fast kernels for {device}: the engine's own model stays in place there")
+    if not slow:
+        return ok(f"{fast} kernels serve all {len(table) // len(DTYPES)} operations in {' and '.join(DTYPES)}")
+    if forced:
+        return note(f"QNEXT_BACKEND={Settings().backend} keeps {fast} kernels from {', '.join(slow)}")
+    return warning(f"{fast} kernels do not serve {', '.join(slow)}", "see the reasons in the table of kernels")
+
+
+CHECKS = (native_library, selection)

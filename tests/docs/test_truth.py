@@ -1,0 +1,106 @@
+"""What the pages say about the code is what the code has: variables, paths, tests, messages, flags, versions."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import qnext_sglang
+import qnext_vllm
+from qnext_kernels.dispatch import BACKEND_NAMES, OPERATION_NAMES, OPERATIONS
+from qnext_plugins.settings import Settings
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PAGES = {file.stem: file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
+SOURCES = [
+    file
+    for folder in ("kernels", "qnext_plugins", "vllm_plugin", "sglang_plugin")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+]
+PATH = re.compile(
+    r"`((?:kernels|qnext_plugins|vllm_plugin|sglang_plugin|tests|examples|scripts|benchmarks|docs)/[\w./-]+)(?:::(\w+))?`"
+)
+READERS = ("Makefile", ".ci/run", "tests/**/*.py", "qnext_plugins/**/*.py", "kernels/**/*.py", "scripts/*")
+
+
+def section(page: str, title: str) -> str:
+    """The text under a heading of a page, to the next heading of its level or above."""
+    found = re.search(rf"^(#+) {re.escape(title)}$\n(.*?)(?=^#{{1,2}} |\Z)", PAGES[page], re.M | re.S)
+    assert found, f"docs/{page}.md has no heading {title!r}"
+    return found[2]
+
+
+def test_every_setting_has_its_section_and_every_section_its_setting() -> None:
+    documented = set(re.findall(r"^## (QNEXT_\w+)$", PAGES["environment"], re.M))
+    assert documented == {f"QNEXT_{name.upper()}" for name in Settings.model_fields}
+
+
+def test_backends_and_operations_are_those_of_the_dispatcher() -> None:
+    named = set(re.findall(r"`(\w+)`", section("environment", "QNEXT_BACKEND")))
+    assert set(BACKEND_NAMES) | set(OPERATION_NAMES) <= named
+    for operation in OPERATIONS.values():
+        assert {"native", "cpu", "reference"} <= {backend.name for backend in operation.backends}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_variable_is_read_somewhere(page: str) -> None:
+    known = {f"QNEXT_{name.upper()}" for name in Settings.model_fields}
+    for variable in set(re.findall(r"QNEXT_[A-Z_]+", PAGES[page])) - known:
+        files = (
+            file for pattern in READERS for file in ROOT.glob(pattern) if file.is_file() and file != Path(__file__)
+        )
+        assert any(variable in file.read_text(errors="replace") for file in files if file.parent != HERE), variable
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_exists_and_every_named_test_too(page: str) -> None:
+    for path, name in PATH.findall(PAGES[page]):
+        assert (ROOT / path).exists(), path
+        if name:
+            assert re.search(rf"^\s*(?:def|class) {name}\b", (ROOT / path).read_text(), re.M), f"{path}::{name}"
+
+
+def messages() -> list[str]:
+    text = PAGES["troubleshooting"].split("\n## ")[1]
+    return [
+        *re.findall(r"^### `(.+)`$", text, re.M),
+        *re.findall(r"^\| `(needs .+?|the C\+\+ .+?|QNEXT_.+?)` \|", text, re.M),
+    ]
+
+
+@pytest.mark.parametrize("message", messages())
+def test_every_message_is_one_of_the_codes(message: str) -> None:
+    # Literals that go on in the next line are one text.
+    code = "".join(re.sub(r'"\n\s+f?"', "", file.read_text()) for file in SOURCES).replace('\\"', '"')
+    for fragment in filter(None, (part.strip() for part in message.split("…"))):
+        assert fragment in code
+
+
+def test_supported_versions_are_those_of_the_plugins() -> None:
+    assert (qnext_vllm.SUPPORTED_VLLM, qnext_sglang.SUPPORTED_SGLANG) == (">=0.32,<0.34", ">=0.5.23,<0.5.24")
+    assert "vLLM 0.32 (0.33 is accepted" in PAGES["index"]
+    assert "SGLang 0.5.23" in PAGES["index"]
+    assert "| version | 0.32, 0.33 | 0.5.23 |" in PAGES["install"]
+
+
+def test_every_flag_that_sglang_is_not_served_with_is_listed() -> None:
+    code = (ROOT / "sglang_plugin" / "qnext_sglang" / "serving.py").read_text()
+    code += (ROOT / "sglang_plugin" / "qnext_sglang" / "cpu" / "defaults.py").read_text()
+    flags = set(re.findall(r"[\"' ](--[a-z0-9-]+)", code))
+    assert len(flags) > 8
+    assert flags <= set(re.findall(r"`(--[a-z0-9-]+)`", section("sglang", "What is not served")))
+
+
+def test_every_setting_that_the_sglang_plugin_chooses_is_listed_with_its_value() -> None:
+    code = (ROOT / "sglang_plugin" / "qnext_sglang" / "cpu" / "defaults.py").read_text()
+    listed = section("sglang", "What the plugin chooses")
+    assert set(re.findall(r"chosen\[\"(\w+)\"\]", code)) <= set(re.findall(r"^\| `(\w+)`", listed, re.M))
+    (requests,) = re.findall(r"^MAX_RUNNING_REQUESTS = (\d+)", code, re.M)
+    (tokens,) = re.findall(r"^MAX_TOTAL_TOKENS = ([\d_]+)", code, re.M)
+    assert re.search(r"^STATE_SLOTS_PER_REQUEST = 10$", code, re.M)
+    assert f"| `max_running_requests` | {requests} |" in listed
+    assert f"| `max_total_tokens` | {tokens.replace('_', ' ')} |" in listed
+    assert "ten slots of recurrent state" in listed

@@ -1,0 +1,48 @@
+"""Huge pages: asked for where they fit, never a change of what is stored."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qnext_kernels.memory import HUGE_PAGE, use_huge_pages
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def huge_bytes(tensor: Tensor) -> int:
+    """How much of the mappings that a tensor lies in is backed by huge pages."""
+    begin, end, total, inside = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) < end and begin < int(found[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="this system has no huge pages")
+@pytest.mark.parametrize("written_before", [False, True])
+def test_a_large_tensor_lies_on_huge_pages(written_before: bool) -> None:
+    x = torch.empty(16 * HUGE_PAGE, dtype=torch.uint8)
+    if written_before:
+        x.fill_(7)
+    use_huge_pages(x)
+    x[::4096] = 7
+    assert huge_bytes(x) >= 14 * HUGE_PAGE
+
+
+def test_contents_stay() -> None:
+    x = torch.randn(3 * HUGE_PAGE // 4 + 5)
+    before = x.clone()
+    use_huge_pages(x, x[7:])
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, HUGE_PAGE])
+def test_small_tensors_and_other_devices_are_left_alone(size: int) -> None:
+    use_huge_pages(torch.empty(size, dtype=torch.uint8), torch.empty(size, device="meta"))

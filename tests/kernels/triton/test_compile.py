@@ -1,0 +1,85 @@
+"""Every kernel compiles for every GPU we name, at the shapes of the published model, as the host code launches it.
+
+The tensors lie on the meta device: code that read a value on the host, and so waited for a GPU, would fail here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qnext_kernels.gated_delta_rule.triton import TritonGatedDeltaRule
+from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, TARGETS, Compiled, compiling_for
+
+KERNELS = ["recurrent_kernel", "chunk_kernel", "state_kernel"]
+BATCH, TOKENS, COLUMNS, SLOTS = 8, 1000, 4, 100
+
+
+def compile_all(target: str, ranks: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
+    """What decode, verify (in place and into a step pool) and prefill (with and without snapshots) launch on a rank."""
+    key_heads, value_heads, dim = 16 // ranks, 32 // ranks, 128
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def tokens(count: int) -> tuple[torch.Tensor, ...]:
+        mixed = empty(count, 2 * key_heads + value_heads, dim)
+        q, k, v = mixed.split([key_heads, key_heads, value_heads], dim=1)
+        a, b = empty(count, 2 * value_heads).chunk(2, dim=1)
+        return q, k, v, a, b, empty(value_heads, dtype=torch.float32), empty(value_heads)
+
+    def indices(*shape: int) -> torch.Tensor:
+        return empty(*shape, dtype=torch.int32)
+
+    # A page of vLLM: the state of a layer, and the convolution's before the next.
+    state = empty(SLOTS, value_heads * dim * dim + 1024, dtype=torch.float32)
+    state = state[:, : value_heads * dim * dim].unflatten(1, (value_heads, dim, dim))
+    steps = empty(BATCH, COLUMNS, value_heads, dim, dim, dtype=torch.float32), indices(BATCH)
+    snapshots = indices(BATCH), indices(BATCH)
+    offsets, known = indices(BATCH + 1), empty(BATCH, dtype=torch.bool)
+    backend = TritonGatedDeltaRule()
+    with compiling_for(target) as compiled:
+        backend.decode(*tokens(BATCH), state, indices(BATCH))
+        backend.verify(*tokens(BATCH * 3), state, indices(BATCH, COLUMNS), offsets, indices(BATCH))
+        backend.verify(*tokens(BATCH * 3), state, indices(BATCH, 1), offsets, indices(BATCH), steps)
+        backend.prefill(*tokens(TOKENS), state, indices(BATCH), offsets, known)
+        backend.prefill(*tokens(TOKENS), state, indices(BATCH), offsets, known, snapshots)
+    return compiled
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles_without_spilling_and_fits_into_shared_memory(target: str) -> None:
+    compiled = compile_all(target)
+    assert [kernel.name for kernel in compiled] == KERNELS
+    for kernel in compiled:
+        # These two have no instructions that take the factors of products from shared memory, and registers run short.
+        most = 256 if kernel.name == "chunk_kernel" and target in ("sm_80", "sm_120") else 0
+        assert kernel.spilled <= most, kernel[:-1]
+        assert kernel.shared <= SHARED_MEMORY[target], kernel[:-1]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_every_rank_of_tensor_parallelism_has_kernels_without_spills(ranks: int) -> None:
+    compiled = compile_all("sm_90", ranks)
+    assert [kernel.name for kernel in compiled] == KERNELS
+    assert [kernel.spilled for kernel in compiled] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("sm_90", torch.float16), ("sm_90", torch.float32), ("gfx942", torch.float32)]
+)
+def test_other_dtypes_compile_and_fit_into_shared_memory(target: str, dtype: torch.dtype) -> None:
+    compiled = compile_all(target, dtype=dtype)
+    assert [kernel.name for kernel in compiled] == KERNELS
+    assert all(kernel.shared <= SHARED_MEMORY[target] for kernel in compiled)
+
+
+def test_decode_and_verify_are_one_kernel_that_loads_states_in_16_bytes_a_thread() -> None:
+    (recurrent, *_) = compile_all("sm_90")
+    assert recurrent.assembly.count("ld.global.v4.b32") == recurrent.assembly.count("st.global.v4.b32") > 0
+
+
+def test_products_run_on_tensor_cores_and_the_next_chunk_is_loaded_meanwhile() -> None:
+    _, _, state = compile_all("sm_90")
+    assert "wgmma.mma_async" in state.assembly
+    assert "cp.async" in state.assembly
