@@ -237,7 +237,14 @@ def test_interrupt_ends_the_server_that_was_started(tmp_path: Path, sent: signal
     file, output = tmp_path / "report.json", tmp_path / "logs"
     sides = [f"hf:{TINY} {FLAGS}", f"hf:{TINY} {FLAGS}"]
     command = [sys.executable, "-c", code, *sides, "--max-tokens", "200", "--output", str(output), "--json", str(file)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Tests that a script runs in the background ignore it, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         pids = wait_for_answers(output, process)
         process.send_signal(sent)

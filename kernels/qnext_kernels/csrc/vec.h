@@ -64,10 +64,6 @@ struct Vec {
     friend Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
     // a · 2^n for whole n within the range of normal exponents.
     friend Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-    friend Vec shift_exponent(Vec a, Vec shifted) {
-        const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
-        return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), n))};
-    }
     __m256 halves() const {
         return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     }
@@ -108,11 +104,6 @@ struct Vec {
     friend Vec scale_by_power(Vec a, Vec n) {
         const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
         return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent))};
-    }
-    // a · 2^n, n in the low bits of `shifted` as 1.5 · 2^23 + n has it, where the result is normal.
-    friend Vec shift_exponent(Vec a, Vec shifted) {
-        const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
-        return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), n))};
     }
     __m256 halves() const { return v; }
 };
@@ -164,24 +155,7 @@ inline Vec exp(Vec x) {
 }
 
 inline Vec sigmoid(Vec x) { return Vec::fill(1.0f) / (Vec::fill(1.0f) + exp(Vec::zero() - x)); }
-
-// x / (1 + e^-x); in one step where exp needs two, since infinity and what is not normal are never needed.
-inline Vec silu(Vec x) {
-    // max and min return their second operand where one is NaN.
-    const Vec above = max(Vec::fill(-88.0f), x), bounded = min(Vec::fill(87.0f), above);
-    // -x = n ln 2 - r, with n in the low bits of `shifted` too.
-    const Vec magic = Vec::fill(12582912.0f);
-    const Vec shifted = fma(bounded, Vec::fill(-1.44269504f), magic);
-    const Vec r = fma(shifted - magic, Vec::fill(0.693147181f), bounded);
-    Vec p = Vec::fill(1.383684576e-3f);
-    p = fma(p, r, Vec::fill(-8.374815807e-3f));
-    p = fma(p, r, Vec::fill(4.166822508e-2f));
-    p = fma(p, r, Vec::fill(-1.666641980e-1f));
-    p = fma(p, r, Vec::fill(4.999999106e-1f));
-    p = fma(p, r, Vec::fill(-1.0f));
-    p = fma(p, r, Vec::fill(1.0f));
-    return above / (Vec::fill(1.0f) + shift_exponent(p, shifted));
-}
+inline Vec silu(Vec x) { return x / (Vec::fill(1.0f) + exp(Vec::zero() - x)); }
 
 // Sizes in whole vectors: `padded(5)` is 8 or 16.
 inline int64_t padded(int64_t size) { return (size + Vec::size - 1) / Vec::size * Vec::size; }
