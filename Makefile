@@ -37,9 +37,9 @@ test: lint ## Lint, then the tests of kernels, model and both engines (starts en
 test-kernels: env ## The tests of the kernels, of the model and of the documentation, one a core at a time
 	"$(BIN)/python" -m pytest -n auto --durations=10 tests/kernels tests/model tests/docs $(ARGS)
 
-test-cli: env env-sglang ## The tests of the command line that start no engine
+test-cli: env env-sglang ## The tests of the command line that start no engine and are not slow
 	QNEXT_SGLANG_PYTHON="$$(cd "$(SGLANG_BIN)" && pwd)/python" \
-		"$(BIN)/python" -m pytest -n auto --durations=10 -m "not vllm and not sglang" tests/cli $(ARGS)
+		"$(BIN)/python" -m pytest -n auto --durations=10 -m "not vllm and not sglang and not slow" tests/cli $(ARGS)
 
 test-vllm: env ## vLLM's tests
 	"$(BIN)/python" -m pytest -v --durations=10 tests/vllm $(ARGS)
@@ -48,12 +48,13 @@ test-sglang: env env-sglang ## SGLang's tests, which start vLLM too, to compare
 	QNEXT_VLLM_PYTHON="$$(cd "$(BIN)" && pwd)/python" \
 		"$(SGLANG_BIN)/python" -m pytest -v --durations=10 tests/sglang $(ARGS)
 
-test-clients: env env-sglang ## The command line and the examples against both engines (not part of `make test`)
+test-clients: env env-sglang ## The examples and the rest of the command line, against both engines (not in `make test`)
 	QNEXT_CLIENTS_PYTHON="$$(cd "$(SGLANG_BIN)" && pwd)/python" \
 		"$(BIN)/python" -m pytest -v --durations=10 -m "not sglang" tests/examples $(ARGS)
 	QNEXT_VLLM_PYTHON="$$(cd "$(BIN)" && pwd)/python" \
 		"$(SGLANG_BIN)/python" -m pytest -v --durations=10 -m sglang tests/examples tests/cli $(ARGS)
-	"$(BIN)/python" -m pytest -v --durations=10 -m "vllm and not sglang" tests/cli $(ARGS)
+	QNEXT_SGLANG_PYTHON="$$(cd "$(SGLANG_BIN)" && pwd)/python" \
+		"$(BIN)/python" -m pytest -v --durations=10 -m "(vllm or slow) and not sglang" tests/cli $(ARGS)
 
 test-fast: env ## The tests that start no engine and take less than a minute each
 	"$(BIN)/python" -m pytest -m "not vllm and not sglang and not slow" --ignore=tests/sglang $(ARGS)

@@ -124,6 +124,7 @@ def broken_torchvision(folder: Path) -> Path:
 COMMON = {"PATH": "/nowhere", "QNEXT_BACKENDS": "cpu"}
 
 
+@pytest.mark.slow
 def test_a_broken_vllm_environment_is_told_trap_by_trap(tmp_path: Path) -> None:
     status, report, _ = doctor(
         "vllm",
@@ -155,6 +156,7 @@ def test_a_broken_vllm_environment_is_told_trap_by_trap(tmp_path: Path) -> None:
     assert "needs a C++ compiler once" in report["backends"][0]["others"]["native"]
 
 
+@pytest.mark.slow
 def test_a_broken_sglang_environment_is_told_trap_by_trap(tmp_path: Path) -> None:
     status, report, _ = doctor(
         "sglang",
@@ -182,6 +184,7 @@ def test_a_broken_sglang_environment_is_told_trap_by_trap(tmp_path: Path) -> Non
     assert results["sglang.interval"][0] == "failure"
 
 
+@pytest.mark.slow
 def test_sglang_with_another_platform_chosen_is_told(tmp_path: Path) -> None:
     status, report, _ = doctor("sglang", SGLANG_PLATFORM="another")
     results = found(report)
