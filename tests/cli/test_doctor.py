@@ -65,6 +65,7 @@ def run(engine: str) -> tuple[int, dict[str, Any]]:
     return status, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES, scope="class")
 class TestSound:
     def test_nothing_fails(self, run: tuple[int, dict[str, Any]], engine: str) -> None:
@@ -193,6 +194,7 @@ def test_sglang_with_another_platform_chosen_is_told(tmp_path: Path) -> None:
     assert "SGLANG_PLATFORM" in results["sglang.platform"][1], "SGLang itself refuses"
 
 
+@pytest.mark.slow
 def test_a_forced_backend_that_does_not_exist_fails_everything_that_computes() -> None:
     engine = "vllm" if importlib.util.find_spec("vllm") else "sglang"
     status, report, _ = doctor(engine, QNEXT_BACKEND="fastest")
@@ -204,6 +206,7 @@ def test_a_forced_backend_that_does_not_exist_fails_everything_that_computes() -
     assert report["backends"] == []
 
 
+@pytest.mark.slow
 def test_tables_are_printed_without_json() -> None:
     engine = "vllm" if importlib.util.find_spec("vllm") else "sglang"
     command = [python_of(engine), "-c", MAIN, "doctor"]
