@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import sys
 import time
-from pathlib import Path
 
 import torch
 from cpu_cases import GROUPS
 from cpu_inputs import REAL, TINY, Case, Row
-from cpu_report import Result, print_table, write_csv, write_plot
+from cpu_report import Result, make_console, parse, report
 from cpu_roof import OtherLoad, Roofs, clock, describe_machine, interleave, keep_freed_memory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -104,27 +102,14 @@ def run(args: argparse.Namespace, console: Console) -> tuple[list[Result], Roofs
     return results, roofs, agreed
 
 
-def thread_counts(value: str) -> list[int]:
-    counts = sorted({int(part) for part in value.split(",")})
-    if counts[0] < 1:
-        raise ValueError
-    return counts
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cores = len(os.sched_getaffinity(0))
     parser.add_argument("--ops", help="only operations whose name contains one of these, separated by commas")
-    parser.add_argument("--threads", type=thread_counts, default="1,2" if cores > 1 else "1", help="default 1,2")
     parser.add_argument("--quick", action="store_true", help="fewer rows and turns: five minutes on two cores")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table and the machine to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script; its times mean nothing")
-    args = parser.parse_args()
-    if max(args.threads) > cores:
-        parser.error(f"--threads: this process may use {cores} cores")
+    args = parse(parser)
 
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = make_console()
     keep_freed_memory()
     torch.manual_seed(0)
     header, others = describe_machine(), OtherLoad()
@@ -132,13 +117,7 @@ def main() -> int:
         results, roofs, agreed = run(args, console)
     header += [roofs.describe(threads) for threads in args.threads]
     header.append(others.describe())
-    for line in header:
-        console.print(line, markup=False, highlight=False)
-    print_table(console, results, roofs)
-    if args.csv:
-        write_csv(args.csv, header, results, roofs)
-    if args.plot and (reason := write_plot(args.plot, header[0], results)) is not None:
-        console.print(reason)
+    report(args, console, header, results, roofs)
     return 0 if agreed else 1
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +46,42 @@ class Result:
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.4g}"
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line of ``parser``, with the options that both benchmarks have."""
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=positive_numbers, default="1,2" if cores > 1 else "1", help="default 1,2")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table and the machine to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
+    args = parser.parse_args()
+    if max(args.threads) > cores:
+        parser.error(f"--threads: this process may use {cores} cores")
+    return args
+
+
+def positive_numbers(value: str) -> list[int]:
+    """Whole numbers separated by commas, in order; raises ValueError."""
+    numbers = sorted({int(part) for part in value.split(",")})
+    if numbers[0] < 1:
+        raise ValueError
+    return numbers
+
+
+def make_console() -> Console:
+    """Wide enough for the table where it does not go to a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 170)
+
+
+def report(args: argparse.Namespace, console: Console, header: list[str], results: list[Result], roofs: Roofs) -> None:
+    """Print the header and the table, and write what ``args`` of :func:`parse` ask for."""
+    for line in header:
+        console.print(line, markup=False, highlight=False)
+    print_table(console, results, roofs)
+    if args.csv:
+        write_csv(args.csv, header, results, roofs)
+    if args.plot and (reason := write_plot(args.plot, header[0], results)) is not None:
+        console.print(reason)
 
 
 def print_table(console: Console, results: list[Result], roofs: Roofs) -> None:

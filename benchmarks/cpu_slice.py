@@ -14,7 +14,6 @@ step must move, or for its FLOP.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import sys
@@ -24,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cpu_report import Result, print_table, write_csv, write_plot
+from cpu_report import Result, make_console, parse, positive_numbers, report
 from cpu_roof import OtherLoad, Roofs, describe_machine
 from cpu_slice_engine import Engine, EngineError, Side, Slice
 from rich.console import Console
@@ -208,32 +207,19 @@ def in_words(results: list[Result]) -> Iterator[str]:
             yield f"{row.op}, {row.shape}, threads={row.threads}: {row.ours / step.ours:.2f} of our decode steps"
 
 
-def numbers(value: str) -> list[int]:
-    found = sorted({int(part) for part in value.split(",")})
-    if found[0] < 1:
-        raise ValueError
-    return found
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cores = len(os.sched_getaffinity(0))
     parser.add_argument("--layers", type=int, default=4, help="a multiple of 4 (default 4)")
     parser.add_argument("--experts", type=int, default=256, help="6 MB each, a layer and engine (default 256)")
     parser.add_argument("--vocabulary", type=int, default=Slice.vocabulary, help="default 151936")
-    parser.add_argument("--threads", type=numbers, default="1,2" if cores > 1 else "1", help="default 1,2")
-    parser.add_argument("--prefill", type=numbers, default="512,2048", metavar="TOKENS", help="default 512,2048")
-    parser.add_argument("--context", type=numbers, default="128,32768", metavar="TOKENS", help="default 128,32768")
+    parser.add_argument("--prefill", type=positive_numbers, default="512,2048", help="tokens, default 512,2048")
+    parser.add_argument("--context", type=positive_numbers, default="128,32768", help="tokens, default 128,32768")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each engine (default 3)")
     parser.add_argument("--eager", action="store_true", help="both without torch.compile")
     parser.add_argument("--alone", action="store_true", help="without the peer")
     parser.add_argument("--quick", action="store_true", help="shortest prefill and context, two turns: five minutes")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table and the machine to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the engines' logs there")
-    args = parser.parse_args()
-    if max(args.threads) > cores:
-        parser.error(f"--threads: this process may use {cores} cores")
+    args = parse(parser)
     if args.layers < 4 or args.layers % 4:
         parser.error(f"--layers: expected a multiple of 4, got {args.layers}")
     if args.quick:
@@ -242,19 +228,13 @@ def main() -> int:
     args.logs = args.logs or Path(tempfile.mkdtemp(prefix="cpu-slice-"))
     args.logs.mkdir(parents=True, exist_ok=True)
 
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = make_console()
     header, others = describe_machine(), OtherLoad()
     header.append(f"slice: {args.layers} layers, {args.experts} experts, vocabulary {args.vocabulary}, bfloat16")
     results, roofs = run(args, console)
     header += [roofs.describe(threads) for threads in args.threads]
     header += [others.describe(), *in_words(results)]
-    for line in header:
-        console.print(line, markup=False, highlight=False)
-    print_table(console, results, roofs)
-    if args.csv:
-        write_csv(args.csv, header, results, roofs)
-    if args.plot and (reason := write_plot(args.plot, header[0], results)) is not None:
-        console.print(reason)
+    report(args, console, header, results, roofs)
     return 0 if results else 1
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from qnext_plugins.server_process import end_group, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "qnext-tiny"
@@ -131,22 +131,7 @@ class EngineServer(ABC):
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        try:
-            for end, patience in ((self.interrupt, 20), (self.terminate, 10)):
-                if self.process.poll() is None:
-                    end()
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        self.process.wait(patience)
-            # Its helpers end by themselves and remove their shared memory; they get a moment for that.
-            for _ in range(50):
-                os.killpg(self.process.pid, 0)
-                time.sleep(0.1)
-        except ProcessLookupError:
-            pass
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        end_group(self.process, self.interrupt, self.terminate)
 
     def interrupt(self) -> None:
         """Ask for the end, the way that leaves nothing behind."""
@@ -218,12 +203,6 @@ class EngineServer(ABC):
             return int(sum(values))
 
         return self.read_metrics(counter)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def show(title: str, create: Callable[..., Iterable[Any]], **prompt: Any) -> Reply:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import httpx
 
 from qnext_plugins.cli.compare.answers import SideError
 from qnext_plugins.cli.compare.sides import SideSpec
+from qnext_plugins.server_process import end_group, free_port
 
 SERVED = re.compile(r"qnext-plugins \S+ serves (?P<architecture>\w+) in torch\.(?P<dtype>\w+): .+")
 DECLINED = re.compile(r"qnext-plugins leaves \w+'s own Qwen3-Next in place: .+")
@@ -52,12 +52,6 @@ async def installed(spec: SideSpec, python: str) -> dict[str, str]:
     if not any(name in versions for name in NEEDED[spec.kind]):
         raise SideError(f"there is no {NEEDED[spec.kind][0]} in the environment of {python}: {fix}")
     return versions
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Server:
@@ -122,22 +116,7 @@ class Server:
 
     def stop(self) -> None:
         """End the whole process group, first as the engine likes it, in the end for certain."""
-        try:
-            for end, patience in ((self._interrupt, 20.0), (self.process.terminate, 10.0)):
-                if self.process.poll() is None:
-                    end()
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        self.process.wait(patience)
-            # Its helpers end by themselves and remove their shared memory; they get a moment for that.
-            for _ in range(50):
-                os.killpg(self.process.pid, 0)
-                time.sleep(0.1)
-        except ProcessLookupError:
-            pass
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        end_group(self.process, self._interrupt, self.process.terminate)
 
     def _interrupt(self) -> None:
         if self.spec.kind == "vllm":
