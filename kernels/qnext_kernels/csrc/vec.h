@@ -71,6 +71,31 @@ struct Vec {
 
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
+// 16 rows of 32 bits become 16 columns.
+inline void transpose(Vec (&x)[16]) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+        a[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + 2 + j]);
+            b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512 even = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), odd = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+        const __m512 even2 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+        const __m512 odd2 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+        x[i].v = _mm512_shuffle_f32x4(even, even2, 0x88);
+        x[i + 4].v = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+        x[i + 8].v = _mm512_shuffle_f32x4(even, even2, 0xdd);
+        x[i + 12].v = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+    }
+}
+
 #elif defined(__AVX2__) && defined(__FMA__)
 
 struct Vec {
@@ -112,6 +137,25 @@ inline float largest(Vec a) {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+// 8 rows of 32 bits become 8 columns.
+inline void transpose(Vec (&x)[8]) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+        a[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + 2 + j], 0x44);
+            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + 2 + j], 0xee);
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        x[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        x[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
 }
 
 #else
