@@ -179,13 +179,18 @@ class Activations {
     Scratch<Packed<T>> memory;
 };
 
+// Where in bytes from a block on to fetch, and how much further with every step.
+struct Fetch {
+    int64_t from, step;
+};
+
 // Not inlined: among the surrounding loops the compiler would keep sums in memory instead of registers.
 //
 // To c[p] [A, kPanel], or added to it, the products of `steps` steps of A activations with V vectors of rows of each of P
-// panels; what lies `ahead` steps behind is fetched.
-template <class T, int A, int V, int P>
+// panels. Meanwhile `Lines` lines are fetched a step.
+template <class T, int A, int V, int P, int Lines>
 __attribute__((noinline)) void multiply_tile(const Packed<T>* const* x, const T* const* panels, int64_t first,
-                                             int64_t steps, int64_t ahead, float* const* c) {
+                                             int64_t steps, Fetch fetch, float* const* c) {
     using D = Dot<T>;
     constexpr int64_t vector = Vec::size * D::step, row = kPanel * D::step;
     constexpr bool few = A <= kFew;
@@ -206,8 +211,8 @@ __attribute__((noinline)) void multiply_tile(const Packed<T>* const* x, const T*
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-            for (int line = 0; line < V * Vec::size / 16; ++line)
-                _mm_prefetch(reinterpret_cast<const char*>(w[p] + (s + ahead) * row) + line * 64, _MM_HINT_T0);
+            for (int line = 0; line < Lines; ++line)
+                _mm_prefetch(reinterpret_cast<const char*>(w[p]) + fetch.from + s * fetch.step + line * 64, _MM_HINT_T0);
 #pragma GCC unroll 2
         for (int part = 0; part < D::parts; ++part) {
             // Of the two that meet, the fewer are kept in registers.
@@ -261,12 +266,12 @@ void with_count(int64_t count, F f) {
     f(std::integral_constant<int, N>());
 }
 
-template <class T, int P>
+template <class T, int P, int Lines>
 void multiply_panels(const Packed<T>* const* x, int64_t count, const T* const* panels, int64_t first, int64_t steps,
-                     int64_t ahead, float* const* c) {
+                     Fetch fetch, float* const* c) {
     with_count<kTogether>(count, [&](auto a) {
         if constexpr (a <= kFew) {
-            multiply_tile<T, a, kPanelVectors, P>(x, panels, first, steps, ahead, c);
+            multiply_tile<T, a, kPanelVectors, P, Lines>(x, panels, first, steps, fetch, c);
         } else {
             // The sums of all fit in the registers beside these vectors of a panel.
             constexpr int vectors = Vec::size == 16 ? kPanelVectors : 2;
@@ -274,7 +279,7 @@ void multiply_panels(const Packed<T>* const* x, int64_t count, const T* const* p
                 for (int v = 0; v < kPanelVectors; v += vectors) {
                     const T* panel = panels[p] + v * Vec::size * Dot<T>::step;
                     float* to = c[p] + v * Vec::size;
-                    multiply_tile<T, a, vectors, 1>(x, &panel, first, steps, ahead, &to);
+                    multiply_tile<T, a, vectors, 1, vectors == kPanelVectors ? Lines : 1>(x, &panel, first, steps, fetch, &to);
                 }
         }
     });
@@ -282,22 +287,31 @@ void multiply_panels(const Packed<T>* const* x, int64_t count, const T* const* p
 
 // c[p] [count, kPanel] = the products of `count` activations with one or two panels.
 //
-// All activations meet a block of a panel before the next, which the last of them fetch: what comes behind a panel in
-// memory is mostly the panel that is needed next.
+// All activations meet a block of a panel before the next. Those of one tile fetch what they are about to read; several
+// tiles share in fetching the next block: what comes behind a panel in memory is mostly the panel that is needed next.
 template <class T>
 void multiply(const Packed<T>* const* x, int64_t count, const T* const* panels, int64_t num_panels, int64_t k,
               float* const* c) {
+    constexpr int64_t row = kPanel * 4;  // bytes
     const int64_t steps = steps_of<T>(k), tiles = (count + kTogether - 1) / kTogether;
     for (int64_t first = 0; first == 0 || first < steps; first += kBlock) {
         const int64_t some = std::min(kBlock, steps - first);
         for (int64_t tile = 0, a = 0; tile < tiles; ++tile) {
             const int64_t together = (count - a) / (tiles - tile);
-            const int64_t ahead = tiles > 1 && tile == tiles - 1 ? kBlock : kAhead;
             float* const to[] = {c[0] + a * kPanel, c[1] + a * kPanel};
-            if (num_panels == 2)
-                multiply_panels<T, 2>(x + a, together, panels, first, some, ahead, to);
+            const auto run = [&](auto lines, Fetch fetch) {
+                if (num_panels == 2)
+                    multiply_panels<T, 2, lines>(x + a, together, panels, first, some, fetch, to);
+                else
+                    multiply_panels<T, 1, lines>(x + a, together, panels, first, some, fetch, to);
+            };
+            const Fetch share{kBlock * row + some * row / tiles * tile, row / tiles};
+            if (tiles == 1)
+                run(std::integral_constant<int, 4>(), Fetch{kAhead * row, row});
+            else if (tiles <= 3)
+                run(std::integral_constant<int, 2>(), share);
             else
-                multiply_panels<T, 1>(x + a, together, panels, first, some, ahead, to);
+                run(std::integral_constant<int, 1>(), share);
             a += together;
         }
     }
