@@ -46,12 +46,16 @@ struct Vec {
     }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     void store(bfloat16* p) const {
+#if defined(__AVX512BF16__)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+#else
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
         const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
         rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+#endif
     }
     friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
     friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -62,7 +66,7 @@ struct Vec {
     friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
     friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
     friend Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-    // a · 2^n for whole n within the range of normal exponents.
+    // a · 2^n for whole n, rounded once; 0 or infinity where float32 ends.
     friend Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
     __m256 halves() const {
         return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
@@ -127,8 +131,13 @@ struct Vec {
     friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
     friend Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
     friend Vec scale_by_power(Vec a, Vec n) {
-        const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
-        return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent))};
+        // In two steps: 2^128 is no float, and 2^-149 is no normal one.
+        const Vec half = round(n * fill(0.5f));
+        return {_mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(n - half))};
+    }
+    static __m256 power(Vec n) {
+        const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
     }
     __m256 halves() const { return v; }
 };
@@ -192,10 +201,7 @@ inline Vec exp(Vec x) {
     p = fma(p, r, Vec::fill(4.1665795894e-2f));
     p = fma(p, r, Vec::fill(1.6666665459e-1f));
     p = fma(p, r, Vec::fill(5.0000001201e-1f));
-    const Vec e = fma(p, r * r, r + Vec::fill(1.0f));
-    // In two steps: 2^128 is no float, and 2^-149 is no normal one.
-    const Vec half = round(n * Vec::fill(0.5f));
-    return scale_by_power(scale_by_power(e, half), n - half);
+    return scale_by_power(fma(p, r * r, r + Vec::fill(1.0f)), n);
 }
 
 inline Vec sigmoid(Vec x) { return Vec::fill(1.0f) / (Vec::fill(1.0f) + exp(Vec::zero() - x)); }
