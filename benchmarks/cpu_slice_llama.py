@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,26 +22,36 @@ UBATCH = 512
 """Tokens that a prefill computes at once: llama.cpp's default, and the fastest of 512, 1024 and 2048."""
 
 
-def version(python: str) -> str:
-    """llama.cpp's version and its package's, by the Python of its environment; raises ValueError."""
+@dataclass(frozen=True)
+class LlamaSide(Side):
+    """How llama.cpp is started: by the Python of its environment."""
+
+    python: str = ""
+
+
+def find_llama(python: str | None) -> tuple[LlamaSide, str]:
+    """The side, named with llama.cpp's version, and the package that it is of; raises ValueError."""
+    expected = "expected the Python of an environment with llama-cpp-python and gguf"
+    if not python:
+        raise ValueError(f"{expected}, got none")
     script = "import gguf, llama_cpp; print(llama_cpp.llama_version().decode(), llama_cpp.__version__)"
     try:
         done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
     except OSError as error:
-        raise ValueError(f"{python}: {error.strerror}") from None
+        raise ValueError(f"{expected}, got {python}: {error.strerror}") from None
     except subprocess.CalledProcessError as error:
-        raise ValueError(f"{python}: {error.stderr.strip().splitlines()[-1]}") from None
-    library, package = done.stdout.split()[-2:]
-    return f"{library} (llama-cpp-python {package})"
+        raise ValueError(f"{expected}, got {python}: {error.stderr.strip().splitlines()[-1]}") from None
+    version, package = done.stdout.split()[-2:]
+    return LlamaSide(f"llama.cpp {version}", plugin=False, python=python), f"llama-cpp-python {package}"
 
 
 class LlamaEngine(Engine):
     """The handle of llama.cpp; a step is of one token."""
 
-    def __init__(self, side: Side, model: Slice, threads: int, log: Path, python: str) -> None:
+    def __init__(self, side: LlamaSide, model: Slice, threads: int, log: Path) -> None:
         self.side, self.log = side, log
         self._connection, theirs = multiprocessing.Pipe()
-        command = [python, __file__, str(theirs.fileno())]
+        command = [side.python, __file__, str(theirs.fileno())]
         with log.open("wb") as output:
             self._process = _Process(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[theirs.fileno()]
@@ -70,7 +80,7 @@ class RunningLlama:
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         # In memory of its own: pages of a mapped file may be dropped and read from disk again during a step.
-        parameters.use_mmap = False
+        parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.model:
             raise RuntimeError("llama.cpp does not load the GGUF file")
@@ -126,7 +136,7 @@ def _start(side: dict[str, Any], config: dict[str, Any], threads: int) -> Runnin
     with tempfile.TemporaryDirectory(prefix="cpu-slice-") as folder:
         path = Path(folder) / "slice.gguf"
         write(path, config, random_weights())
-        return RunningLlama(path, Side(**side), threads)
+        return RunningLlama(path, LlamaSide(**side), threads)
 
 
 def main() -> None:
