@@ -127,7 +127,7 @@ def measure_prefill(pair: Pair, args: argparse.Namespace, tokens: int) -> Iterat
     rng = random.Random(tokens)
 
     def run(engine: Engine, threads: int) -> list[float]:
-        seconds = engine.prefill(rng.choices(range(1, 30000), k=tokens), threads)
+        seconds = engine.prefill(rng.choices(range(1, args.model.vocabulary), k=tokens), threads)
         engine.finish()
         return [seconds]
 
@@ -142,7 +142,7 @@ def measure_prefill(pair: Pair, args: argparse.Namespace, tokens: int) -> Iterat
 def measure_decode(pair: Pair, args: argparse.Namespace, context: int, op: str) -> Iterator[Result]:
     """Steps behind a prompt of ``context`` tokens: of one token each, or all of 1 + drafts."""
     tokens = 1 + pair.engines[0].side.drafts
-    prompt = [0] * context if tokens > 1 else random.Random(context).choices(range(1, 30000), k=context)
+    prompt = [0] * context if tokens > 1 else random.Random(context).choices(range(1, args.model.vocabulary), k=context)
 
     def run(engine: Engine, threads: int) -> list[float]:
         return [seconds for seconds, given in engine.steps(STEPS, threads) if given == tokens]
