@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+FEW = 64
+"""So many indices are read faster by Python than by an operator of PyTorch: those of a step of decode."""
+
+
 def expect_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
     """Raise ValueError unless ``tensor`` has ``shape`` (None: any size)."""
     if tensor.dim() == len(shape):
@@ -41,7 +45,11 @@ def expect_indices(name: str, indices: Tensor, low: int, high: int) -> None:
     """Raise unless ``indices`` are int32 or int64 within [low, high)."""
     expect_dtype(name, indices, (torch.int32, torch.int64))
     if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
-        smallest, largest = (int(value) for value in torch.aminmax(indices))
+        if indices.numel() <= FEW:
+            values = indices.flatten().tolist()
+            smallest, largest = min(values), max(values)
+        else:
+            smallest, largest = (int(value) for value in torch.aminmax(indices))
         if smallest < low or largest >= high:
             raise IndexError(f"{name}: expected indices within [{low}, {high}), got [{smallest}, {largest}]")
 
@@ -58,6 +66,11 @@ def expect_query_start_loc(query_start_loc: Tensor, num_tokens: int) -> int:
         if offsets[0] != 0 or offsets[-1] != num_tokens or not rising:
             raise ValueError(f"query_start_loc: expected offsets rising from 0 to {num_tokens}, got {offsets}")
     return query_start_loc.numel() - 1
+
+
+def longest_sequence(query_start_loc: Tensor) -> int:
+    """The most tokens of a sequence, from offsets [N + 1] on a CPU; 0 where there is no sequence."""
+    return max((end - start for start, end in pairwise(query_start_loc.tolist())), default=0)
 
 
 def expect_snapshots(

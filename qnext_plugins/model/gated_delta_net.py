@@ -105,7 +105,7 @@ def gated_delta_net_core(
         [T, HV, V] in the dtype of ``mixed_qkv``.
     """
     state = pools.recurrent
-    out = mixed_qkv.new_zeros(mixed_qkv.shape[0], *state.shape[1:3])
+    parts: list[tuple[TokenIndex, Tensor]] = []
 
     def inputs(tokens: TokenIndex, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return *_split_qkv(convolved, state), a[tokens], b[tokens]
@@ -119,17 +119,25 @@ def gated_delta_net_core(
             for pool in (pools.conv_steps, pools.recurrent_steps)
         )
         convolved = causal_conv1d_verify(mixed_qkv[tokens], *conv_layer, verify.slots[:, 0], *where, *conv_steps)
-        out[tokens] = gated_delta_rule_verify(*inputs(tokens, convolved), *layer, verify.slots, *where, *steps)
+        rest = (verify.slots, *where, *steps)
+        parts.append((tokens, gated_delta_rule_verify(*inputs(tokens, convolved), *layer, *rest)))
     if (decode := batch.decode) is not None:
         convolved = causal_conv1d_decode(mixed_qkv[decode.tokens], *conv_layer, decode.slots)
-        out[decode.tokens] = gated_delta_rule_decode(*inputs(decode.tokens, convolved), *layer, decode.slots)
+        result = gated_delta_rule_decode(*inputs(decode.tokens, convolved), *layer, decode.slots)
+        parts.append((decode.tokens, result))
     if (prefill := batch.prefill) is not None:
         assert prefill.query_start_loc is not None
         assert prefill.has_initial_state is not None
-        rest = (prefill.slots, prefill.query_start_loc, prefill.has_initial_state)
+        slots = (prefill.slots, prefill.query_start_loc, prefill.has_initial_state)
         snapshots = (prefill.snapshot_slots, prefill.snapshot_lengths)
-        convolved = causal_conv1d_prefill(mixed_qkv[prefill.tokens], *conv_layer, *rest, *snapshots)
-        out[prefill.tokens] = gated_delta_rule_prefill(*inputs(prefill.tokens, convolved), *layer, *rest, *snapshots)
+        convolved = causal_conv1d_prefill(mixed_qkv[prefill.tokens], *conv_layer, *slots, *snapshots)
+        result = gated_delta_rule_prefill(*inputs(prefill.tokens, convolved), *layer, *slots, *snapshots)
+        parts.append((prefill.tokens, result))
+    if len(parts) == 1 and isinstance(tokens := parts[0][0], slice) and tokens == slice(0, len(mixed_qkv)):
+        return parts[0][1]  # as mostly
+    out = mixed_qkv.new_zeros(mixed_qkv.shape[0], *state.shape[1:3])
+    for tokens, result in parts:
+        out[tokens] = result
     return out
 
 

@@ -29,6 +29,7 @@ from qnext_kernels.checks import (
     expect_query_start_loc,
     expect_shape,
     expect_snapshots,
+    longest_sequence,
 )
 from qnext_kernels.dispatch import Operation
 
@@ -126,7 +127,7 @@ def causal_conv1d_verify(
         expect_shape("step_rows", step_rows, (num_sequences,))
         expect_indices("step_rows", step_rows, -1, step_state.shape[0])
         most = step_state.shape[1]
-    if query_start_loc.device.type == "cpu" and num_sequences and int(query_start_loc.diff().max()) > most:
+    if query_start_loc.device.type == "cpu" and longest_sequence(query_start_loc) > most:
         raise ValueError(f"query_start_loc: expected at most {most} tokens a sequence, got {query_start_loc.tolist()}")
     backend = operation.select(x.device, x.dtype)
     return backend.verify(x, weight, conv_state, slots, query_start_loc, num_accepted_tokens, steps)
