@@ -1,0 +1,43 @@
+"""The deterministic mode: a request's tokens and log-probabilities have the same bits however it is served."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests import reference
+from tests.determinism import Requests, alone, among
+from tests.vllm.engines import engine
+
+pytestmark = pytest.mark.vllm
+
+SMALL_BUDGET = {"drafts": 3, "max_num_batched_tokens": 160, "max_num_seqs": 6}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "dtype", "variable"),
+    [("random", "float32", "QNEXT_DETERMINISTIC"), ("tiny", "bfloat16", "VLLM_BATCH_INVARIANT")],
+    indirect=["checkpoint"],
+)
+def test_an_answer_is_the_same_alone_among_others_cached_in_pieces_speculated_and_on_more_threads(
+    checkpoint: Path, dtype: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = Requests.of(reference.prompts(checkpoint))
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", cores[0])
+    with engine(checkpoint, dtype=dtype) as running:
+        expected, seeded = alone(running, requests.greedy), alone(running, requests.seeded)
+        before = running.prefix_cache_hits()
+        assert alone(running, requests.greedy) == expected
+        assert running.prefix_cache_hits() > before
+        assert among(running, requests.greedy, requests.others) == expected
+        assert among(running, requests.seeded, requests.others) == seeded
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", ",".join(cores))
+    with engine(checkpoint, dtype=dtype, **SMALL_BUDGET) as running:
+        assert among(running, requests.greedy, requests.others) == expected
+        assert alone(running, requests.greedy) == expected
+        drafts = running.drafts()
+    assert 0 < drafts.accepted < drafts.drafted
