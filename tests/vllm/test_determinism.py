@@ -6,16 +6,18 @@ import os
 from pathlib import Path
 
 import pytest
+from vllm import EngineArgs
 
+from qnext_kernels.dispatch import deterministic
+from qnext_vllm.determinism import DeterminismError, obstacles, prepare
 from tests import reference
 from tests.determinism import Requests, alone, among
 from tests.vllm.engines import engine
 
-pytestmark = pytest.mark.vllm
-
 SMALL_BUDGET = {"drafts": 3, "max_num_batched_tokens": 160, "max_num_seqs": 6}
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("checkpoint", "dtype", "variable"),
     [("random", "float32", "QNEXT_DETERMINISTIC"), ("tiny", "bfloat16", "VLLM_BATCH_INVARIANT")],
@@ -41,3 +43,22 @@ def test_an_answer_is_the_same_alone_among_others_cached_in_pieces_speculated_an
         assert alone(running, requests.greedy) == expected
         drafts = running.drafts()
     assert 0 < drafts.accepted < drafts.drafted
+
+
+def test_what_runs_on_vllms_own_operators_is_refused_by_name(tiny_checkpoint: Path) -> None:
+    served = EngineArgs(model=str(tiny_checkpoint), dtype="bfloat16").create_engine_config()
+    assert not obstacles(served)
+    config = EngineArgs(
+        model=str(tiny_checkpoint),
+        dtype="bfloat16",
+        enable_lora=True,
+        mamba_ssm_cache_dtype="bfloat16",
+        hf_overrides={"head_dtype": "float32"},
+    ).create_engine_config()
+    prepare(config)
+    with deterministic(), pytest.raises(DeterminismError) as raised:
+        prepare(config)
+    assert str(raised.value) == (
+        "qnext-plugins: the deterministic mode does not serve a head in torch.float32 beside torch.bfloat16, "
+        "LoRA adapters, --mamba-ssm-cache-dtype torch.bfloat16"
+    )
