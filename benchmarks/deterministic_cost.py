@@ -4,8 +4,8 @@
     python benchmarks/deterministic_cost.py examples/tiny/checkpoint [--requests 24] [--tokens 64] [--turns 7]
 
 Two engines on the same checkpoint are in memory at once and answer the same requests in turns, each first every other
-time; the median of a turn counts. Prompts differ from turn to turn, so that none comes from the prefix cache. Both modes
-run the same kernels (the script says which); what differs is around the sampler.
+time; the median of a turn counts. Prompts differ from turn to turn, so that none comes from the prefix cache. The last
+line says whether the kernels are the same with the mode.
 """
 
 from __future__ import annotations
