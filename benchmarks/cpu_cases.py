@@ -39,7 +39,9 @@ def experts_rows(s: Sizes) -> Iterator[Row]:
         w13 = normal(s.experts, 2 * s.intermediate, s.hidden, scale=0.02)
         w2 = normal(s.experts, s.hidden, s.intermediate, scale=0.02)
         packed = peers.experts(w13, w2)
-        qnext_kernels.use_huge_pages(w13, w2)  # as our engines' sides do
+        # As our engines' sides do.
+        qnext_kernels.use_huge_pages(w13, w2)
+        qnext_kernels.pack_experts_(w13, w2)
         return w13, w2, *packed
 
     def build(tokens: int) -> Case:
@@ -60,7 +62,7 @@ def experts_rows(s: Sizes) -> Iterator[Row]:
         apart = sets // 2
         return Case(
             name,
-            ours=lambda i: qnext_kernels.experts(x, w13, w2, scores[i % sets], ids[i % sets]),
+            ours=lambda i: qnext_kernels.experts(x, w13, w2, scores[i % sets], ids[i % sets], packed=True),
             peer=lambda i: run_peer(i + apart if i else 0),
             flops=tokens * s.top_k * 6 * s.hidden * s.intermediate,
             moved=read + 2 * x.nbytes,
@@ -285,12 +287,20 @@ def delta_rule_rows(s: Sizes) -> Iterator[Row]:
 # Linear layers of decode size.
 
 
+def _packed(weight: Tensor) -> Tensor:
+    """A copy as our engines' sides keep it."""
+    copy = weight.clone()
+    qnext_kernels.use_huge_pages(copy)
+    qnext_kernels.pack_weight_(copy)
+    return copy
+
+
 def linear_rows(s: Sizes) -> Iterator[Row]:
     def layer(n: int, k: int) -> Callable[[], list[tuple[Tensor, str, Callable[[Tensor], Tensor]]]]:
         @cache
         def make() -> list[tuple[Tensor, str, Callable[[Tensor], Tensor]]]:
             weights = [normal(n, k, scale=0.02) for _ in range(rotations(2 * n * k))]
-            return [(weight, *peers.linear(weight)) for weight in weights]
+            return [(_packed(weight), *peers.linear(weight)) for weight in weights]
 
         return make
 
@@ -299,7 +309,7 @@ def linear_rows(s: Sizes) -> Iterator[Row]:
         apart = len(turns) // 2
         return Case(
             turns[0][1],
-            ours=lambda i: qnext_kernels.linear(x, turns[i % len(turns)][0]),
+            ours=lambda i: qnext_kernels.linear(x, turns[i % len(turns)][0], packed=True),
             peer=lambda i: turns[(i + apart if i else 0) % len(turns)][2](x),
             flops=2 * tokens * n * k,
             moved=2 * (n * k + tokens * (n + k)),

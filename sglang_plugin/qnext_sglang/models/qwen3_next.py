@@ -17,6 +17,7 @@ from qnext_plugins.model import (
     expected_shapes,
 )
 from qnext_plugins.model.weights import MTP_PREFIX
+from qnext_plugins.packed_methods import unpack_weights
 from qnext_sglang import determinism
 from qnext_sglang import sglang_api as api
 from qnext_sglang.engine import SglangEngine
@@ -65,7 +66,7 @@ class ServedModel(nn.Module):
     def make_head(self, prefix: str) -> nn.Module:
         """The head, which is the embedding where the checkpoint ties them."""
         if self.qnext_config.tie_word_embeddings:
-            return on_our_kernel(self.model.embed_tokens)
+            return on_our_kernel(self.model.embed_tokens, packable=False)
         return on_our_kernel(
             api.ParallelLMHead(
                 self.config.vocab_size,
@@ -149,6 +150,7 @@ class Qwen3NextForCausalLM(ServedModel):
         weights = ((name, tensor) for name, tensor in weights if not name.startswith(MTP_PREFIX))
         if self.quant_config is None:
             weights = checked_weights(weights, expected_shapes(self.qnext_config))
+        unpack_weights(self)
         return load_parameters(self, weights, self.qnext_config.num_experts)
 
 
