@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from vllm import EngineArgs
+from vllm.v1.sample.sampler import Sampler
 
 from qnext_kernels.dispatch import deterministic
+from qnext_vllm import determinism
 from qnext_vllm.determinism import DeterminismError, obstacles, prepare
 from tests import reference
 from tests.determinism import Requests, alone, among
@@ -62,3 +65,15 @@ def test_what_runs_on_vllms_own_operators_is_refused_by_name(tiny_checkpoint: Pa
         "qnext-plugins: the deterministic mode does not serve a head in torch.float32 beside torch.bfloat16, "
         "LoRA adapters, --mamba-ssm-cache-dtype torch.bfloat16"
     )
+
+
+def test_top_log_probs_without_ties_are_those_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    log_probs = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).log_softmax(dim=1)
+    tokens = torch.tensor([3, 0, 299, 17, 18])
+    expected = Sampler.gather_logprobs(log_probs, 7, tokens)
+    monkeypatch.setattr(Sampler, "gather_logprobs", Sampler.gather_logprobs)
+    determinism.order_top_log_probs.__wrapped__()
+    found = Sampler.gather_logprobs(log_probs, 7, tokens)
+    for name in ("logprob_token_ids", "logprobs", "selected_token_ranks"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+        assert getattr(found, name).dtype == getattr(expected, name).dtype

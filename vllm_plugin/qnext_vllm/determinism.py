@@ -57,7 +57,7 @@ def prepare(vllm_config: Any) -> None:
         return
     if found := obstacles(vllm_config):
         raise DeterminismError(f"qnext-plugins: the deterministic mode does not serve {', '.join(found)}")
-    _order_top_log_probs()
+    order_top_log_probs()
 
 
 @cache
@@ -79,7 +79,7 @@ def _keep_triton_operators_away() -> None:
 
 
 @cache
-def _order_top_log_probs() -> None:
+def order_top_log_probs() -> None:
     """torch.topk orders equal log-probabilities by the largest number that a request of the batch asks for."""
     from vllm.v1.outputs import LogprobsTensors
     from vllm.v1.sample.sampler import Sampler
