@@ -119,8 +119,8 @@ def _sample(
         info.need_min_p_sampling = False
     tokens, capture = original(sampler, probs, info, positions, simple_sampling_case)
     if not simple_sampling_case:
-        unlimited = (info.top_ks >= probs.shape[1]) & (info.top_ps >= 1.0)
-        tokens = torch.where(unlimited, sampling_from_probs_torch(probs, info.sampling_seed, positions), tokens)
+        rows = ((info.top_ks >= probs.shape[1]) & (info.top_ps >= 1.0)).nonzero().squeeze(1)
+        tokens[rows] = sampling_from_probs_torch(probs[rows], info.sampling_seed[rows], positions[rows])
     return torch.where(info.top_ks == 1, info.qnext_best.to(tokens.dtype), tokens), capture
 
 
