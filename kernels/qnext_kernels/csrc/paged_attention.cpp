@@ -152,9 +152,9 @@ void with_rows(int64_t rows, F f) {
 
 #if defined(__AVX512F__)
 
-// The sums of R <= 8 vectors' elements, each in one order whatever R is, to R neighbouring floats.
+// Inlined, so that they come from registers. The sums of R <= 8 vectors' elements, each in one order whatever R is, to R neighbouring floats.
 template <int R>
-void store_sums(const Vec* x, Vec scale, float* to) {
+__attribute__((always_inline)) inline void store_sums(const Vec (&x)[R], Vec scale, float* to) {
     const auto at = [&](int r) { return r < R ? x[r].v : _mm512_setzero_ps(); };
     __m512 halves[2];
 #pragma GCC unroll 2
@@ -182,7 +182,7 @@ void store_sums(const Vec* x, Vec scale, float* to) {
 #else
 
 template <int R>
-void store_sums(const Vec* x, Vec scale, float* to) {
+__attribute__((always_inline)) inline void store_sums(const Vec (&x)[R], Vec scale, float* to) {
     for (int r = 0; r < R; r += 4) {
         const Vec none = Vec::zero();
         const __m128 four = sums(x[r], r + 1 < R ? x[r + 1] : none, r + 2 < R ? x[r + 2] : none, r + 3 < R ? x[r + 3] : none);

@@ -11,7 +11,7 @@ For one value head with state S (value dim × key dim, the key dim last; Gated D
 
 A value head h reads key head h // (HV / H). Gating, norm and scale are part of the operation. Three promises hold
 bitwise: verify over T tokens equals T decodes; a sequence's result does not depend on what else is in the batch; a
-prefill split at multiples of :data:`CHUNK_SIZE` equals the unsplit one (in C++, with a float32 state, split anywhere).
+prefill split at multiples of :data:`CHUNK_SIZE` equals the unsplit one (in the deterministic mode split anywhere).
 
 Common arguments:
 
