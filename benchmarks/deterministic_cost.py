@@ -3,9 +3,9 @@
 
     python benchmarks/deterministic_cost.py examples/tiny/checkpoint [--requests 24] [--tokens 64] [--turns 7]
 
-Two engines on the same checkpoint are in memory at once and answer the same requests in turns, each first every other
-time; the median of a turn counts. Prompts differ from turn to turn, so that none comes from the prefix cache. The last
-line says whether the kernels are the same with the mode.
+Four engines on the same checkpoint are in memory at once, started without the mode, with it, with it and without it: one
+that was started earlier may be slower. They answer the same requests in turns, and the median of a turn counts. Prompts
+differ from turn to turn, so that none comes from the prefix cache. The last line says whether the backends are the same.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from qnext_kernels.dispatch import deterministic, selected_backends
 
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9}
 PROMPT_TOKENS = 64
+ORDER = (False, True, True, False)
+"""Whether the mode is on in each engine, as they are started."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,17 @@ def start_sglang(model: str) -> tuple[Answer, Callable[[], None]]:
 
 
 def measure(engines: Sequence[Answer], workload: Workload, args: argparse.Namespace) -> list[float]:
-    """Median seconds of a turn of each engine."""
-    generator, seconds = random.Random(0), [[] for _ in engines]
+    """Median seconds of a turn without the mode and with it."""
+    generator = random.Random(0)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(args.turns + 1):
         prompts = [[generator.randrange(2, 1000) for _ in range(PROMPT_TOKENS)] for _ in range(args.requests)]
-        for which in (0, 1) if turn % 2 else (1, 0):
+        for on, answer in zip(ORDER, engines, strict=True):
             start = time.perf_counter()
-            engines[which](prompts, workload, args.tokens)
+            answer(prompts, workload, args.tokens)
             if turn:  # the first warms up
-                seconds[which].append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
+                seconds[on].append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds.values()]
 
 
 def main() -> None:
@@ -109,8 +112,8 @@ def main() -> None:
     start = {"vllm": start_vllm, "sglang": start_sglang}[name]
     engines, ends = [], []
     try:
-        for value in ("0", "1"):
-            os.environ["QNEXT_DETERMINISTIC"] = value
+        for on in ORDER:
+            os.environ["QNEXT_DETERMINISTIC"] = str(int(on))
             answer, end = start(args.model)
             engines.append(answer)
             ends.append(end)
