@@ -3,9 +3,10 @@
 
     python benchmarks/deterministic_cost.py examples/tiny/checkpoint [--requests 24] [--tokens 64] [--turns 7]
 
-Four engines on the same checkpoint are in memory at once, started without the mode, with it, with it and without it: one
-that was started earlier may be slower. They answer the same requests in turns, and the median of a turn counts. Prompts
-differ from turn to turn, so that none comes from the prefix cache. The last line says whether the backends are the same.
+Four engines on the same checkpoint are in memory at once, started without the mode, with it, with it and without it,
+since one that was started earlier may be slower. They answer the same requests in turns, and the median of a turn
+counts. Prompts differ from turn to turn, so that none comes from the prefix cache. The last line says whether the
+backends are the same.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def main() -> None:
     for on in (False, True):
         with deterministic(on):
             kernels.append(selected_backends(torch.device("cpu"), torch.bfloat16))
-    Console().print(table, f"kernels with the mode: {'the same' if kernels[0] == kernels[1] else kernels}")
+    Console().print(table, f"backends with the mode: {'the same' if kernels[0] == kernels[1] else kernels}")
 
 
 if __name__ == "__main__":
