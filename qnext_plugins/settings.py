@@ -18,6 +18,9 @@ class Settings(BaseSettings):
     cache_dir: Path | None = Field(
         default=None, description="Where compiled CPU kernels are kept; by default the user's cache folder."
     )
+    deterministic: bool = Field(
+        default=False, description="Only batch-invariant kernels serve; an error where one operation has none."
+    )
     disable: bool = Field(default=False, description="Leaves the engine's own Qwen3-Next in place.")
     isa: str | None = Field(default=None, description="Instruction set of the CPU kernels: avx512bf16 or avx2.")
     strict: bool = Field(default=False, description="Raises where the plugin would otherwise step back with one line.")

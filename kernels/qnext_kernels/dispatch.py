@@ -4,6 +4,8 @@ A backend is a small class with :meth:`Backend.supports`, which returns ``None``
 lists its backends fastest first; the first one that supports the call serves it. ``QNEXT_BACKEND`` forces a choice, for
 every operation (``QNEXT_BACKEND=reference``) or for one (``QNEXT_BACKEND=cpu,gated_delta_rule=reference``). A forced
 backend that cannot serve is an error that carries its reason.
+
+In the deterministic mode (``QNEXT_DETERMINISTIC=1``) only backends that are :attr:`Backend.batch_invariant` serve.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ class Backend:
     name: ClassVar[str]
     devices: ClassVar[tuple[str, ...] | None] = None
     """Device types it runs on; None for all."""
+    batch_invariant: ClassVar[bool] = False
+    """Whether a token's bits depend on nothing but its own sequence: not on what else is in the batch, nor on how the
+    sequence is split between calls (with states in float32), nor on the number of threads."""
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return None if it can serve tensors of this device and activation dtype, else the reason why not."""
@@ -68,7 +73,7 @@ class Operation:
         for backend in self.backends:
             if forced is not None and backend.name != forced:
                 continue
-            reason = backend.supports(device, dtype)
+            reason = reason_to_decline(backend, device, dtype)
             if reason is None:
                 return backend
             reasons += f"; {backend.name}: {reason}"
@@ -79,6 +84,47 @@ class Operation:
 
 
 OPERATIONS: dict[str, Operation] = {}
+
+
+def reason_to_decline(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return None if ``backend`` may serve such tensors in the present mode, else the reason why not."""
+    if _deterministic and not backend.batch_invariant:
+        return "is not batch invariant, as the deterministic mode requires"
+    return backend.supports(device, dtype)
+
+
+_deterministic = os.environ.get("QNEXT_DETERMINISTIC", "").lower() not in ("", "0", "false", "f", "no", "n", "off")
+
+
+def is_deterministic() -> bool:
+    """Whether the deterministic mode is on: only batch-invariant backends serve."""
+    return _deterministic
+
+
+def set_deterministic(on: bool) -> None:
+    """Turn the deterministic mode on or off for this process; at first it is as ``QNEXT_DETERMINISTIC`` says."""
+    global _deterministic
+    _deterministic = on
+
+
+@contextlib.contextmanager
+def deterministic(on: bool = True) -> Iterator[None]:
+    """The deterministic mode, on or off, inside a ``with`` block."""
+    previous = is_deterministic()
+    set_deterministic(on)
+    try:
+        yield
+    finally:
+        set_deterministic(previous)
+
+
+def refuse_if_deterministic(operation: str, what: str) -> None:
+    """Raise BackendError in the deterministic mode, where ``what`` is about to run and is not batch invariant.
+
+    For what a batch-invariant backend leaves to PyTorch, call by call.
+    """
+    if _deterministic:
+        raise BackendError(f"{operation}: {what} is not batch invariant, as the deterministic mode requires")
 
 
 def parse_forced(value: str) -> dict[str, str]:
@@ -123,6 +169,6 @@ def selected_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str
 def explain(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, str | None]]:
     """For every operation, each backend's reason to decline such tensors (None: it supports them), fastest first."""
     return {
-        name: {backend.name: backend.supports(device, dtype) for backend in operation.backends}
+        name: {backend.name: reason_to_decline(backend, device, dtype) for backend in operation.backends}
         for name, operation in OPERATIONS.items()
     }

@@ -167,6 +167,7 @@ class NativeBackend(Backend):
 
     name = "native"
     devices = ("cpu",)
+    batch_invariant = True
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if (reason := super().supports(device, dtype)) is not None:

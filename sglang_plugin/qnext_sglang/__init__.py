@@ -2,7 +2,8 @@
 
 SGLang calls :func:`activate` to find its platform (entry point group ``sglang.srt.platforms``) and :func:`register` in
 each of its processes (``sglang.srt.plugins``). Neither imports anything heavy nor takes the engine down: where they
-cannot serve, they say so in one line and leave SGLang's own model in place (``QNEXT_STRICT=1`` makes that an error).
+cannot serve, they say so in one line and leave SGLang's own model in place (``QNEXT_STRICT=1`` makes that an error, and
+so does ``QNEXT_DETERMINISTIC=1``, which that model cannot keep).
 """
 
 from __future__ import annotations
@@ -123,8 +124,10 @@ def _register_choices() -> None:
     from sglang.srt.platforms import current_platform
 
     if getattr(current_platform, "is_qnext", False):
-        from sglang.srt.arg_groups.choices import add_attention_backend_choices
+        from sglang.srt.arg_groups import choices
 
         from qnext_sglang.cpu.platform import ATTENTION_BACKEND
 
-        add_attention_backend_choices([ATTENTION_BACKEND])
+        choices.add_attention_backend_choices([ATTENTION_BACKEND])
+        choices.add_deterministic_attention_backend_choices([ATTENTION_BACKEND])
+        choices.add_radix_supported_deterministic_attention_backend_choices([ATTENTION_BACKEND])

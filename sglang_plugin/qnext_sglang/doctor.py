@@ -104,9 +104,10 @@ def hooks(subject: Subject) -> Finding:
     """Every function of SGLang that the plugin replaces or wraps is there."""
     from sglang.srt.platforms import current_platform
 
+    from qnext_sglang import determinism
     from qnext_sglang import hooks as own
 
-    wanted = list(own.HOOKS)
+    wanted = [*own.HOOKS, *determinism.HOOKS]
     if getattr(current_platform, "is_qnext", False):
         from qnext_sglang.cpu import hooks as cpu_hooks
 

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 import qnext_plugins
 from qnext_kernels import selected_backends
+from qnext_kernels.dispatch import is_deterministic
 from qnext_plugins.model import ConfigError
 from qnext_sglang import UnsupportedEngineError, decline, hooks, logger
 
@@ -86,14 +87,16 @@ def announce(architecture: str, dtype: torch.dtype) -> None:
     """Say which kernels serve ``architecture``, and keep its convolution's state as exact as its activations.
 
     Raises:
-        BackendError: a backend that ``QNEXT_BACKEND`` forces cannot serve.
+        BackendError: a backend that ``QNEXT_BACKEND`` forces cannot serve, or an operation has no backend for the
+            deterministic mode.
     """
     if dtype == torch.float32:
         # SGLang keeps it in bfloat16 whatever the dtype of the model.
         os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
     device = torch.device(current_platform.device_type)
     kernels = ", ".join(f"{name}={backend}" for name, backend in selected_backends(device, dtype).items())
-    logger.info("qnext-plugins %s serves %s in %s: %s", qnext_plugins.__version__, architecture, dtype, kernels)
+    mode = ", deterministic" if is_deterministic() else ""
+    logger.info("qnext-plugins %s serves %s in %s%s: %s", qnext_plugins.__version__, architecture, dtype, mode, kernels)
 
 
 def checkpoint_folder() -> Path | None:

@@ -1,7 +1,8 @@
 """Every SGLang symbol that the model side touches; no other module of ours but those named here imports SGLang.
 
-(``serving``, ``hooks`` and the modules of ``cpu`` say what they read or change, and :func:`qnext_sglang.register` uses
-the registries.) A contract test walks through all of them and names the one that an engine update broke.
+(``serving``, ``hooks``, ``determinism`` and the modules of ``cpu`` say what they read or change, and
+:func:`qnext_sglang.register` uses the registries.) A contract test walks through all of them and names the one that an
+engine update broke.
 """
 
 from sglang.srt.configs.hybrid_arch import hybrid_gdn_config

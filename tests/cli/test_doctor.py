@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qnext_kernels import OPERATIONS
+from qnext_kernels import OPERATIONS, force_backend
 from qnext_plugins.cli.doctor import Finding, Status, Subject, ok
 from qnext_plugins.cli.doctor import checkpoint_checks as checks
 from qnext_plugins.cli.doctor.environment import companions, settings
 from qnext_plugins.cli.doctor.findings import run_checks
+from qnext_plugins.cli.doctor.kernels import deterministic_mode, judge_determinism
 from qnext_plugins.cli.doctor.machine import check_binding, cpu_flags, judge_threads, parse_cores
 from qnext_plugins.cli.doctor.report import Threads
 from qnext_vllm.doctor import model_length, openmp_preload, quantization
@@ -399,3 +400,30 @@ def test_a_companion_package_that_does_not_load_is_told(tmp_path: Path, monkeypa
     assert "operator torchvision::nms does not exist" in finding.message
     assert "nor do transformers' models" in finding.message
     assert "pip uninstall --yes torchvision" in str(finding.fix)
+
+
+@pytest.mark.parametrize(
+    ("environment", "config", "status"),
+    [
+        ({}, None, Status.OK),
+        ({"QNEXT_DETERMINISTIC": "1"}, None, Status.OK),
+        ({}, {"quantization_config": {"quant_method": "fp8"}}, Status.NOTE),
+        ({"QNEXT_DETERMINISTIC": "1"}, {"quantization_config": {"quant_method": "fp8"}}, Status.FAILURE),
+    ],
+)
+def test_whether_the_deterministic_mode_can_be_served_is_told(
+    environment: dict[str, str], config: dict[str, Any] | None, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    finding = deterministic_mode(Subject(config=config))
+    assert finding.status == status
+    assert "QNEXT_DETERMINISTIC=1" in finding.message
+
+
+def test_an_operation_without_a_batch_invariant_kernel_is_named() -> None:
+    with force_backend("linear=cpu"):
+        finding = judge_determinism("QNEXT_DETERMINISTIC=1", True, Subject())
+    assert finding.status == Status.FAILURE
+    assert finding.message == "QNEXT_DETERMINISTIC=1 cannot be served: no batch-invariant kernel for linear"
+    assert "unset QNEXT_DETERMINISTIC" in str(finding.fix)

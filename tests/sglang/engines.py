@@ -11,6 +11,7 @@ from typing import Any
 import sglang
 import torch
 
+from tests.determinism import Answer, Request
 from tests.reference import MAX_TOKENS, Tokens
 
 
@@ -54,11 +55,32 @@ class Engine:
             for result in results
         ]
 
+    def answers(self, requests: Sequence[Request], max_tokens: int) -> list[Answer]:
+        """Answers to all requests at once, end of sequence ignored."""
+        options = [dict(request.parameters) for request in requests]
+        for parameters in options:
+            if (seed := parameters.pop("seed", None)) is not None:
+                parameters["sampling_seed"] = seed
+        prompts, top = [request.prompt for request in requests], [request.top for request in requests]
+        results = self._generate(prompts, max_tokens, options, return_logprob=True, top_logprobs_num=top)
+        answers = []
+        for result, count in zip(results, top, strict=True):
+            meta = result["meta_info"]
+            given = tuple(log_prob for log_prob, _, _ in meta["output_token_logprobs"])
+            entries = meta["output_top_logprobs"] if count else [[]] * len(given)
+            pairs = tuple(tuple((token, log_prob) for log_prob, token, _ in entry) for entry in entries)
+            answers.append(Answer(tuple(result["output_ids"]), given, pairs))
+        return answers
+
     def _generate(
-        self, prompts: Sequence[Tokens], max_tokens: int, options: dict[str, Any], **request: Any
+        self,
+        prompts: Sequence[Tokens],
+        max_tokens: int,
+        options: dict[str, Any] | Sequence[dict[str, Any]],
+        **request: Any,
     ) -> list[dict[str, Any]]:
-        parameters = {"max_new_tokens": max_tokens, "ignore_eos": True} | options
-        ids = [list(prompt) for prompt in prompts]
+        common, ids = {"max_new_tokens": max_tokens, "ignore_eos": True}, [list(prompt) for prompt in prompts]
+        parameters = common | options if isinstance(options, dict) else [common | own for own in options]
         results = self.engine.generate(input_ids=ids, sampling_params=parameters, **request)
         for meta in (result["meta_info"] for result in results):
             self.cached_tokens += meta["cached_tokens"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import qnext_sglang
-from qnext_sglang import MODELS_VARIABLE, hooks, serving
+from qnext_sglang import MODELS_VARIABLE, determinism, hooks, serving
 from qnext_sglang.cpu import attention, defaults, gated_delta_net, platform, speculation
 from qnext_sglang.cpu import hooks as cpu_hooks
 from qnext_sglang.experts import QnextMoEMethod, SparseExperts
@@ -104,6 +104,10 @@ CALLS: dict[str, tuple[list[str], set[str]]] = {
     "layers.attention.linear.utils.build_verify_intermediate_state_indices": (["pool_size", "device"], set()),
     "layers.attention.attention_registry.register_attention_backend": (["name"], set()),
     "arg_groups.choices.add_attention_backend_choices": (["iterable"], set()),
+    "arg_groups.choices.add_deterministic_attention_backend_choices": (["iterable"], set()),
+    "arg_groups.choices.add_radix_supported_deterministic_attention_backend_choices": (["iterable"], set()),
+    "layers.sampler.sampling_from_probs_torch": (["probs", "sampling_seed", "positions"], set()),
+    "configs.mamba_utils.mamba2_state_dtype": (["config"], set()),
     "configs.hybrid_arch.hybrid_gdn_config": (["model_config"], set()),
     "mem_cache.memory_pool.KVWriteLoc": (["loc", "swa_loc"], set()),
     "mem_cache.memory_pool.HybridLinearKVPool.set_kv_buffer": (
@@ -140,13 +144,15 @@ OBJECTS: list[tuple[str, str, set[str] | None]] = [
     ("layer", "layers.radix_attention.RadixAttention", {"cpu/attention.py"}),
     ("layer", "layers.radix_linear_attention.RadixLinearAttention", {"engine.py", "gated_delta_net.py"}),
     ("dispatch_output", "layers.moe.token_dispatcher.StandardDispatchOutput", None),
+    ("sampling_info", "sampling.sampling_batch_info.SamplingBatchInfo", None),
+    ("info", "sampling.sampling_batch_info.SamplingBatchInfo", {"determinism.py"}),
     ("current_platform", "platforms.interface.SRTPlatform", None),
     ("HookRegistry", "plugins.hook_registry.HookRegistry", None),
     ("HookType", "plugins.hook_registry.HookType", None),
     ("ModelRegistry", "models.registry._ModelRegistry", None),
 ]
 # Attributes of them that are ours.
-OURS = {"is_qnext", "qnext_config"}
+OURS = {"is_qnext", "qnext_best", "qnext_config"}
 
 # Our classes under SGLang's, and the methods that they add.
 CLASSES: dict[type, set[str]] = {
@@ -161,6 +167,8 @@ CLASSES: dict[type, set[str]] = {
 }
 # Overridden methods whose arguments are ours to choose, because we call them ourselves.
 OWN_ARGUMENTS = {"SparseExperts.forward"}
+
+ALL_HOOKS = hooks.HOOKS + determinism.HOOKS + cpu_hooks.HOOKS
 
 # Environment variables of SGLang that we read or set, and who reads them there.
 VARIABLES = {
@@ -225,7 +233,7 @@ def parameters(function: Any) -> list[str]:
 
 
 def test_only_the_named_modules_import_sglang() -> None:
-    named = {"__init__.py", "doctor.py", "hooks.py", "serving.py", "sglang_api.py"}
+    named = {"__init__.py", "determinism.py", "doctor.py", "hooks.py", "serving.py", "sglang_api.py"}
     named |= {"cpu/attention.py", "cpu/defaults.py", "cpu/hooks.py", "cpu/platform.py"}
     importing = {
         module
@@ -296,7 +304,7 @@ def test_base_class_has_what_ours_uses_of_it(kind: type) -> None:
     assert not missing, f"{SGLANG}: the bases of {kind.__name__} lost {sorted(missing)}"
 
 
-@pytest.mark.parametrize("hook", hooks.HOOKS + cpu_hooks.HOOKS, ids=lambda hook: hook.target)
+@pytest.mark.parametrize("hook", ALL_HOOKS, ids=lambda hook: hook.target)
 def test_hook_takes_the_arguments_of_its_target(hook: hooks.Hook) -> None:
     theirs = resolve(hook.target)
     if inspect.ismethoddescriptor(theirs):
@@ -310,7 +318,7 @@ def test_hook_takes_the_arguments_of_its_target(hook: hooks.Hook) -> None:
 
 
 def test_every_hook_resolves() -> None:
-    assert not hooks.unresolved(hooks.HOOKS + cpu_hooks.HOOKS), SGLANG
+    assert not hooks.unresolved(ALL_HOOKS), SGLANG
 
 
 @pytest.mark.parametrize("target", cpu_hooks.NAMES)

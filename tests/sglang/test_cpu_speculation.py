@@ -236,6 +236,12 @@ def test_top_k_keeps_ties_at_the_last() -> None:
     torch.testing.assert_close(found, torch.tensor([[2, 4, 2, 2, 0, 5]]) / 15)
 
 
+def test_top_k_of_one_keeps_what_argmax_takes_of_equals() -> None:
+    probs = torch.tensor([[2, 5, 4, 5]]) / 16
+    found = speculation.top_k_renorm_prob(probs, torch.tensor([1], dtype=torch.int32))
+    assert found.tolist() == [[0.0, 1.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize("k", [40, 41, 1 << 30])
 def test_top_k_of_the_vocabulary_or_more_keeps_everything(k: int, random: torch.Generator) -> None:
     probs = distributions(3, 40, random)

@@ -39,7 +39,7 @@ IN_TREE = {name: module.replace("qnext_sglang", "sglang.srt") for name, module i
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A user who has set nothing, on a machine without accelerator, and SGLang's own models."""
-    for variable in ("QNEXT_BACKEND", "QNEXT_DISABLE", "QNEXT_STRICT", "SGLANG_USE_CPU_ENGINE"):
+    for variable in ("QNEXT_BACKEND", "QNEXT_DETERMINISTIC", "QNEXT_DISABLE", "QNEXT_STRICT", "SGLANG_USE_CPU_ENGINE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(MODELS_VARIABLE, "")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
@@ -200,9 +200,12 @@ def test_anything_unforeseen_leaves_the_in_tree_model_with_one_line(
     assert line.endswith("RuntimeError: first second")
 
 
-def test_strict_ends_the_process_with_the_reason(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
+@pytest.mark.parametrize("variable", ["QNEXT_STRICT", "QNEXT_DETERMINISTIC"])
+def test_strict_ends_the_process_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], variable: str
+) -> None:
     unsupported(monkeypatch)
-    monkeypatch.setenv("QNEXT_STRICT", "1")
+    monkeypatch.setenv(variable, "1")
     with pytest.raises(SystemExit, match=r"0\.6\.1"):
         register()
     assert_nothing_registered()

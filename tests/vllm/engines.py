@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 
+from tests.determinism import Answer, Request
 from tests.reference import MAX_TOKENS, Tokens
 
 
@@ -52,6 +53,20 @@ class Engine:
         parameters = SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False, **options)
         inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         return [output.outputs[0] for output in self.llm.generate(inputs, parameters, use_tqdm=False)]
+
+    def answers(self, requests: Sequence[Request], max_tokens: int) -> list[Answer]:
+        """Answers to all requests at once, end of sequence ignored."""
+        inputs = [TokensPrompt(prompt_token_ids=list(request.prompt)) for request in requests]
+        common = {"max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
+        parameters = [SamplingParams(logprobs=request.top, **request.parameters, **common) for request in requests]
+        answers = []
+        for output in self.llm.generate(inputs, parameters, use_tqdm=False):
+            (completion,) = output.outputs
+            entries = [{token: given.logprob for token, given in entry.items()} for entry in completion.logprobs]
+            tokens = tuple(completion.token_ids)
+            given = tuple(entry[token] for token, entry in zip(tokens, entries, strict=True))
+            answers.append(Answer(tokens, given, tuple(tuple(entry.items()) for entry in entries)))
+        return answers
 
     def drafts(self) -> Drafts:
         """Counters since the engine started."""

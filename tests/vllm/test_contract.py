@@ -64,6 +64,8 @@ PARAMETERS: dict[str, set[str]] = {
     "vllm.model_executor.models.utils.AutoWeightsLoader.load_weights": {"weights", "mapper"},
     "vllm.model_executor.models.utils.WeightsMapper": {"orig_to_new_prefix", "orig_to_new_stacked"},
     "vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_top_p": {"logits", "k", "p"},
+    "vllm.v1.sample.sampler.Sampler.gather_logprobs": {"logprobs", "num_logprobs", "token_ids"},
+    "vllm.v1.worker.cpu_model_runner.CPUModelRunner.sample_tokens": {"grammar_output"},
     "vllm.model_executor.models.interfaces.EagleModelMixin._maybe_add_hidden_state": {
         "aux_hidden_states",
         "layer_idx",
@@ -115,6 +117,7 @@ ATTRIBUTES: dict[str, set[str]] = {
         "get_state_shape",
         "get_state_dtype",
         "mamba_type",
+        "get_attn_backend",
         "get_kv_cache_spec",
     },
     "vllm.v1.attention.backends.registry.MambaAttentionBackendEnum": {"GDN_ATTN"},
@@ -126,6 +129,10 @@ ATTRIBUTES: dict[str, set[str]] = {
     "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP", "VerifyAndUpdateConfig"},
     "vllm.model_executor.models.config.VerifyAndUpdateConfig": {"verify_and_update_config"},
     "vllm.model_executor.models.registry.ModelRegistry": {"register_model"},
+    "vllm.envs": {"VLLM_BATCH_INVARIANT"},
+    "vllm.model_executor.determinism.batch_invariant": {"enable_batch_invariant_mode"},
+    "vllm.v1.attention.backend.AttentionBackend": {"supports_batch_invariance"},
+    "vllm.v1.outputs.LogprobsTensors": {"logprob_token_ids", "logprobs", "selected_token_ranks"},
     "vllm.triton_utils": {"HAS_TRITON"},
     "vllm.v1.sample.rejection_sampler": {"apply_top_k_top_p"},
     "vllm.triton_utils.dispatcher": {"KernelOverride"},
@@ -162,6 +169,7 @@ def imported_symbols() -> list[str]:
 
 def test_only_the_named_modules_import_vllm() -> None:
     named = {"vllm_api.py", "config_hook.py", "doctor.py", "host_kernels.py", "__init__.py"}
+    named |= {"determinism.py", "seeded_prefill.py"}
     importing = {
         source.name
         for source in PACKAGE.glob("*.py")
@@ -208,3 +216,19 @@ def test_host_kernel_takes_the_arguments_of_the_triton_kernel(name: str) -> None
     theirs = [argument.arg for argument in kernel.args.args]
     ours = list(inspect.signature(HOST_KERNELS[name]).parameters)
     assert ours == theirs, f"vLLM {vllm.__version__}: the arguments of {name} changed"
+
+
+def test_a_draw_of_an_unfinished_prompt_is_still_taken_back_by_an_offset() -> None:
+    bookkeeping = inspect.getsource(resolve("vllm.v1.worker.gpu_model_runner.GPUModelRunner._bookkeeping_sync"))
+    for needed in ("self.discard_request_mask.np[:num_reqs]", "self.input_batch.generators.get", "gen.set_offset("):
+        assert needed in bookkeeping, f"vLLM {vllm.__version__}: is qnext_vllm.seeded_prefill needed any more?"
+
+
+def test_the_sampler_reads_the_generators_of_the_batch_itself() -> None:
+    make = inspect.getsource(resolve("vllm.v1.worker.gpu_input_batch.InputBatch._make_sampling_metadata"))
+    assert "generators=self.generators" in make, f"vLLM {vllm.__version__}: withholding a generator changes nothing"
+
+
+def test_the_mode_is_switched_on_by_the_name_that_we_replace() -> None:
+    switch = inspect.getsource(resolve("vllm.model_executor.determinism.batch_invariant.init_batch_invariance"))
+    assert "enable_batch_invariant_mode()" in switch

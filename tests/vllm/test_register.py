@@ -11,6 +11,7 @@ import vllm
 from vllm.model_executor.models.registry import ModelRegistry, _LazyRegisteredModel
 
 import qnext_vllm
+from qnext_kernels.dispatch import deterministic, is_deterministic
 from qnext_vllm import ARCHITECTURES, UnsupportedEngineError, register
 
 IN_TREE = {
@@ -98,3 +99,20 @@ def test_disabled_leaves_the_in_tree_model_silently(monkeypatch: pytest.MonkeyPa
     register()
     assert serving() == IN_TREE
     assert not lines
+
+
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False)])
+def test_vllms_own_variable_turns_the_deterministic_mode_on(
+    monkeypatch: pytest.MonkeyPatch, value: str, on: bool
+) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", value)
+    with deterministic(False):
+        register()
+        assert is_deterministic() == on
+
+
+def test_the_deterministic_mode_raises_where_the_in_tree_model_would_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.31.0")
+    monkeypatch.setenv("QNEXT_DETERMINISTIC", "1")
+    with pytest.raises(UnsupportedEngineError, match=r"0\.31\.0"):
+        register()

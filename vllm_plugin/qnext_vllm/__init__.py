@@ -2,7 +2,7 @@
 
 vLLM calls :func:`register` in each of its processes through the entry point group ``vllm.general_plugins``. It imports
 nothing heavy and never takes the engine down: where it cannot serve, it says so in one line and leaves vLLM's own model
-in place (``QNEXT_STRICT=1`` makes that an error).
+in place (``QNEXT_STRICT=1`` makes that an error, and so does ``QNEXT_DETERMINISTIC=1``, which that model cannot keep).
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ def register() -> None:
             from vllm.model_executor.models.registry import ModelRegistry
 
             from qnext_vllm.config_hook import register_config_hook
+            from qnext_vllm.determinism import turn_on_where_asked
 
             for architecture, target in ARCHITECTURES.items():
                 ModelRegistry.register_model(architecture, target)
             register_config_hook()
+            turn_on_where_asked()
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
     if reason is not None:

@@ -54,6 +54,10 @@ class QnextAttentionBackend(api.CPUAttentionBackend):
     def get_impl_cls() -> type[QnextAttentionImpl]:
         return QnextAttentionImpl
 
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
 
 def attention_backend(cache_dtype: str, dtype: torch.dtype, device: torch.device) -> type[QnextAttentionBackend] | None:
     """Our backend where our kernel serves and the cache holds what the model computes with, else None: vLLM's own."""

@@ -13,6 +13,7 @@ import sysconfig
 from pathlib import Path
 
 from qnext_plugins.cli.doctor import EngineDoctor, Finding, Subject, failure, note, ok, warning
+from qnext_plugins.cli.doctor.kernels import judge_determinism
 from qnext_plugins.cli.doctor.machine import check_binding, device_type
 from qnext_plugins.settings import Settings
 from qnext_vllm import ARCHITECTURES, SUPPORTED_VLLM, refusal
@@ -65,6 +66,15 @@ def registration(subject: Subject) -> Finding:
         if module != target.partition(":")[0]:
             return failure(f"{architecture} is {module}, not the plugin's", "see the other findings about the plugin")
     return ok(f"vLLM has loaded the plugin: it serves {' and '.join(ARCHITECTURES)}")
+
+
+def batch_invariant(subject: Subject) -> Finding | None:
+    """VLLM_BATCH_INVARIANT=1 means QNEXT_DETERMINISTIC=1 for this model on a CPU."""
+    from vllm import envs
+
+    if not envs.VLLM_BATCH_INVARIANT or device_type() != "cpu":
+        return None
+    return judge_determinism("VLLM_BATCH_INVARIANT=1", True, subject)
 
 
 def kernels(subject: Subject) -> Finding | None:
@@ -224,6 +234,7 @@ DOCTOR = EngineDoctor(
         metadata,
         plugins_variable,
         registration,
+        batch_invariant,
         kernels,
         compiler,
         memory_utilization,

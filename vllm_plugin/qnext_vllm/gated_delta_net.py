@@ -76,6 +76,14 @@ def recurrent_batch(metadata: api.GDNAttentionMetadata) -> RecurrentBatch:
     return RecurrentBatch(prefill=prefill, verify=verify)
 
 
+class StateBackend(api.GDNAttentionBackend):
+    """vLLM's, for the metadata that it builds; the arithmetic is ours."""
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+
 class GatedDeltaNetState(nn.Module, api.MambaBase):
     """Owns the slots of one layer; the shared model calls it as its recurrent core."""
 
@@ -93,6 +101,9 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
     @property
     def mamba_type(self) -> api.MambaAttentionBackendEnum:
         return api.MambaAttentionBackendEnum.GDN_ATTN
+
+    def get_attn_backend(self) -> type[StateBackend]:
+        return StateBackend
 
     def get_state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self._shapes

@@ -6,18 +6,25 @@ import torch
 
 import qnext_plugins
 from qnext_kernels import selected_backends
-from qnext_vllm import logger
+from qnext_kernels.dispatch import is_deterministic
+from qnext_vllm import determinism, logger
 from qnext_vllm import vllm_api as api
 from qnext_vllm.host_kernels import register_host_kernels
+from qnext_vllm.seeded_prefill import withhold_generators
 
 
 def prepare_process(vllm_config: api.VllmConfig, architecture: str) -> None:
     """Install what this platform lacks and say which kernels serve ``architecture``.
 
     Raises:
-        BackendError: a backend that ``QNEXT_BACKEND`` forces cannot serve.
+        BackendError: a backend that ``QNEXT_BACKEND`` forces cannot serve, or an operation has no backend for the
+            deterministic mode.
+        DeterminismError: the configuration is not served in the deterministic mode.
     """
     register_host_kernels()
+    withhold_generators()
     device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
     kernels = ", ".join(f"{name}={backend}" for name, backend in selected_backends(device, dtype).items())
-    logger.info("qnext-plugins %s serves %s in %s: %s", qnext_plugins.__version__, architecture, dtype, kernels)
+    determinism.prepare(vllm_config)
+    mode = ", deterministic" if is_deterministic() else ""
+    logger.info("qnext-plugins %s serves %s in %s%s: %s", qnext_plugins.__version__, architecture, dtype, mode, kernels)

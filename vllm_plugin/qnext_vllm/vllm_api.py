@@ -1,7 +1,8 @@
 """Every vLLM symbol that the model side touches; no other module of ours but those named here imports vLLM.
 
-(``config_hook`` and ``host_kernels`` say what they change, and :func:`qnext_vllm.register` uses the registry.) A
-contract test walks through all of them and names the one that an engine update broke.
+(``config_hook``, ``host_kernels``, ``determinism`` and ``seeded_prefill`` say what they change, and
+:func:`qnext_vllm.register` uses the registry.) A contract test walks through all of them and names the one that an
+engine update broke.
 """
 
 from vllm.compilation.decorators import support_torch_compile
@@ -60,7 +61,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
-from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
+from vllm.v1.attention.backends.gdn_attn import GDNAttentionBackend, GDNAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
@@ -74,6 +75,7 @@ __all__ = [
     "EagleModelMixin",
     "FusedMoEFactory",
     "FusedMoEMethodBase",
+    "GDNAttentionBackend",
     "GDNAttentionMetadata",
     "HasInnerState",
     "IntermediateTensors",

@@ -11,7 +11,7 @@ For one value head with state S (value dim × key dim, the key dim last; Gated D
 
 A value head h reads key head h // (HV / H). Gating, norm and scale are part of the operation. Three promises hold
 bitwise: verify over T tokens equals T decodes; a sequence's result does not depend on what else is in the batch; a
-prefill split at multiples of :data:`CHUNK_SIZE` equals the unsplit one.
+prefill split at multiples of :data:`CHUNK_SIZE` equals the unsplit one (in the deterministic mode split anywhere).
 
 Common arguments:
 
@@ -37,7 +37,7 @@ from qnext_kernels.checks import (
     expect_snapshots,
     longest_sequence,
 )
-from qnext_kernels.dispatch import Operation
+from qnext_kernels.dispatch import Operation, refuse_if_deterministic
 from qnext_kernels.gated_delta_rule.cpu import CpuBackend
 from qnext_kernels.gated_delta_rule.native import GatedDeltaRuleNative
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, ReferenceBackend
@@ -218,4 +218,6 @@ def _check(
         expect_dtype(name, tensor, (v.dtype,))
     expect_shape("state", state, (None, num_value_heads, value_dim, q.shape[2]))
     expect_floating("state", state)
+    if state.dtype != torch.float32:
+        refuse_if_deterministic("gated_delta_rule", f"a state in {state.dtype}, rounded wherever a call ends,")
     return num_tokens if query_start_loc is None else expect_query_start_loc(query_start_loc, num_tokens)

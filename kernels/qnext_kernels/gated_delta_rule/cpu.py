@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qnext_kernels.dispatch import Backend
+from qnext_kernels.dispatch import Backend, refuse_if_deterministic
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, Tokens, gating, l2_norm, snapshot_points, take
 
 RECURRENT_TOKENS = 4
@@ -35,6 +35,7 @@ class CpuBackend(Backend):
         has_initial: Tensor,
         snapshots: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        refuse_if_deterministic("gated_delta_rule", "the chunked form in PyTorch")
         tokens = _prepare(q, k, v, a, b, A_log, dt_bias)
         out = torch.zeros_like(v)
         offsets, initial = query_start_loc.tolist(), has_initial.tolist()

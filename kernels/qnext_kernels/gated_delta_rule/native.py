@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qnext_kernels.dispatch import is_deterministic
 from qnext_kernels.gated_delta_rule.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, Floats, Indices, NativeBackend, function, pointer
 
@@ -50,7 +51,8 @@ def _kernel() -> Callable[[_Arguments], None]:
 
 
 class GatedDeltaRuleNative(NativeBackend, CpuBackend):
-    """Float32 throughout; every result has the same bits however tokens are split between calls.
+    """Float32 throughout. A prefill runs in blocks of tokens, in the deterministic mode token by token: with a float32
+    pool every result then has the same bits however tokens are split between calls.
 
     What it does not read (a pool of another dtype, or not contiguous within a slot) runs in PyTorch.
     """
@@ -82,6 +84,7 @@ class GatedDeltaRuleNative(NativeBackend, CpuBackend):
             slots,
             query_start_loc=Indices.of(query_start_loc),
             has_initial=has_initial.data_ptr(),
+            recurrent=is_deterministic(),
             snapshot_slots=Indices.of(snapshot_slots),
             snapshot_lengths=Indices.of(snapshot_lengths),
         )

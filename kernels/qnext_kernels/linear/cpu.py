@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from qnext_kernels.dispatch import Backend
+from qnext_kernels.dispatch import Backend, refuse_if_deterministic
 
 
 class CpuBackend(Backend):
@@ -15,4 +15,5 @@ class CpuBackend(Backend):
     devices = ("cpu",)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        refuse_if_deterministic("linear", "PyTorch's linear")
         return F.linear(x, weight, bias)

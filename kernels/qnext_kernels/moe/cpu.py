@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qnext_kernels.dispatch import Backend
+from qnext_kernels.dispatch import Backend, refuse_if_deterministic
 from qnext_kernels.elementwise import silu
 
 
@@ -31,6 +31,7 @@ class CpuBackend(Backend):
         return (silu(gate.float()) * up.float()).to(x.dtype)
 
     def experts(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        refuse_if_deterministic("moe", "PyTorch's linear")
         num_tokens, top_k = topk_ids.shape
         ids = topk_ids.reshape(-1).long()
         order = ids.argsort(stable=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from qnext_kernels.dispatch import Backend
+from qnext_kernels.dispatch import Backend, refuse_if_deterministic
 from qnext_kernels.elementwise import sigmoid
 from qnext_kernels.paged_attention.reference import read_cache
 
@@ -32,6 +32,7 @@ class CpuBackend(Backend):
         gate: Tensor | None,
         causal: bool,
     ) -> Tensor:
+        refuse_if_deterministic("paged_attention", "PyTorch's attention")
         dtype = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty(q.shape)
         offsets = query_start_loc.tolist()

@@ -83,10 +83,11 @@ def _fix(found: Library) -> str:
 
 def selection(subject: Subject) -> Finding:
     """Every operation has a backend, and a fast one unless the user forces another."""
-    from qnext_kernels.dispatch import parse_forced
+    from qnext_kernels.dispatch import deterministic, parse_forced
     from qnext_plugins.settings import Settings
 
-    table, device = backends(), device_type()
+    with deterministic(False):  # which has a check of its own
+        table, device = backends(), device_type()
     forced = parse_forced(Settings().backend)
     unserved = sorted({f"{row.operation} in {row.dtype}" for row in table if row.backend is None})
     if unserved:
@@ -102,4 +103,34 @@ def selection(subject: Subject) -> Finding:
     return warning(f"{fast} kernels do not serve {', '.join(slow)}", "see the reasons in the table of kernels")
 
 
-CHECKS = (native_library, selection)
+def deterministic_mode(subject: Subject) -> Finding:
+    """Whether QNEXT_DETERMINISTIC=1 is, or could be, served."""
+    from qnext_plugins.settings import Settings
+
+    return judge_determinism("QNEXT_DETERMINISTIC=1", Settings().deterministic, subject)
+
+
+def judge_determinism(variable: str, asked: bool, subject: Subject) -> Finding:
+    """The mode needs a batch-invariant backend for every operation, and weights that our kernels read.
+
+    Args:
+        variable: that turns the mode on, with its value.
+        asked: whether it is set.
+        subject: with the checkpoint, if there is one.
+    """
+    from qnext_kernels.dispatch import deterministic
+
+    with deterministic():
+        table = backends()
+    if missing := sorted({row.operation for row in table if row.backend is None}):
+        obstacle, fix = f"no batch-invariant kernel for {', '.join(missing)}", "see the reasons in the table of kernels"
+    elif (subject.config or {}).get("quantization_config"):
+        obstacle, fix = "the checkpoint is quantized", "take the checkpoint in bfloat16"
+    else:
+        return ok(f"{variable} {'is' if asked else 'can be'} served: every operation has a batch-invariant kernel")
+    if asked:
+        return failure(f"{variable} cannot be served: {obstacle}", f"{fix}, or unset {variable.partition('=')[0]}")
+    return note(f"{variable} could not be served: {obstacle}")
+
+
+CHECKS = (native_library, selection, deterministic_mode)

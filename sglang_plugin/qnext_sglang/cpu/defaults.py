@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from qnext_plugins.cores import binding_for
-from qnext_plugins.settings import is_set
+from qnext_plugins.settings import Settings, is_set
 from qnext_sglang import UnsupportedEngineError, logger
 from qnext_sglang.cpu.platform import ATTENTION_BACKEND
 
@@ -52,6 +52,8 @@ def apply_defaults(server_args: Any) -> None:
     # An idle scheduler would keep a core busy that the model, or another program, computes with.
     if not server_args.sleep_on_idle:
         chosen["sleep_on_idle"] = True
+    if Settings().deterministic and not server_args.enable_deterministic_inference:
+        chosen["enable_deterministic_inference"] = True
     for name, value in chosen.items():
         setattr(server_args, name, value)
     if (binding := _thread_binding(server_args)) is not None:

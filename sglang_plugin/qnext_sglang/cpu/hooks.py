@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
-from qnext_sglang.cpu import speculation
+from qnext_sglang.cpu import sampling, speculation
 from qnext_sglang.cpu.attention import CpuAttentionBackend, CpuMultiStepBackend
 from qnext_sglang.cpu.platform import ATTENTION_BACKEND
 from qnext_sglang.hooks import Hook
@@ -15,6 +15,10 @@ from qnext_sglang.hooks import Hook
 def _pin_memory(tensor: Any, device: Any = None) -> Any:
     """The prefix cache pins a mask without asking; without an accelerator PyTorch refuses."""
     return tensor
+
+
+def _no_triton_operators(enable_bmm: bool = True) -> None:
+    """SGLang's deterministic mode puts Triton kernels in the place of torch's operators; the model has its own."""
 
 
 def _draft_decode_backend(original: Callable[..., Any], factory: Any) -> Any:
@@ -33,6 +37,8 @@ _OPS = "sglang.kernels.ops.speculative"
 _DRAFT = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 HOOKS = [
     Hook("torch.Tensor.pin_memory", _pin_memory),
+    Hook("sglang.srt.batch_invariant_ops.enable_batch_invariant_mode", _no_triton_operators),
+    Hook("sglang.kernels.ops.sampling.murmur_hash.murmur_hash32", sampling.murmur_hash32),
     Hook("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", speculation.assign_req_to_token_pool_func),
     Hook(
         f"{_OPS}.cache_locs.assign_draft_cache_locs_contiguous_func",

@@ -169,9 +169,13 @@ def fill_bonus_tokens_func(
 
 
 def top_k_renorm_prob(probs: Tensor, top_ks: Tensor) -> Tensor:
-    """Keep the ``top_ks[b]`` largest of probs [B, vocabulary] (ties at the last included), renormalised."""
+    """Keep the ``top_ks[b]`` largest of probs [B, vocabulary] (ties at the last included), renormalised.
+
+    Of one, which is how SGLang says greedy, that of the lowest index is kept alone, as argmax has it.
+    """
     last = probs.sort(dim=1, descending=True).values.gather(1, (top_ks.long().clamp(1, probs.shape[1]) - 1).view(-1, 1))
-    return _renormalise(torch.where(probs >= last, probs, 0.0))
+    best = torch.arange(probs.shape[1]) == probs.argmax(dim=1, keepdim=True)
+    return _renormalise(torch.where((probs >= last) & (best | (top_ks.view(-1, 1) > 1)), probs, 0.0))
 
 
 def top_p_renorm_prob(probs: Tensor, top_ps: Tensor) -> Tensor:

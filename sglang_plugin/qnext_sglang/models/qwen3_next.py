@@ -18,6 +18,7 @@ from qnext_plugins.model import (
 )
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_plugins.packed_methods import unpack_weights
+from qnext_sglang import determinism
 from qnext_sglang import sglang_api as api
 from qnext_sglang.engine import SglangEngine
 from qnext_sglang.linear import on_our_kernel
@@ -47,6 +48,7 @@ class ServedModel(nn.Module):
 
     def __init__(self, config: Any, quant_config: Any) -> None:
         super().__init__()
+        determinism.prepare(api.get_server_args(), config, quant_config)
         announce(type(self).__name__, torch.get_default_dtype())
         self.config, self.quant_config = config, quant_config
         self.qnext_config = read_config(config)
@@ -64,7 +66,7 @@ class ServedModel(nn.Module):
     def make_head(self, prefix: str) -> nn.Module:
         """The head, which is the embedding where the checkpoint ties them."""
         if self.qnext_config.tie_word_embeddings:
-            return self.model.embed_tokens
+            return on_our_kernel(self.model.embed_tokens, packable=False)
         return on_our_kernel(
             api.ParallelLMHead(
                 self.config.vocab_size,
