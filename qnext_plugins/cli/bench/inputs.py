@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,6 +91,8 @@ class Side:
     """What run 0 leaves in place, in the layout of ours."""
     retune: Callable[[], None] = lambda: None
     """Called when the number of threads has changed."""
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What the call runs in; entering it is not timed."""
 
 
 @dataclass
@@ -123,7 +126,7 @@ class Row:
     """Of :data:`qnext_kernels.OPERATIONS`, whose backends can serve it."""
     quick: bool = True
     """Whether ``--quick`` has it."""
-    heavy: bool = field(default=False)
+    heavy: bool = False
     """Whether the reference, which goes token by token, would take minutes."""
 
 

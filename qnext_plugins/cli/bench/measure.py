@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,14 +41,22 @@ def difference(found: Outcome, expected: Outcome) -> str | None:
     return None
 
 
-def seconds_of(sides: list[Side], threads: int, compiled: bool, seconds: float, least: int) -> list[float]:
+def seconds_of(
+    sides: list[Side], threads: int, compiled: bool, seconds: float, least: int, device: str = "cpu"
+) -> list[float]:
     """Median seconds of each side, in turns, with so many threads."""
     torch.set_num_threads(threads)
+    time = timer(threads, device)
+
+    def timed(side: Side, turn: int) -> float:
+        with side.within():
+            return time(side.call, turn)
+
     for side in sides:
         side.retune()
         if compiled:
-            side.call(0)  # compiles for this number of threads
-    return interleave([side.call for side in sides], timer(threads), seconds, least)
+            timed(side, 0)  # compiles for this number of threads
+    return interleave([partial(timed, side) for side in sides], seconds, least)
 
 
 def _outcome(case: Case, call: Callable[[int], Any], states: Callable[[], list[Tensor]]) -> Outcome:

@@ -105,9 +105,9 @@ Timer = Callable[[Call, int], float]
 """Runs a call and gives its seconds."""
 
 
-def timer(threads: int) -> Timer:
-    """Of calls on the default device: a CUDA device by its own events, a CPU by :func:`clock`."""
-    if torch.get_default_device().type == "cuda":
+def timer(threads: int, device: str) -> Timer:
+    """Of calls on a device type: CUDA by its own events, a CPU by :func:`clock`."""
+    if device == "cuda":
         return _cuda_seconds
     now = clock(threads)
 
@@ -131,14 +131,15 @@ def _cuda_seconds(call: Call, turn: int) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def interleave(calls: list[Call], timed: Timer, seconds: float, least: int, most: int = 300) -> list[float]:
+def interleave(
+    calls: list[Callable[[int], float]], seconds: float, least: int, most: int = 300
+) -> list[float]:
     """Median seconds of each call, taken in turns (ours, peer, ours, peer …) so that they share what disturbs them.
 
     The first turn warms up and does not count, unless it alone takes longer than ``seconds``.
 
     Args:
-        calls: what to time.
-        timed: times one call.
+        calls: each runs one side and gives its seconds; the number says which turn it is.
         seconds: how long to go on.
         least, most: how many turns to take whatever they cost.
     """
@@ -146,7 +147,7 @@ def interleave(calls: list[Call], timed: Timer, seconds: float, least: int, most
     turn, end, counted_from = 0, time.perf_counter() + seconds, 1
     while turn < counted_from + least or (time.perf_counter() < end and turn < most):
         for call, seen in zip(calls, times, strict=True):
-            seen.append(timed(call, turn))
+            seen.append(call(turn))
         if turn == 0 and time.perf_counter() > end:
             counted_from = 0
         turn += 1
@@ -168,7 +169,7 @@ class Roofs:
         """Measure with each number of threads; ``quick`` takes smaller inputs and less time."""
         for threads in thread_counts:
             torch.set_num_threads(threads)
-            self._measure(threads, timer(threads), quick)
+            self._measure(threads, timer(threads, torch.get_default_device().type), quick)
 
     def _measure(self, threads: int, timed: Timer, quick: bool) -> None:
         on_cuda = torch.get_default_device().type == "cuda"

@@ -1,0 +1,127 @@
+"""The command line of ``qnext bench``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from qnext_plugins.cli.arguments import INTERRUPTED, ArgumentError, check_writable, ends_on_sigterm, positive_numbers
+from qnext_plugins.cli.bench.output import BenchReport, Files
+from qnext_plugins.cli.progress import Progress
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write everything that was found to this file, after every result.")
+]
+CsvFile = Annotated[Path | None, typer.Option("--csv", help="Write the table to this file, after every result.")]
+
+
+@app.callback()
+def bench() -> None:
+    """Measure kernels, servers, and the release's claims."""
+
+
+@app.command()
+def kernels(
+    ops: Annotated[
+        str, typer.Option(help="Only operations whose name contains one of these words, with commas.")
+    ] = "",
+    backend: Annotated[str, typer.Option(help="Only these backends, with commas; by default all that serve.")] = "",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default what torch would compute on.")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Take the share of one of so many tensor-parallel ranks.")] = 1,
+    threads: Annotated[
+        str | None, typer.Option(help="Threads of a CPU, several with commas; by default its usable cores.")
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Whether other libraries are timed too.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and turns.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Small sizes, to try it out; the times mean nothing.")] = False,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+) -> None:
+    """Time every backend of every operation at the layer sizes of Qwen3-Next-80B-A3B.
+
+    Ratios are another's time over ours: above 1 ours is faster. The percent of roof is the least time that memory or
+    arithmetic of this device allow over ours. All sides must agree within bfloat16's rounding before they are timed.
+    Ends with status 0, or 2 if something could not be measured.
+    """
+    from dataclasses import replace
+
+    from qnext_kernels.dispatch import BACKEND_NAMES
+    from qnext_plugins.cli.bench.inputs import REAL, TINY
+    from qnext_plugins.cli.bench.kernels import KernelsBench, Options
+    from qnext_plugins.cli.bench.terminal import show_kernels
+    from qnext_plugins.cli.doctor.command import quiet_engines
+    from qnext_plugins.cli.doctor.machine import device_type
+
+    try:
+        here = device_type()
+        if device not in (None, "cpu", here):
+            raise ArgumentError(f"--device: expected cpu{'' if here == 'cpu' else f' or {here}'}, got {device!r}")
+        wanted = tuple(filter(None, (name.strip() for name in backend.split(","))))
+        if unknown := [name for name in wanted if name not in BACKEND_NAMES]:
+            raise ArgumentError(f"--backend: expected some of {', '.join(BACKEND_NAMES)}, got {unknown[0]!r}")
+        try:
+            sizes = replace(TINY if tiny else REAL).shard(tp)
+        except ValueError as error:
+            raise ArgumentError(f"--tp: {error}") from None
+        options = Options(
+            sizes=sizes,
+            ops=tuple(word.strip() for word in ops.split(",")),
+            backends=wanted,
+            device=device or here,
+            threads=_threads(threads) if (device or here) == "cpu" else (1,),
+            quick=quick,
+            peers=peers,
+        )
+        with quiet_engines():
+            run = KernelsBench(options, _files(json_file, csv_file), _progress())
+            run.rows()
+    except (ArgumentError, ValueError) as error:
+        _fail("kernels", str(error))
+    _finish(run.report, run.files, run.run, show_kernels)
+
+
+def _threads(text: str | None) -> tuple[int, ...]:
+    cores = len(os.sched_getaffinity(0))
+    counts = (cores,) if text is None else positive_numbers("--threads", text)
+    if max(counts) > cores:
+        raise ArgumentError(f"--threads: expected at most the {cores} cores that this process may use, got {text}")
+    return counts
+
+
+def _files(json_file: Path | None, csv_file: Path | None) -> Files:
+    for name, file in (("--json", json_file), ("--csv", csv_file)):
+        check_writable(name, file)
+    return Files(json_file, csv_file)
+
+
+def _progress() -> Progress:
+    return Progress(Console(stderr=True, highlight=False))
+
+
+def _fail(name: str, line: str) -> NoReturn:
+    typer.echo(f"qnext bench {name}: {line}", err=True)
+    raise typer.Exit(2)
+
+
+def _finish(
+    report: BenchReport, files: Files, run: Callable[[], None], show: Callable[[BenchReport, Console], None]
+) -> NoReturn:
+    """Run it, and show and keep what there is, however it ended."""
+    interrupted = False
+    with ends_on_sigterm():
+        try:
+            run()
+        except KeyboardInterrupt:
+            interrupted = True
+            report.problems.append("interrupted: what follows was not measured")
+        finally:
+            files.write(report)
+            show(report, Console(highlight=False))
+    raise typer.Exit(INTERRUPTED if interrupted else report.exit_code)

@@ -1,0 +1,68 @@
+"""The reports on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qnext_plugins.cli.bench.kernels import KernelsReport
+from qnext_plugins.cli.bench.output import BenchReport
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+    """An empty table; the columns of words come first."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for column in words:
+        made.add_column(column, overflow="fold")
+    for column in numbers:
+        made.add_column(column, justify="right")
+    return made
+
+
+def show_header(report: BenchReport, console: Console) -> None:
+    for line in report.header:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def show_problems(report: BenchReport, console: Console) -> None:
+    for line in report.problems:
+        console.print(f"[yellow]problem:[/yellow] {escape(line)}", soft_wrap=True)
+
+
+def show_kernels(report: KernelsReport, console: Console) -> None:
+    """Machine, backends with their reasons, times."""
+    show_header(report, console)
+    backends = table(f"Backends on {report.device}, bfloat16", ("operation", "serve, fastest first", "decline"), ())
+    for operation, reasons in report.backends.items():
+        serve = [name for name, reason in reasons.items() if reason is None]
+        decline = [f"{name}: {reason.splitlines()[0]}" for name, reason in reasons.items() if reason is not None]
+        backends.add_row(operation, ", ".join(serve), escape("\n".join(decline)))
+    console.print(backends)
+    for library, reason in report.absent.items():
+        console.print(f"no peer {library}: {escape(reason)}", soft_wrap=True)
+    peers = [f"× {library} {version}" for library, version in report.libraries.items()]
+    times = table(
+        "Kernels (×: another's time over ours)",
+        ("operation", "shape", "backend"),
+        ("threads", "ms", "× reference", *peers, "% of roof"),
+    )
+    for row in report.rows:
+        ratios = {peer.library: f"{peer.ratio:.2f}" for peer in row.peers}
+        percent = "–" if row.roof_percent is None else f"{row.roof_percent:.0f} {row.roof}"
+        times.add_row(
+            row.op,
+            row.shape,
+            f"[bold]{row.backend}[/bold]" if row.selected else row.backend,
+            str(row.threads),
+            number(row.ms),
+            number(row.reference_ratio, 3),
+            *(ratios.get(library, "–") for library in report.libraries),
+            percent,
+        )
+    console.print(times)
+    show_problems(report, console)
