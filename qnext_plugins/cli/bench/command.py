@@ -87,6 +87,79 @@ def kernels(
     _finish(run.report, run.files, run.run, show_kernels)
 
 
+@app.command()
+def serve(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="SERVER",
+            help="A server's URL, or an engine to start: 'vllm:MODEL FLAGS' or 'sglang:MODEL FLAGS', in quotes.",
+        ),
+    ],
+    tool: Annotated[
+        str | None,
+        typer.Option(
+            help="vllm or sglang: whose benchmark measures; by default the started engine's, for a URL that of the "
+            "engine in this environment."
+        ),
+    ] = None,
+    concurrency: Annotated[str, typer.Option(help="Requests at a time; several with commas.")] = "1,4,16",
+    requests: Annotated[int, typer.Option(min=1, help="Requests for each of these, at least as many.")] = 32,
+    input_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, random ones.")] = 256,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each.")] = 64,
+    model: Annotated[
+        str | None, typer.Option(help="Model to ask the server of a URL for; by default the first that it names.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of the tokenizer that makes the prompts; by default the model's.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key to send to the server.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one load may take.")] = 1800,
+    start_timeout: Annotated[float, typer.Option(min=1, help="Seconds that an engine may take to start.")] = 600,
+    output: Annotated[Path, typer.Option(help="Folder of logs and of the tools' own result files.")] = Path(
+        "qnext-bench"
+    ),
+    python_vllm: Annotated[
+        str | None, typer.Option(help="Python of vLLM's environment; by default $QNEXT_VLLM_PYTHON, else this one.")
+    ] = None,
+    python_sglang: Annotated[str | None, typer.Option(help="The same for SGLang, $QNEXT_SGLANG_PYTHON.")] = None,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+) -> None:
+    """Put growing load on a server with vLLM's or SGLang's own benchmark.
+
+    Prompts are random tokens, nothing is downloaded. Ends with status 0, or 2 if a load could not be measured in full.
+    """
+    from qnext_plugins.cli.bench.serve import TOOLS, Options, ServeBench
+    from qnext_plugins.cli.bench.terminal import show_serve
+    from qnext_plugins.cli.compare.sides import Pythons, SpecError, parse_side
+
+    try:
+        spec = parse_side(target)
+        if spec.kind == "hf":
+            raise ArgumentError(f"SERVER: expected a URL, vllm:MODEL or sglang:MODEL, got {target!r}")
+        if tool is not None and tool not in TOOLS:
+            raise ArgumentError(f"--tool: expected vllm or sglang, got {tool!r}")
+        options = Options(
+            tool=tool,
+            concurrency=positive_numbers("--concurrency", concurrency),
+            requests=requests,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            model=model if not spec.started else None,
+            tokenizer=tokenizer,
+            api_key=api_key,
+            timeout=timeout,
+            start_timeout=start_timeout,
+            pythons=Pythons.given(vllm=python_vllm, sglang=python_sglang),
+            output=output,
+        )
+        run = ServeBench(spec, options, _files(json_file, csv_file), _progress())
+    except (ArgumentError, SpecError) as error:
+        _fail("serve", str(error))
+    _finish(run.report, run.files, run.run, show_serve)
+
+
 def _threads(text: str | None) -> tuple[int, ...]:
     cores = len(os.sched_getaffinity(0))
     counts = (cores,) if text is None else positive_numbers("--threads", text)

@@ -8,6 +8,8 @@ from rich.table import Table
 
 from qnext_plugins.cli.bench.kernels import KernelsReport
 from qnext_plugins.cli.bench.output import BenchReport
+from qnext_plugins.cli.bench.serve import ServeReport
+from qnext_plugins.cli.bench.tools import Times
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -66,3 +68,35 @@ def show_kernels(report: KernelsReport, console: Console) -> None:
         )
     console.print(times)
     show_problems(report, console)
+
+
+def show_serve(report: ServeReport, console: Console) -> None:
+    """What was measured by what, and the levels."""
+    if report.model is not None:
+        console.print(f"{report.kind} serves {report.model}; measured by {report.tool}", markup=False, soft_wrap=True)
+    if report.served_by is not None:
+        console.print(report.served_by, markup=False, soft_wrap=True)
+    if report.levels:
+        columns = ("at a time", "requests", "failed", "tokens/s", "first token, ms", "between pieces, ms")
+        levels = table(
+            f"Load of {report.settings['input_tokens']} tokens in, {report.settings['output_tokens']} out (p50 / p99)",
+            (),
+            (*columns, "a token, ms", "tokens a step with drafts"),
+        )
+        for level in report.levels:
+            levels.add_row(
+                str(level.concurrency),
+                str(level.requests),
+                str(level.failed),
+                f"{level.output_tokens_per_second:.1f}",
+                _quantiles(level.first_token),
+                _quantiles(level.inter_token),
+                _quantiles(level.time_per_token),
+                "–" if level.accepted_length is None else f"{level.accepted_length:.2f}",
+            )
+        console.print(levels)
+    show_problems(report, console)
+
+
+def _quantiles(times: Times) -> str:
+    return f"{times.p50:.1f} / {times.p99:.1f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -102,7 +101,7 @@ def compare(
             referee=referee,
             tie_gap=tie_gap,
             tolerance=tolerance,
-            pythons=_pythons(vllm=python_vllm, sglang=python_sglang, hf=python_hf),
+            pythons=Pythons.given(vllm=python_vllm, sglang=python_sglang, hf=python_hf),
             model=model,
             api_key=api_key,
             timeout=timeout,
@@ -119,11 +118,6 @@ def compare(
     _write(report, json_file, html_file)
     show(report, Console(highlight=False))
     raise typer.Exit(INTERRUPTED if report.interrupted else report.status.exit_code)
-
-
-def _pythons(**given: str | None) -> Pythons:
-    defaults = Pythons()
-    return Pythons(**{each.name: given[each.name] or getattr(defaults, each.name) for each in fields(Pythons)})
 
 
 def _fail(line: str) -> NoReturn:
