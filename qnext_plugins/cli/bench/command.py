@@ -160,6 +160,68 @@ def serve(
     _finish(run.report, run.files, run.run, show_serve)
 
 
+@app.command()
+def headline(
+    context: Annotated[
+        str, typer.Option(help="Tokens of context, several with commas; multiples of --chunk.")
+    ] = "4096,32768",
+    batch: Annotated[str, typer.Option(help="Sequences of a decode step; several with commas.")] = "1",
+    phase: Annotated[str, typer.Option(help="prefill, decode, or both with a comma.")] = "prefill,decode",
+    layers: Annotated[int, typer.Option(min=4, help="Of Qwen3-Next, a multiple of 4.")] = 4,
+    dense_layers: Annotated[int, typer.Option(min=1, help="Of Qwen3-32B.")] = 1,
+    experts: Annotated[int, typer.Option(min=10, help="Of Qwen3-Next, 6.3 MB each in every layer.")] = 512,
+    vocabulary: Annotated[int, typer.Option(min=1024, help="Tokens that the heads know.")] = 151936,
+    chunk: Annotated[int, typer.Option(min=64, help="Tokens of a step of prefill.")] = 2048,
+    threads: Annotated[str | None, typer.Option(help="Of each engine; by default its usable cores.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each model.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="One turn of each model.")] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the engines' logs.")] = Path("qnext-bench"),
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+) -> None:
+    """Reproduce the release's claims as ratios: Qwen3-Next-80B-A3B against Qwen3-32B, in vLLM on this machine.
+
+    Slices with random weights at real widths take turns; times of layers are extrapolated to the full depth. Beside the
+    ratio of tokens a second stand the release's and the one that FLOP (prefill) or bytes (decode) alone predict. Ends
+    with status 0, or 2 if something could not be measured.
+    """
+    from qnext_plugins.cli.bench.headline import HeadlineBench, Options, Phase
+    from qnext_plugins.cli.bench.terminal import show_headline
+
+    known: dict[str, Phase] = {"prefill": "prefill", "decode": "decode"}
+    try:
+        contexts = positive_numbers("--context", context)
+        if wrong := [tokens for tokens in contexts if tokens % chunk]:
+            raise ArgumentError(f"--context: expected multiples of --chunk, {chunk}, got {wrong[0]}")
+        if layers % 4:
+            raise ArgumentError(f"--layers: expected a multiple of 4, got {layers}")
+        if unknown := [name for name in phase.split(",") if name not in known]:
+            raise ArgumentError(f"--phase: expected prefill, decode, or both with a comma, got {unknown[0]!r}")
+        counts = _threads(threads)
+        if len(counts) > 1:
+            raise ArgumentError(f"--threads: expected one number, got {threads!r}")
+        options = Options(
+            contexts=contexts,
+            batches=positive_numbers("--batch", batch),
+            phases=tuple(known[name] for name in phase.split(",")),
+            layers=layers,
+            dense_layers=dense_layers,
+            experts=experts,
+            vocabulary=vocabulary,
+            chunk=chunk,
+            threads=counts[0],
+            rounds=rounds,
+            quick=quick,
+            eager=eager,
+            logs=output,
+        )
+        run = HeadlineBench(options, _files(json_file, csv_file), _progress())
+    except ArgumentError as error:
+        _fail("headline", str(error))
+    _finish(run.report, run.files, run.run, show_headline)
+
+
 def _threads(text: str | None) -> tuple[int, ...]:
     cores = len(os.sched_getaffinity(0))
     counts = (cores,) if text is None else positive_numbers("--threads", text)

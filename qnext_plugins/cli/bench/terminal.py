@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qnext_plugins.cli.bench.headline import HeadlineReport
 from qnext_plugins.cli.bench.kernels import KernelsReport
 from qnext_plugins.cli.bench.output import BenchReport
 from qnext_plugins.cli.bench.serve import ServeReport
@@ -100,3 +101,24 @@ def show_serve(report: ServeReport, console: Console) -> None:
 
 def _quantiles(times: Times) -> str:
     return f"{times.p50:.1f} / {times.p99:.1f}"
+
+
+def show_headline(report: HeadlineReport, console: Console) -> None:
+    """Machine, what served, and the ratios."""
+    show_header(report, console)
+    for model, architecture in report.served_by.items():
+        console.print(f"{model} is served by {architecture}", markup=False, soft_wrap=True)
+    if report.rows:
+        models = (report.rows[0].next.model, report.rows[0].dense.model)
+        ratios = table(
+            "Tokens a second at full depth, from slices",
+            ("phase",),
+            ("context", "at a time", *models, "ratio", "the release", "by FLOP or bytes alone"),
+        )
+        for row in report.rows:
+            speeds = (number(side.tokens_per_second, 3) for side in (row.next, row.dense))
+            claim = "–" if row.claim is None else row.claim
+            ratio, predicted = f"[bold]{row.ratio:.1f}[/bold]", f"{row.predicted:.1f}"
+            ratios.add_row(row.phase, str(row.context), str(row.batch), *speeds, ratio, claim, predicted)
+        console.print(ratios)
+    show_problems(report, console)
