@@ -19,7 +19,7 @@ COLUMNS = ("op", "shape", "threads", "ours_ms", "peer", "peer_ms", "ratio", "roo
 
 @dataclass
 class Result:
-    """A measured row; times in seconds, work as in :class:`qnext_plugins.cli.bench.inputs.Case`; without a peer's time, no ratio."""
+    """A measured row; times in seconds, work as in a ``Case``; without a peer's time, no ratio."""
 
     op: str
     shape: str

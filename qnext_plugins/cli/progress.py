@@ -43,7 +43,13 @@ class Progress:
         """
         start = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        shown = {"console": self.console, "transient": True, "disable": not self.console.is_terminal}
-        with Bars(*columns, auto_refresh=refresh_alone, **shown) as bars:
+        bars = Bars(
+            *columns,
+            console=self.console,
+            transient=True,
+            auto_refresh=refresh_alone,
+            disable=not self.console.is_terminal,
+        )
+        with bars:
             yield Step(bars, bars.add_task(escape(name), total=total), refresh_alone)
         self.say(f"{name}: {total} in {time.monotonic() - start:.1f} s")

@@ -1,7 +1,7 @@
 """``qnext bench``: kernels beside their reference and their peers, servers under load, the release's claims.
 
-What an engine contributes lies in the engine's package, behind the entry point group ``qnext_plugins.bench``: each entry
-is an :class:`EngineBench`. This package imports no engine.
+What an engine contributes lies in the engine's package, behind the entry point group ``qnext_plugins.bench``: each
+entry is an :class:`EngineBench`. This package imports no engine.
 """
 
 from __future__ import annotations

@@ -70,9 +70,7 @@ def experts_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         )
 
     for tokens in s.expert_tokens:
-        yield Row(
-            "experts", f"M={tokens}", partial(build, tokens), "moe", quick=tokens <= 2048, heavy=tokens > 32
-        )
+        yield Row("experts", f"M={tokens}", partial(build, tokens), "moe", quick=tokens <= 2048, heavy=tokens > 32)
 
 
 # Attention over the paged cache.
@@ -85,13 +83,20 @@ class OurAttention:
         context, kv_heads, dim = key.shape
         blocks = -(-context // BLOCK_SIZE)
         cache = torch.zeros(blocks + 1, kv_heads, 2 * BLOCK_SIZE, dim, dtype=key.dtype)
-        self.caches = [half.transpose(1, 2) for half in cache.chunk(2, dim=2)]
+        keys, values = (half.transpose(1, 2) for half in cache.chunk(2, dim=2))
+        self.caches = keys, values
         slots = int32(torch.arange(BLOCK_SIZE, BLOCK_SIZE + context))
         qnext_kernels.store_kv(key, value, *self.caches, slots)
         self.batch = int32([range(1, blocks + 1)]), int32([context]), int32([0, queries])
 
     def __call__(self, query: Tensor) -> Tensor:
         return qnext_kernels.paged_attention(query, *self.caches, *self.batch, query.shape[2] ** -0.5)
+
+
+def schedule(turns: Sequence[Any]) -> None:
+    """Divide the work of each among the threads anew."""
+    for turn in turns:
+        turn.schedule()
 
 
 def attention_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
@@ -109,7 +114,7 @@ def attention_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
             return Side(
                 turns[0].name,
                 lambda i: turns[i % sets](query, out),
-                retune=lambda: [turn.schedule() for turn in turns] and None,
+                retune=lambda: schedule(turns),
             )
 
         peers = {each.name: found for each in libraries if (found := side(each)) is not None}
@@ -231,13 +236,15 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
     key_dims, value_dims = s.key_heads * s.linear_dim, s.value_heads * s.linear_dim
     state_bytes = s.value_heads * s.linear_dim**2 * 4
 
-    def inputs(tokens: int) -> tuple[Tensor, ...]:
-        A_log, dt_bias = torch.rand(s.value_heads), normal(s.value_heads)
-        return normal(tokens, s.channels), normal(tokens, s.value_heads), normal(tokens, s.value_heads), A_log, dt_bias
+    def inputs(tokens: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """What the convolution leaves, then a, b, A_log and dt_bias."""
+        a, b = normal(tokens, s.value_heads), normal(tokens, s.value_heads)
+        return normal(tokens, s.channels), (a, b, torch.rand(s.value_heads), normal(s.value_heads))
 
-    def split(convolved: Tensor) -> Iterator[Tensor]:
-        for part in convolved.split([key_dims, key_dims, value_dims], dim=1):
-            yield part.unflatten(1, (-1, s.linear_dim))
+    def split(convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = convolved.split([key_dims, key_dims, value_dims], dim=1)
+        q, k, v = (part.unflatten(1, (-1, s.linear_dim)) for part in parts)
+        return q, k, v
 
     def make_pool(slots: int) -> Tensor:
         pool = (torch.randn(s.value_heads * s.linear_dim**2) * 0.1).expand(slots, -1).contiguous()
@@ -252,9 +259,7 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
                 return None
             # Theirs has the two last dimensions the other way round.
             own, call = pool.transpose(2, 3).contiguous(), getattr(layer, method)
-            return Side(
-                layer.names[method], lambda i: peer_call(call, own, i), lambda: [own.transpose(2, 3)]
-            )
+            return Side(layer.names[method], lambda i: peer_call(call, own, i), lambda: [own.transpose(2, 3)])
 
         return Case(
             ours,
@@ -267,7 +272,7 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         )
 
     def prefill(tokens: int) -> Case:
-        convolved, *rest = inputs(tokens)
+        convolved, rest = inputs(tokens)
         pool = make_pool(2)
         slots, starts, initial = int32([1]), int32([0, tokens]), torch.tensor([False])
         return case(
@@ -280,7 +285,7 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         )
 
     def decode(batch: int) -> Case:
-        convolved, *rest = inputs(batch)
+        convolved, rest = inputs(batch)
         sets = rotations(batch * state_bytes)
         pool = make_pool(1 + sets * batch)
         slots = [int32(1 + n * batch + torch.arange(batch)) for n in range(sets)]
@@ -296,7 +301,7 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
 
     def verify(batch: int) -> Case:
         tokens = 1 + s.drafts
-        convolved, *rest = inputs(batch * tokens)
+        convolved, rest = inputs(batch * tokens)
         sets = rotations(batch * tokens * state_bytes)
         pool = make_pool(1 + sets * batch * tokens)
         slots = int32(1 + torch.arange(sets * batch * tokens)).view(sets, batch, tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from qnext_plugins.cli.progress import Progress
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+AnyReport = TypeVar("AnyReport", bound=BenchReport)
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Write everything that was found to this file, after every result.")
 ]
@@ -29,9 +30,7 @@ def bench() -> None:
 
 @app.command()
 def kernels(
-    ops: Annotated[
-        str, typer.Option(help="Only operations whose name contains one of these words, with commas.")
-    ] = "",
+    ops: Annotated[str, typer.Option(help="Only operations whose name contains one of these words, with commas.")] = "",
     backend: Annotated[str, typer.Option(help="Only these backends, with commas; by default all that serve.")] = "",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default what torch would compute on.")] = None,
     tp: Annotated[int, typer.Option(min=1, help="Take the share of one of so many tensor-parallel ranks.")] = 1,
@@ -246,7 +245,7 @@ def _fail(name: str, line: str) -> NoReturn:
 
 
 def _finish(
-    report: BenchReport, files: Files, run: Callable[[], None], show: Callable[[BenchReport, Console], None]
+    report: AnyReport, files: Files, run: Callable[[], None], show: Callable[[AnyReport, Console], None]
 ) -> NoReturn:
     """Run it, and show and keep what there is, however it ended."""
     interrupted = False

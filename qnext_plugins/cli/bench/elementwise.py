@@ -107,7 +107,7 @@ def elementwise_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         (s.top_k,),
         lambda tokens: (distinct_logits(tokens, s.experts),),
         2 * s.experts,
-        lambda result: by_expert(*result, s.experts),
+        lambda result: by_expert(result[0], result[1], s.experts),
     )
     yield from rows(
         "sigmoid gate",

@@ -2,8 +2,8 @@
 
 Both slices are in memory at once and take turns. A step is timed with its decoder layers and without them (the same
 engine, with a stub in their place): the difference is the layers', and grows with the depth; the rest (head, sampling,
-scheduling) does not. What comes before the tokens that are timed is fed without the layers, so that a long context costs
-no long prefill; a chunk's time is linear in the tokens before it, and a prompt's is the sum over its chunks.
+scheduling) does not. What comes before the tokens that are timed is fed without the layers, so that a long context
+costs no long prefill; a chunk's time is linear in the tokens before it, and a prompt's is the sum over its chunks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import Field
 
 from qnext_plugins.cli.bench import engine_benches
 from qnext_plugins.cli.bench.models import DenseSlice, Qwen32B, QwenNext, Slice, Work
@@ -68,9 +70,9 @@ class Ratio(Entry):
 class HeadlineReport(BenchReport):
     """All that ``qnext bench headline`` found."""
 
-    served_by: dict[str, str] = {}
+    served_by: dict[str, str] = Field(default_factory=dict)
     """Of each model, the class that served it."""
-    rows: list[Ratio] = []
+    rows: list[Ratio] = Field(default_factory=list)
 
     def columns(self) -> Sequence[str]:
         sides = [f"{side}_{what}" for side in ("next", "dense") for what in ("layers_ms", "rest_ms", "tokens_per_s")]

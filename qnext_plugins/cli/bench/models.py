@@ -98,8 +98,12 @@ class DenseSlice:
 class Work(Protocol):
     """What a model must compute and move at its full depth, one sequence at a time or several."""
 
-    name: str
-    depth: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def depth(self) -> int:
+        """Layers."""
 
     def prefill_flops(self, tokens: int) -> float:
         """FLOP of a prompt."""

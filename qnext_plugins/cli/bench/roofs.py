@@ -131,9 +131,7 @@ def _cuda_seconds(call: Call, turn: int) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def interleave(
-    calls: list[Callable[[int], float]], seconds: float, least: int, most: int = 300
-) -> list[float]:
+def interleave(calls: list[Callable[[int], float]], seconds: float, least: int, most: int = 300) -> list[float]:
     """Median seconds of each call, taken in turns (ours, peer, ours, peer …) so that they share what disturbs them.
 
     The first turn warms up and does not count, unless it alone takes longer than ``seconds``.
@@ -204,9 +202,7 @@ class Roofs:
         )
 
 
-def _keep_best(
-    best: dict[int, float], threads: int, work: float, timed: Timer, call: Callable[[], object]
-) -> None:
+def _keep_best(best: dict[int, float], threads: int, work: float, timed: Timer, call: Callable[[], object]) -> None:
     call()
     for _ in range(5):
         best[threads] = max(best.get(threads, 0.0), work / timed(lambda _: call(), 0))

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from qnext_plugins.cli.bench.output import BenchReport, Files
 from qnext_plugins.cli.bench.tools import Level, Load, ToolError, command, progress, read_result
 from qnext_plugins.cli.compare.answers import SideError
@@ -35,12 +37,12 @@ class ServeReport(BenchReport):
     model: str | None = None
     kind: str | None = None
     """What serves: ``vllm``, ``sglang`` or ``openai``."""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     served_by: str | None = None
     """The plugin's own line in the log of a server that was started."""
-    commands: list[list[str]] = []
+    commands: list[list[str]] = Field(default_factory=list)
     """Of the server, if it was started, and of the tool at each level."""
-    levels: list[Level] = []
+    levels: list[Level] = Field(default_factory=list)
 
     def columns(self) -> Sequence[str]:
         times = [f"{name}_{what}_ms" for name in ("ttft", "itl", "tpot") for what in TIMES]
@@ -217,7 +219,8 @@ class ServeBench:
         self.report.levels.append(level)
         self.files.write(self.report)
         if level.failed:
-            raise ToolError(f"{level.failed} of {level.requests} requests failed: {error or ended or 'no reason given'}")
+            why = error or ended or "the tool does not say why"
+            raise ToolError(f"{level.failed} of {level.requests} requests failed: {why}")
 
     async def _tool_runs(self, line: list[str], log: Path, step: Step) -> str | None:
         """Run a tool to its end; a line about its end unless that was a good one."""

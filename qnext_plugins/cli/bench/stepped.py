@@ -59,7 +59,7 @@ class EngineProcess:
 
 
 def serve_steps(connection: Connection, engine: str, settings: dict[str, Any], log: str) -> None:
-    """In the engine's process: make ``module:class`` with ``settings`` and call its methods until the parent is gone."""
+    """In the engine's process: make ``module:class`` with ``settings``, call its methods until the parent is gone."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)

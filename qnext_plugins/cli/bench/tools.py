@@ -1,6 +1,7 @@
 """The engines' own benchmarks of servers: their command lines, and what their result files say.
 
-``vllm bench serve`` and SGLang's ``bench_serving`` send the load, stream, count and average; nothing of that is done here.
+``vllm bench serve`` and SGLang's ``bench_serving`` send the load, stream, count and average; nothing of that is done
+here.
 """
 
 from __future__ import annotations

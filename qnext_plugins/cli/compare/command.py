@@ -10,12 +10,13 @@ from rich.console import Console
 
 from qnext_plugins.cli.arguments import INTERRUPTED, ArgumentError, check_writable, ends_on_sigterm, positive_numbers
 from qnext_plugins.cli.compare.page import write_page
-from qnext_plugins.cli.progress import Progress
 from qnext_plugins.cli.compare.prompts import PromptsError, load_prompts
 from qnext_plugins.cli.compare.report import Report
 from qnext_plugins.cli.compare.run import Options, make
 from qnext_plugins.cli.compare.sides import Pythons, SpecError, parse_sides
 from qnext_plugins.cli.compare.terminal import show
+from qnext_plugins.cli.progress import Progress
+
 
 def compare(
     sides: Annotated[

@@ -90,7 +90,7 @@ class PagedAttention:
 
 def linear(weight: Tensor) -> tuple[str, Callable[[Tensor], Tensor]]:
     """An unquantized linear layer [N, K]: f(x)."""
-    layer = nn.Module()
+    layer: Any = nn.Module()
     layer.weight = nn.Parameter(weight, requires_grad=False)
     dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
     name = layer.cpu_linear.__code__.co_names[-1]
@@ -110,10 +110,11 @@ class DeltaNetLayer:
 
     def __init__(self, conv_weight: Tensor, conv_pool: Tensor, heads: tuple[int, int, int]) -> None:
         key_heads, value_heads, dim = heads
-        self.conv1d = nn.Module()
-        self.conv1d.weight = nn.Parameter(conv_weight[:, None].clone(), requires_grad=False)
-        self.conv1d.bias = None
-        dispatch_cpu_unquantized_gemm(self.conv1d, remove_weight=False)
+        conv1d: Any = nn.Module()
+        conv1d.weight = nn.Parameter(conv_weight[:, None].clone(), requires_grad=False)
+        conv1d.bias = None
+        dispatch_cpu_unquantized_gemm(conv1d, remove_weight=False)
+        self.conv1d = conv1d
         self.activation, self.tp_size = "silu", 1
         self.key_dim, self.value_dim, self.head_k_dim, self.head_v_dim = key_heads * dim, value_heads * dim, dim, dim
         self.kv_cache = (conv_pool, conv_pool.new_empty(1, 1, 1, 1))
