@@ -207,7 +207,7 @@ class ServeBench:
         self.report.commands.append(line)
         before = await self._counters()
         with self.progress.task(f"{TOOLS[tool]}: {concurrency} at a time", load.requests) as step:
-            ended = await self._tool_runs(line, result.with_suffix(".log"), step)
+            ended = await self._tool_runs(line, result.with_suffix(".log"), load.requests, step)
         if not result.is_file():
             raise ToolError(ended or f"{TOOLS[tool]} wrote no result (log: {result.with_suffix('.log')})")
         level, error = read_result(tool, result.read_text(), load)
@@ -222,7 +222,7 @@ class ServeBench:
             why = error or ended or "the tool does not say why"
             raise ToolError(f"{level.failed} of {level.requests} requests failed: {why}")
 
-    async def _tool_runs(self, line: list[str], log: Path, step: Step) -> str | None:
+    async def _tool_runs(self, line: list[str], log: Path, requests: int, step: Step) -> str | None:
         """Run a tool to its end; a line about its end unless that was a good one."""
         # Tokenizers are local; a proxy of the environment must not come between the tool and the server.
         own = {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
@@ -242,7 +242,7 @@ class ServeBench:
         try:
             while process.poll() is None:
                 await asyncio.sleep(0.2)
-                seen = progress(log.read_text(errors="replace")) or 0
+                seen = progress(log.read_text(errors="replace"), requests)
                 for _ in range(seen - done):
                     step()
                 done = max(done, seen)

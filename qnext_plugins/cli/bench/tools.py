@@ -116,10 +116,9 @@ def read_result(tool: str, text: str, load: Load) -> tuple[Level, str | None]:
     return level, _last_line(str(errors[0])) if errors else None
 
 
-def progress(log: str) -> int | None:
-    """How many requests the bar in a tool's log counts; None before it draws one."""
-    found = PROGRESS.findall(log)
-    return int(found[-1][0]) if found else None
+def progress(log: str, requests: int) -> int:
+    """How many of so many requests the bar in a tool's log counts; other bars are those of its warm-up."""
+    return max((int(done) for done, total in PROGRESS.findall(log) if int(total) == requests), default=0)
 
 
 def _times(found: dict[str, Any], name: str) -> Times:

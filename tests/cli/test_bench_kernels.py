@@ -1,0 +1,120 @@
+"""``qnext bench kernels`` on this CPU: every backend beside the reference, wrong ones found, nothing lost."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from qnext_kernels.dispatch import OPERATION_NAMES, OPERATIONS
+from qnext_plugins.cli.bench import kernels
+from qnext_plugins.cli.bench.cases import GROUPS
+from qnext_plugins.cli.bench.command import app
+from qnext_plugins.cli.bench.inputs import REAL, TINY
+from qnext_plugins.cli.bench.kernels import KernelsReport
+from qnext_plugins.cli.bench.measure import outcome_of_ours
+
+ALONE = ("--tiny", "--quick", "--no-peers", "--threads", "1")
+
+
+def run(tmp_path: Path, *arguments: str) -> tuple[Result, KernelsReport]:
+    file = tmp_path / "report.json"
+    result = CliRunner().invoke(app, ["kernels", *ALONE, "--json", str(file), *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result, KernelsReport.model_validate_json(file.read_text())
+
+
+def test_every_operation_and_form_of_the_kernels_has_rows() -> None:
+    rows = [row for group in GROUPS for row in group(TINY, [])]
+    assert {row.operation for row in rows} == set(OPERATION_NAMES)
+    forms = {row.op for row in rows}
+    assert {f"{op} {form}" for op in ("delta rule", "conv") for form in ("prefill", "decode", "verify")} <= forms
+
+
+def test_every_backend_that_serves_is_timed_beside_the_reference(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    result, report = run(tmp_path, "--ops", "delta rule decode,router", "--csv", str(table))
+    assert result.exit_code == 0, result.output
+    serving = {name for name, reason in report.backends["gated_delta_rule"].items() if reason is None}
+    assert {row.backend for row in report.rows if row.op == "delta rule decode"} == serving
+    assert "triton: runs on cuda, not on cpu" in " ".join(result.output.split())
+    for row in report.rows:
+        assert row.ms > 0
+        assert row.peers == []
+        assert row.reference_ratio is not None
+        assert row.selected == (row.backend == OPERATIONS["moe"].backends[0].name) or row.op != "router top-k"
+        assert (row.reference_ratio == 1) == (row.backend == "reference")
+    with table.open() as file:
+        lines = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    assert [line["backend"] for line in lines] == [row.backend for row in report.rows]
+    assert float(lines[0]["ms"]) == pytest.approx(report.rows[0].ms, rel=1e-3)
+
+
+def test_only_the_backends_that_are_asked_for_are_timed(tmp_path: Path) -> None:
+    _, report = run(tmp_path, "--ops", "silu", "--backend", "cpu")
+    assert {row.backend for row in report.rows} <= {"cpu"}
+
+
+def test_backend_that_is_wrong_is_named_and_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = type(OPERATIONS["moe"].backends[0])
+    right = backend.topk_softmax
+
+    def wrong(self: Any, *arguments: Any) -> Any:
+        weights, ids = right(self, *arguments)
+        return weights * 1.1, ids
+
+    monkeypatch.setattr(backend, "topk_softmax", wrong)
+    result, report = run(tmp_path, "--ops", "router")
+    assert result.exit_code == 2
+    assert backend.name not in {row.backend for row in report.rows}
+    assert len(report.rows) == 2 * (len(OPERATIONS["moe"].backends) - 1)
+    assert f"router top-k T=40, {backend.name}: not timed; result 0 differs by 10.0% from reference" in report.problems
+
+
+def test_results_before_an_interrupt_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def interrupted(case: Any) -> Any:
+        seen.append(case)
+        if len(seen) > 3:
+            raise KeyboardInterrupt
+        return outcome_of_ours(case)
+
+    monkeypatch.setattr(kernels, "outcome_of_ours", interrupted)
+    result, report = run(tmp_path, "--ops", "router", "--csv", str(tmp_path / "table.csv"))
+    assert result.exit_code == 130
+    assert {row.shape for row in report.rows} == {"T=40"}
+    assert not report.complete
+    assert report.problems == ["interrupted: what follows was not measured"]
+    assert len((tmp_path / "table.csv").read_text().splitlines()) > 3
+
+
+def test_shard_has_its_part_of_heads_experts_and_vocabulary() -> None:
+    shard = REAL.shard(4)
+    assert (shard.key_heads, shard.value_heads, shard.heads, shard.kv_heads) == (4, 8, 4, 1)
+    assert (shard.intermediate, shard.vocabulary, shard.hidden, shard.experts) == (128, 37984, 2048, 512)
+    assert shard.channels * 4 == REAL.channels
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--ops", "delta rule,rope of sand"), "--ops: expected words of attention decode, "),
+        (("--backend", "fast"), "--backend: expected some of reference, "),
+        (("--device", "abacus"), "--device: expected cpu"),
+        (("--tp", "3"), "--tp: expected a number of ranks that divides 16 heads, got 3"),
+        (("--threads", "9999"), f"--threads: expected at most the {len(os.sched_getaffinity(0))} cores"),
+        (("--threads", "two"), "--threads: expected positive numbers with commas, such as 1,4, got 'two'"),
+        (("--csv", "/"), "--csv: expected a file in a folder that can be written to, got /"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(arguments: tuple[str, ...], line: str) -> None:
+    result = CliRunner().invoke(app, ["kernels", *ALONE, *arguments])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"qnext bench kernels: {line}")
+    assert result.stderr.count("\n") == 1
