@@ -77,6 +77,7 @@ def kernels(
             threads=_threads(threads) if (device or here) == "cpu" else (1,),
             quick=quick,
             peers=peers,
+            seconds=0.05 if tiny else 0.7 if quick else 6,
         )
         with quiet_engines():
             run = KernelsBench(options, _files(json_file, csv_file), _progress())

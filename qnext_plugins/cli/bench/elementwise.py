@@ -43,7 +43,7 @@ def elementwise_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
 
         def build(tokens: int) -> Case:
             # Small inputs come from the operation before, out of a cache.
-            sets = rotations(moved * tokens) if tokens == max(s.rows) else 1
+            sets = min(rotations(moved * tokens), 512) if tokens == max(s.rows) else 1
             inputs = [make(tokens) for _ in range(sets)]
             for tensor in sum(inputs, ()):
                 torch._dynamo.mark_dynamic(tensor, 0)  # as vLLM does: compiled once for any number of tokens

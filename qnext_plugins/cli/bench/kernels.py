@@ -91,6 +91,8 @@ class Options:
     threads: tuple[int, ...] = (1,)
     quick: bool = False
     peers: bool = True
+    seconds: float = 6
+    """How long the sides of a row take turns, at least."""
 
 
 def libraries_for(device: str) -> tuple[list[Library], dict[str, str]]:
@@ -229,21 +231,21 @@ class KernelsBench:
     def _time(
         self, row: Row, case: Case, sides: dict[str, Side], reference: Side | None, peers: dict[str, Side], threads: int
     ) -> None:
-        quick = self.options.quick
+        seconds = self.options.seconds
         together = [*sides.values(), *peers.values()]
         timed = partial(seconds_of, threads=threads, compiled=case.compiled, device=self.options.device)
-        times = timed(together, seconds=0.7 if quick else 6, least=1 if quick else 3)
+        times = timed(together, seconds=seconds, least=1 if self.options.quick else 3)
         ours = dict(zip(sides, times, strict=False))
         theirs = dict(zip(peers, times[len(sides) :], strict=True))
         if reference is not None:
             # Not in turns with the others, which it would keep from their caches and from running often.
-            (ours[REFERENCE],) = timed([reference], seconds=0.5, least=1)
+            (ours[REFERENCE],) = timed([reference], seconds=min(seconds, 0.5), least=1)
         chosen = OPERATIONS[row.operation].select(self.device, BF16).name
-        for backend, seconds in ours.items():
+        for backend, time in ours.items():
             percent = roof = None
             if case.moved is not None:
                 least, roof = self.roofs.seconds(threads, case.flops, case.moved)
-                percent = 100 * least / seconds
+                percent = 100 * least / time
             self.report.rows.append(
                 Measured(
                     op=row.op,
@@ -251,11 +253,11 @@ class KernelsBench:
                     backend=backend,
                     selected=backend == chosen,
                     threads=threads,
-                    ms=seconds * 1e3,
-                    reference_ratio=ours[REFERENCE] / seconds if reference is not None else None,
+                    ms=time * 1e3,
+                    reference_ratio=ours[REFERENCE] / time if reference is not None else None,
                     peers=[
-                        PeerTime(library=name, kernel=peers[name].name, ms=time * 1e3, ratio=time / seconds)
-                        for name, time in theirs.items()
+                        PeerTime(library=name, kernel=peers[name].name, ms=other * 1e3, ratio=other / time)
+                        for name, other in theirs.items()
                     ],
                     roof_percent=percent,
                     roof=roof,
