@@ -255,11 +255,15 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
     ) -> Case:
         def side(library: Library) -> Side | None:
             layer = library.delta_rule(_heads(s))
-            if layer is None:
+            if layer is None or method not in layer.names:
                 return None
-            # Theirs has the two last dimensions the other way round.
-            own, call = pool.transpose(2, 3).contiguous(), getattr(layer, method)
-            return Side(layer.names[method], lambda i: peer_call(call, own, i), lambda: [own.transpose(2, 3)])
+            call = getattr(layer, method)
+            own = pool.transpose(2, 3).contiguous() if layer.key_first else pool.clone()
+            return Side(
+                layer.names[method],
+                lambda i: peer_call(call, own, i),
+                lambda: [own.transpose(2, 3) if layer.key_first else own],
+            )
 
         return Case(
             ours,

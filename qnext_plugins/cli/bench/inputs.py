@@ -149,7 +149,10 @@ class Library:
         """An object with ``convolve``, ``verify`` and ``name``, over a pool [slots, state_len, channels] of its own."""
 
     def delta_rule(self, heads: tuple[int, int, int]) -> Any:
-        """An object with ``prefill``, ``decode``, ``verify`` and their ``names``, over a pool [slots, HV, K, V]."""
+        """An object with ``prefill``, ``decode``, ``verify`` and their ``names``, over a pool of its own.
+
+        ``key_first`` says whether that is [slots, HV, K, V] or, as ours, [slots, HV, V, K].
+        """
 
     def rms_norm(self, weight: Tensor, eps: float) -> tuple[str, Callable[..., Any]] | None:
         """Zero-centred RMSNorm: f(x, residual)."""

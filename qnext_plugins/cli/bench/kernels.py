@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qnext_kernels.dispatch import OPERATIONS, explain, force_backend
-from qnext_plugins.cli.bench import engine_benches
+from qnext_plugins.cli.bench import engine_benches, fla_peers
 from qnext_plugins.cli.bench.cases import GROUPS
 from qnext_plugins.cli.bench.inputs import BF16, Case, Library, Row, Side, Sizes
 from qnext_plugins.cli.bench.measure import Outcome, difference, outcome_of_ours, outcome_of_peer, seconds_of
@@ -100,6 +100,7 @@ def libraries_for(device: str) -> tuple[list[Library], dict[str, str]]:
     found: list[Library] = []
     absent: dict[str, str] = {}
     sources: dict[str, Callable[[str], Library | str]] = {each.name: each.peers for each in engine_benches()}
+    sources["fla"] = fla_peers.peers
     for name, peers in sources.items():
         try:
             library = peers(device)

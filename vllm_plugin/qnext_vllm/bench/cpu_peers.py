@@ -6,9 +6,7 @@ own deciding code runs here too, and the name that comes back says what it chose
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -16,33 +14,15 @@ import torch
 import vllm._custom_ops as ops
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm import ir
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts, X86CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.router.cpu_router import _softmax_topk
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNormGated
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
-from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-from vllm.model_executor.models.qwen3_next import Qwen3NextAttention
-from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from qnext_plugins.cli.bench.inputs import BLOCK_SIZE, ROPE_THETA, Library
-
-logging.getLogger("vllm").setLevel(logging.ERROR)
-current_platform.import_kernels()
-_config = VllmConfig()  # the defaults of ``vllm serve``: torch.compile with Inductor, custom operators off
-# As vLLM's worker does: Inductor sees the norms instead of calling them as operators that PyTorch runs.
-ir.set_default_torch_wrap(_config.compilation_config.ir_enable_torch_wrap)
-_config.kernel_config.ir_op_priority.set_default()
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as Inductor compiles it inside vLLM's model; mark dimension 0 of its inputs as dynamic."""
-    return torch.compile(function, options=dict(_config.compilation_config.inductor_compile_config))
+from qnext_plugins.cli.bench.inputs import BLOCK_SIZE
+from qnext_vllm.bench.inductor_peers import InductorPeers, inductor
 
 
 def experts(w13: Tensor, w2: Tensor) -> tuple[str, Callable[..., None]]:
@@ -190,6 +170,7 @@ class _Convolutions(TorchDispatchMode):
 class DeltaRule:
     """The delta rule over ``state`` [slots, HV, K, V], the transpose of ours."""
 
+    key_first = True
     names: ClassVar = {
         "prefill": "chunk_gated_delta_rule_cpu",
         "decode": "fused_sigmoid_gating_delta_rule_update_cpu",
@@ -258,21 +239,8 @@ class DeltaRule:
         )
 
 
-def _module(make: Callable[[], nn.Module], weight: Tensor) -> nn.Module:
-    """A layer of vLLM in the dtype of its weight."""
-    with set_current_vllm_config(_config):
-        module = make().to(weight.dtype)
-    module.weight.data = weight
-    return module
-
-
-class CpuPeers(Library):
+class CpuPeers(InductorPeers):
     """vLLM on this CPU."""
-
-    name = "vLLM"
-
-    def __init__(self, version: str) -> None:
-        self.version = version
 
     def experts(self, w13: Tensor, w2: Tensor) -> tuple[str, Callable[..., None]]:
         return experts(w13, w2)
@@ -289,49 +257,5 @@ class CpuPeers(Library):
     def delta_rule(self, heads: tuple[int, int, int]) -> DeltaRule:
         return DeltaRule(heads)
 
-    def rms_norm(self, weight: Tensor, eps: float) -> tuple[str, Callable[..., Any]]:
-        return _inductor("GemmaRMSNorm", _module(lambda: GemmaRMSNorm(weight.shape[0], eps=eps), weight))
-
-    def gated_rms_norm(self, weight: Tensor, eps: float) -> tuple[str, Callable[..., Any]]:
-        make = partial(RMSNormGated, weight.shape[0], eps=eps, norm_before_gate=True)
-        return _inductor("RMSNormGated", _module(make, weight))
-
-    def silu_and_mul(self) -> tuple[str, Callable[..., Any]]:
-        with set_current_vllm_config(_config):
-            return _inductor("SiluAndMul", SiluAndMul(compile_native=False))
-
-    def sigmoid_gate(self) -> tuple[str, Callable[..., Any]]:
-        # As the forward pass of vLLM's model writes it.
-        return _inductor("torch.sigmoid", lambda x, gate: x * torch.sigmoid(gate))
-
     def topk_softmax(self, top_k: int) -> tuple[str, Callable[..., Any]]:
-        return _inductor("CPURouter", lambda logits: _softmax_topk(logits, top_k, True))
-
-    def qk_norm_rope_gate(
-        self, q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int, rotary_dim: int, positions: int, eps: float
-    ) -> tuple[str, Callable[..., Any]]:
-        dim = q_weight.shape[0]
-        rope = {"rope_type": "default", "rope_theta": ROPE_THETA, "partial_rotary_factor": rotary_dim / dim}
-        with set_current_vllm_config(_config):
-            rotary = get_rope(head_size=dim, max_position=positions, rope_parameters=rope, dtype=q_weight.dtype)
-        layer = SimpleNamespace(
-            use_fused_qk_norm_rope_gate=False,  # a Triton kernel of GPUs
-            attn_output_gate=True,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=dim,
-            q_size=heads * dim,
-            kv_size=kv_heads * dim,
-            q_norm=_module(lambda: GemmaRMSNorm(dim, eps=eps), q_weight),
-            k_norm=_module(lambda: GemmaRMSNorm(dim, eps=eps), k_weight),
-            rotary_emb=rotary,
-        )
-        run = partial(Qwen3NextAttention._project_qkv_gate, layer)
-        return _inductor("Qwen3NextAttention", lambda qkv, positions: run(qkv, positions))
-
-    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return compiled(function)
-
-
-def _inductor(name: str, function: Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
-    return f"{name} (Inductor)", compiled(function)
+        return inductor("CPURouter", lambda logits: _softmax_topk(logits, top_k, True))
