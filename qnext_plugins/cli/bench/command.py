@@ -12,6 +12,7 @@ from rich.console import Console
 
 from qnext_plugins.cli.arguments import INTERRUPTED, ArgumentError, check_writable, ends_on_sigterm, positive_numbers
 from qnext_plugins.cli.bench.output import BenchReport, Files
+from qnext_plugins.cli.doctor.findings import one_line
 from qnext_plugins.cli.progress import Progress
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -256,6 +257,9 @@ def _finish(
         except KeyboardInterrupt:
             interrupted = True
             report.problems.append("interrupted: what follows was not measured")
+        # Whatever it is, what was measured is shown.
+        except Exception as error:
+            report.problems.append(one_line(error))
         finally:
             files.write(report)
             show(report, Console(highlight=False))

@@ -18,9 +18,10 @@ from pydantic import Field
 
 from qnext_plugins.cli.bench import engine_benches
 from qnext_plugins.cli.bench.models import DenseSlice, Qwen32B, QwenNext, Slice, Work
-from qnext_plugins.cli.bench.output import BenchReport, Entry, Files
+from qnext_plugins.cli.bench.output import BenchReport, Files
 from qnext_plugins.cli.bench.roofs import OtherLoad, describe_machine
 from qnext_plugins.cli.bench.stepped import EngineError, EngineProcess, serve_steps
+from qnext_plugins.cli.compare.report import Entry
 from qnext_plugins.cli.progress import Progress, Step
 
 Phase = Literal["prefill", "decode"]

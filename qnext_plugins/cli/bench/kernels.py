@@ -16,8 +16,9 @@ from qnext_plugins.cli.bench import engine_benches, fla_peers
 from qnext_plugins.cli.bench.cases import GROUPS
 from qnext_plugins.cli.bench.inputs import BF16, Case, Library, Row, Side, Sizes
 from qnext_plugins.cli.bench.measure import Outcome, difference, outcome_of_ours, outcome_of_peer, seconds_of
-from qnext_plugins.cli.bench.output import BenchReport, Entry, Files
+from qnext_plugins.cli.bench.output import BenchReport, Files
 from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine, keep_freed_memory
+from qnext_plugins.cli.compare.report import Entry
 from qnext_plugins.cli.doctor.findings import one_line
 from qnext_plugins.cli.progress import Progress
 

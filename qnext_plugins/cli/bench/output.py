@@ -9,13 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Entry(BaseModel):
-    """A part of a report; unknown keys are an error, so that a report of another version is noticed."""
-
-    model_config = ConfigDict(extra="forbid")
+from qnext_plugins.cli.compare.report import Entry
 
 
 def now() -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qnext_plugins.cli.bench.output import Entry
+from qnext_plugins.cli.compare.report import Entry
 
 PROGRESS = re.compile(r"(\d+)/(\d+) \[")
 """How far a tool is, in the bar that it draws."""
