@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -15,11 +17,26 @@ from qnext_kernels.dispatch import OPERATION_NAMES, OPERATIONS
 from qnext_plugins.cli.bench import kernels
 from qnext_plugins.cli.bench.cases import GROUPS
 from qnext_plugins.cli.bench.command import app
-from qnext_plugins.cli.bench.inputs import REAL, TINY
+from qnext_plugins.cli.bench.inputs import REAL, TINY, Library
 from qnext_plugins.cli.bench.kernels import KernelsReport
 from qnext_plugins.cli.bench.measure import outcome_of_ours
 
 ALONE = ("--tiny", "--quick", "--no-peers", "--threads", "1")
+
+
+class PyTorch(Library):
+    """A peer: right in one operation, wrong in another, and broken in a third."""
+
+    name, version = "PyTorch", torch.__version__
+
+    def silu_and_mul(self) -> tuple[str, Callable[..., Any]]:
+        return "silu", lambda x: torch.nn.functional.silu(x.chunk(2, dim=1)[0]) * x.chunk(2, dim=1)[1]
+
+    def sigmoid_gate(self) -> tuple[str, Callable[..., Any]]:
+        return "tanh", lambda x, gate: x * torch.tanh(gate)
+
+    def delta_rule(self, heads: tuple[int, int, int]) -> Any:
+        raise RuntimeError("has none")
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[Result, KernelsReport]:
@@ -74,6 +91,24 @@ def test_backend_that_is_wrong_is_named_and_not_timed(tmp_path: Path, monkeypatc
     assert backend.name not in {row.backend for row in report.rows}
     assert len(report.rows) == 2 * (len(OPERATIONS["moe"].backends) - 1)
     assert f"router top-k T=40, {backend.name}: not timed; result 0 differs by 10.0% from reference" in report.problems
+
+
+def test_peer_is_timed_where_it_agrees_and_named_where_it_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "libraries_for", lambda device: ([PyTorch()], {"other": "is not here"}))
+    table = tmp_path / "table.csv"
+    result, report = run(tmp_path, "--peers", "--ops", "silu,sigmoid,rule decode", "--csv", str(table))
+    assert result.exit_code == 2
+    assert "no peer other: is not here" in result.output
+    for row in report.rows:
+        assert [peer.kernel for peer in row.peers] == (["silu"] if row.op == "silu and mul" else [])
+        assert all(peer.ratio == pytest.approx(peer.ms / row.ms) for peer in row.peers)
+    assert {row.op for row in report.rows} == {"silu and mul", "sigmoid gate", "delta rule decode"}
+    assert any("sigmoid gate T=40, PyTorch tanh: not timed; result 0 differs" in line for line in report.problems)
+    assert "delta rule decode B=1, PyTorch not made: not timed; RuntimeError: has none" in report.problems
+    (header,) = (line for line in table.read_text().splitlines() if line.startswith("op,"))
+    assert "PyTorch_kernel,PyTorch_ms,PyTorch_ratio" in header
 
 
 def test_results_before_an_interrupt_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import qnext_kernels
 from qnext_plugins.cli.bench.elementwise import elementwise_rows
-from qnext_plugins.cli.bench.inputs import BLOCK_SIZE, Case, Library, Row, Side, Sizes, int32, normal
+from qnext_plugins.cli.bench.inputs import BLOCK_SIZE, Case, Library, Row, Side, Sizes, int32, normal, sides_of
 from qnext_plugins.cli.bench.roofs import Call, rotations
 
 # Routed experts.
@@ -117,7 +117,7 @@ def attention_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
                 retune=lambda: schedule(turns),
             )
 
-        peers = {each.name: found for each in libraries if (found := side(each)) is not None}
+        peers = sides_of(libraries, side)
         ours = [OurAttention(key, value, queries) for _ in range(sets)]
         scores = context if queries == 1 else queries * (queries + 1) // 2
         return Case(
@@ -168,7 +168,7 @@ def conv_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
 
         return Case(
             ours,
-            {each.name: found for each in libraries if (found := side(each)) is not None},
+            sides_of(libraries, side),
             flops=2 * s.conv_width * tokens * s.channels,
             moved=2 * s.channels * (2 * tokens + 2 * sequences * pool.shape[1]),
             pools=(pool,),
@@ -267,7 +267,7 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
 
         return Case(
             ours,
-            {each.name: found for each in libraries if (found := side(each)) is not None},
+            sides_of(libraries, side),
             # The recurrence itself; the chunked form does 1.4 times as much.
             flops=tokens * s.value_heads * 7 * s.linear_dim**2,
             moved=moved,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import qnext_kernels
 from qnext_kernels.dispatch import OPERATIONS
-from qnext_plugins.cli.bench.inputs import BF16, EPS, ROPE_THETA, Case, Library, Row, Side, Sizes, normal
+from qnext_plugins.cli.bench.inputs import BF16, EPS, ROPE_THETA, Case, Library, Row, Side, Sizes, normal, sides_of
 from qnext_plugins.cli.bench.roofs import rotations
 
 Function = Callable[..., Any]
@@ -38,7 +38,7 @@ def elementwise_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         comparable: Callable[[Any], Any] = lambda result: result,
     ) -> list[Row]:
         # Once for all rows: what a side compiles, it compiles for any number of tokens.
-        sides = cache(lambda: {each.name: getattr(each, method)(*settings) for each in libraries})
+        made = cache(lambda library: getattr(library, method)(*settings))
         compiled = cache(libraries[0].compiled if libraries else lambda function: function)
 
         def build(tokens: int) -> Case:
@@ -54,12 +54,15 @@ def elementwise_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
                 traced = getattr(type(backend), method).__module__.endswith(".cpu")
                 return (compiled(ours) if traced else ours)(*inputs[i % sets])
 
-            def side(name: str, function: Function) -> Side:
+            def side(library: Library) -> Side | None:
+                if (found := made(library)) is None:
+                    return None
+                name, function = found
                 return Side(name, lambda i: function(*inputs[(i + sets // 2 if i else 0) % sets]))
 
             return Case(
                 run,
-                {library: side(*found) for library, found in sides().items() if found is not None},
+                sides_of(libraries, side),
                 flops=0,
                 moved=moved * tokens if sets > 1 else None,
                 comparable=comparable,

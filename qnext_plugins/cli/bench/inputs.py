@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -177,6 +178,26 @@ class Library:
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of PyTorch's operators as the library compiles it inside a model."""
         return function
+
+
+def sides_of(libraries: Sequence[Library], make: Callable[[Library], Side | None]) -> dict[str, Side]:
+    """The side of each library that has the operation.
+
+    One that cannot be made is there too, and its call raises the reason: it is reported, and the others are timed.
+    """
+    sides = {}
+    for library in libraries:
+        try:
+            side = make(library)
+        except Exception as error:
+            side = Side("not made", partial(_raise, error))
+        if side is not None:
+            sides[library.name] = side
+    return sides
+
+
+def _raise(error: Exception, turn: int) -> None:
+    raise error
 
 
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
