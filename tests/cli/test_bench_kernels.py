@@ -29,11 +29,16 @@ class PyTorch(Library):
 
     name, version = "PyTorch", torch.__version__
 
-    def silu_and_mul(self) -> tuple[str, Callable[..., Any]]:
-        return "silu", lambda x: torch.nn.functional.silu(x.chunk(2, dim=1)[0]) * x.chunk(2, dim=1)[1]
+    def topk_softmax(self, top_k: int) -> tuple[str, Callable[..., Any]]:
+        # Softmax of the best alone is softmax of all, renormalised.
+        def route(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            best = logits.float().topk(top_k, dim=1)
+            return best.values.softmax(dim=1), best.indices
 
-    def sigmoid_gate(self) -> tuple[str, Callable[..., Any]]:
-        return "tanh", lambda x, gate: x * torch.tanh(gate)
+        return "topk", route
+
+    def gated_rms_norm(self, weight: torch.Tensor, eps: float) -> tuple[str, Callable[..., Any]]:
+        return "mul", lambda x, z: x * z
 
     def delta_rule(self, heads: tuple[int, int, int]) -> Any:
         raise RuntimeError("has none")
@@ -73,8 +78,10 @@ def test_every_backend_that_serves_is_timed_beside_the_reference(tmp_path: Path)
 
 
 def test_only_the_backends_that_are_asked_for_are_timed(tmp_path: Path) -> None:
-    _, report = run(tmp_path, "--ops", "silu", "--backend", "cpu")
-    assert {row.backend for row in report.rows} <= {"cpu"}
+    result, report = run(tmp_path, "--ops", "router", "--backend", "cpu")
+    assert result.exit_code == 0, result.output
+    assert [row.backend for row in report.rows] == ["cpu", "cpu"]
+    assert all(row.reference_ratio is None for row in report.rows)
 
 
 def test_backend_that_is_wrong_is_named_and_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,14 +105,14 @@ def test_peer_is_timed_where_it_agrees_and_named_where_it_does_not(
 ) -> None:
     monkeypatch.setattr(kernels, "libraries_for", lambda device: ([PyTorch()], {"other": "is not here"}))
     table = tmp_path / "table.csv"
-    result, report = run(tmp_path, "--peers", "--ops", "silu,sigmoid,rule decode", "--csv", str(table))
+    result, report = run(tmp_path, "--peers", "--ops", "router,gated rms,rule decode", "--csv", str(table))
     assert result.exit_code == 2
     assert "no peer other: is not here" in result.output
     for row in report.rows:
-        assert [peer.kernel for peer in row.peers] == (["silu"] if row.op == "silu and mul" else [])
+        assert [peer.kernel for peer in row.peers] == (["topk"] if row.op == "router top-k" else [])
         assert all(peer.ratio == pytest.approx(peer.ms / row.ms) for peer in row.peers)
-    assert {row.op for row in report.rows} == {"silu and mul", "sigmoid gate", "delta rule decode"}
-    assert any("sigmoid gate T=40, PyTorch tanh: not timed; result 0 differs" in line for line in report.problems)
+    assert {row.op for row in report.rows} == {"router top-k", "gated rms norm", "delta rule decode"}
+    assert any("gated rms norm T=40, PyTorch mul: not timed; result 0 differs" in line for line in report.problems)
     assert "delta rule decode B=1, PyTorch not made: not timed; RuntimeError: has none" in report.problems
     (header,) = (line for line in table.read_text().splitlines() if line.startswith("op,"))
     assert "PyTorch_kernel,PyTorch_ms,PyTorch_ratio" in header
@@ -140,6 +147,7 @@ def test_shard_has_its_part_of_heads_experts_and_vocabulary() -> None:
     ("arguments", "line"),
     [
         (("--ops", "delta rule,rope of sand"), "--ops: expected words of attention decode, "),
+        (("--ops", "silu"), "--ops: --quick has none of silu"),
         (("--backend", "fast"), "--backend: expected some of reference, "),
         (("--device", "abacus"), "--device: expected cpu"),
         (("--tp", "3"), "--tp: expected a number of ranks that divides 16 heads, got 3"),

@@ -143,10 +143,13 @@ class KernelsBench:
             if not any(word in name for name in names):
                 raise ValueError(f"--ops: expected words of {', '.join(names)}, got {word!r}")
         quick = self.options.quick
-        return [
+        chosen = [
             [row for row in rows if any(word in row.op for word in self.options.ops) and (row.quick or not quick)]
             for rows in groups
         ]
+        if not any(chosen):
+            raise ValueError(f"--ops: --quick has none of {', '.join(self.options.ops)}: leave it away")
+        return chosen
 
     def run(self) -> None:
         """Measure every row; what fails is a line of the report."""
