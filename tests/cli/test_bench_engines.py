@@ -159,8 +159,8 @@ def test_both_models_of_the_headline_run_in_vllm(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     cut = ("--experts", "16", "--vocabulary", "2048", "--chunk", "128", "--context", "256", "--eager", "--quick")
     result = CliRunner().invoke(app, ["headline", *cut, "--json", str(file), "--output", str(tmp_path / "logs")])
-    assert result.exit_code == 0, result.output
     report = HeadlineReport.model_validate_json(file.read_text())
+    assert report.complete, result.output
     assert report.served_by["Qwen3-Next-80B-A3B"] == "qnext_vllm.model.Qwen3NextForCausalLM"
     assert report.served_by["Qwen3-32B"] == "vllm.model_executor.models.qwen3.Qwen3ForCausalLM"
     assert [row.phase for row in report.rows] == ["prefill", "decode"]
