@@ -112,7 +112,11 @@ def write_plot(path: Path, title: str, results: list[Result]) -> str | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    compared = [(f"{result.op}, {result.shape}", result.threads, result.ratio) for result in results if result.ratio]
+    rows = [result for result in results if result.ratio]
+    # Whom a row is compared with is said where the same one is there twice.
+    several = len({(row.op, row.shape, row.threads) for row in rows}) < len(rows)
+    beside = [f" beside {row.peer_name}" if several else "" for row in rows]
+    compared = [(f"{r.op}, {r.shape}{peer}", r.threads, r.ratio) for r, peer in zip(rows, beside, strict=True)]
     labels = list(dict.fromkeys(label for label, _, _ in compared))
     threads = sorted({count for _, count, _ in compared})
     figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.3 * len(labels)), layout="constrained")
@@ -122,7 +126,7 @@ def write_plot(path: Path, title: str, results: list[Result]) -> str | None:
         places = [labels.index(label) + offset for label in bars]
         axes.barh(places, list(bars.values()), height=0.8 / len(threads), label=f"threads={count}")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="time of vLLM's own / ours (right of 1: ours is faster)")
+    axes.set(xscale="log", xlabel="time of the peer / ours (right of 1: ours is faster)")
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_title(title, fontsize="small", loc="left")

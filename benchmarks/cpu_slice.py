@@ -2,18 +2,20 @@
 """Layers of Qwen3-Next-80B-A3B at real widths in vLLM on this CPU, with the plugin and without, step by step.
 
     python benchmarks/cpu_slice.py [--quick] [--layers 4 --experts 256] [--threads 1,2] [--csv FILE] [--plot FILE]
+    python benchmarks/cpu_slice.py --peer llama.cpp --llama-python PYTHON [...]
 
 Two engines with random bfloat16 weights are held in memory at once and run in turns: a prefill each, then some decode
 steps each, and so on; medians count. A decode step is timed as a whole: scheduling, every layer, head, sampling. The
 verify step is timed with n-gram drafts that are all accepted, so that a step is one of 1 + drafts tokens and no draft
-model. Times are wall times: they need a machine that does nothing else. roof_pct is the least time over ours: what
-memory bandwidth (a read loop) or the better of two matrix products allows for the weights, caches and states that the
-step must move, or for its FLOP.
+model; not against llama.cpp. Times are wall times: they need a machine that does nothing else. roof_pct is the least
+time over ours: what memory bandwidth (a read loop) or the better of two matrix products allows for the weights, caches
+and states that the step must move, or for its FLOP.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -25,12 +27,14 @@ from pathlib import Path
 
 from cpu_report import Result, make_console, parse, positive_numbers, report
 from cpu_slice_engine import Engine, EngineError, Side, Slice
+from cpu_slice_llama import LlamaEngine, LlamaSide, find_llama
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine
 
-PEER = "vLLM in-tree"
+IN_TREE = "vLLM in-tree"
+PEERS = ("vllm", "llama.cpp")
 STEPS = 8
 """Decode steps of one engine before it is the other's turn."""
 DRAFTS = 2
@@ -74,15 +78,28 @@ class Work:
         return self.model.vocabulary * self.model.hidden
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The engines that take turns, ours first; without a peer that did not start."""
+
+    engines: list[Engine]
+    peer: str
+
+    def result(self, op: str, shape: str, threads: int, times: list[float], flops: float, moved: float) -> Result:
+        ours, *peer = times
+        return Result(op, shape, threads, ours, self.peer, peer[0] if peer else None, flops, moved)
+
+
 @contextmanager
-def engines(sides: list[Side], args: argparse.Namespace, console: Console) -> Iterator[list[Engine | None]]:
-    """Started engines; None in place of one that does not start, with a line that says so."""
+def start(sides: list[Side], args: argparse.Namespace, console: Console) -> Iterator[Pair | None]:
+    """The engines of ``sides``, with a line for one that does not start; None if that is ours."""
     started: list[Engine | None] = []
     running: list[Engine] = []
     try:
         for side in sides:
             log = args.logs / f"{side.name.replace(' ', '-')}-{side.drafts}.log"
-            engine = Engine(side, args.model, max(args.threads), log)
+            kind = LlamaEngine if isinstance(side, LlamaSide) else Engine
+            engine = kind(side, args.model, max(args.threads), log)
             running.append(engine)
             try:
                 engine.wait()
@@ -90,7 +107,8 @@ def engines(sides: list[Side], args: argparse.Namespace, console: Console) -> It
             except EngineError as error:
                 console.print(str(error), style="red", markup=False)
                 started.append(None)
-        yield started
+        peer = sides[1].name if len(sides) > 1 else IN_TREE
+        yield None if started[0] is None else Pair([engine for engine in started if engine is not None], peer)
     finally:
         for engine in running:
             engine.stop()
@@ -105,56 +123,71 @@ def medians(engines: list[Engine], rounds: int, run: Callable[[Engine], list[flo
     return [statistics.median(times) for times in seen]
 
 
-def result(op: str, shape: str, threads: int, times: list[float], flops: float, moved: float) -> Result:
-    ours, *peer = times
-    return Result(op, shape, threads, ours, PEER, peer[0] if peer else None, flops, moved)
-
-
-def measure_prefill(pair: list[Engine], args: argparse.Namespace, tokens: int) -> Iterator[Result]:
+def measure_prefill(pair: Pair, args: argparse.Namespace, tokens: int) -> Iterator[Result]:
     """A prompt that no prefix cache knows, to its first token."""
     rng = random.Random(tokens)
 
     def run(engine: Engine, threads: int) -> list[float]:
-        seconds = engine.prefill(rng.choices(range(1, 30000), k=tokens), threads)
+        seconds = engine.prefill(rng.choices(range(1, args.model.vocabulary), k=tokens), threads)
         engine.finish()
         return [seconds]
 
     work = Work(args.model)
-    for engine in pair:
+    for engine in pair.engines:
         run(engine, max(args.threads))
     for threads in args.threads:
-        times = medians(pair, args.rounds, lambda engine, threads=threads: run(engine, threads))
-        yield result("prefill", f"T={tokens}", threads, times, work.flops(tokens, tokens), work.weights(tokens))
+        times = medians(pair.engines, args.rounds, lambda engine, threads=threads: run(engine, threads))
+        yield pair.result("prefill", f"T={tokens}", threads, times, work.flops(tokens, tokens), work.weights(tokens))
 
 
-def measure_decode(pair: list[Engine], args: argparse.Namespace, context: int, op: str) -> Iterator[Result]:
+def measure_decode(pair: Pair, args: argparse.Namespace, context: int, op: str) -> Iterator[Result]:
     """Steps behind a prompt of ``context`` tokens: of one token each, or all of 1 + drafts."""
-    tokens = 1 + pair[0].side.drafts
-    prompt = [0] * context if tokens > 1 else random.Random(context).choices(range(1, 30000), k=context)
+    tokens = 1 + pair.engines[0].side.drafts
+    prompt = [0] * context if tokens > 1 else random.Random(context).choices(range(1, args.model.vocabulary), k=context)
 
     def run(engine: Engine, threads: int) -> list[float]:
         return [seconds for seconds, given in engine.steps(STEPS, threads) if given == tokens]
 
-    for engine in pair:
+    for engine in pair.engines:
         engine.prefill(prompt, max(args.threads))
         engine.steps(STEPS, max(args.threads))
     work = Work(args.model)
     for threads in args.threads:
-        times = medians(pair, 2 * args.rounds, lambda engine, threads=threads: run(engine, threads))
+        times = medians(pair.engines, 2 * args.rounds, lambda engine, threads=threads: run(engine, threads))
         flops = work.flops(tokens, context) + 2 * (tokens - 1) * args.model.vocabulary * args.model.hidden
-        yield result(op, f"context={context}", threads, times, flops, work.decode(context, tokens))
-    for engine in pair:
+        yield pair.result(op, f"context={context}", threads, times, flops, work.decode(context, tokens))
+    for engine in pair.engines:
         engine.finish()
+
+
+def measure_verify(pair: Pair, args: argparse.Namespace, console: Console) -> Iterator[Result]:
+    """Decode steps of which every one verifies drafts that are all accepted."""
+    able = []
+    for engine in pair.engines:
+        try:
+            engine.constant()
+            engine.prefill([0] * 32, max(args.threads))
+            engine.steps(STEPS, max(args.threads))
+            engine.finish()
+            able.append(engine)
+        except EngineError as error:
+            console.print(str(error), style="red", markup=False)
+    if able and able[0].side.plugin:
+        yield from measure_decode(Pair(able, pair.peer), args, args.context[0], f"verify, {1 + DRAFTS} tokens")
 
 
 def run(args: argparse.Namespace, console: Console) -> tuple[list[Result], Roofs]:
     results, roofs = list[Result](), Roofs()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     ours = Side("with the plugin", plugin=True, eager=args.eager)
-    sides = [ours] if args.alone else [ours, Side("in-tree", plugin=False, eager=args.eager)]
+    pairs = [[ours]] if args.alone else [[ours, peer] for peer in args.peers]
+    drafting = [
+        [replace(side, drafts=DRAFTS) for side in pair] for pair in pairs if not isinstance(pair[-1], LlamaSide)
+    ]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # No refreshing thread: it would take time from what is measured.
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("", total=3 + len(args.prefill) + len(args.context))
+        total = len(pairs) * (1 + len(args.prefill) + len(args.context)) + 2 * len(drafting)
+        task = progress.add_task("", total=total)
 
         def step(description: str) -> None:
             progress.advance(task)
@@ -162,33 +195,23 @@ def run(args: argparse.Namespace, console: Console) -> tuple[list[Result], Roofs
 
         progress.update(task, description="roofs", refresh=True)
         roofs.measure(args.threads, args.quick)
-        step("starting the engines")
-        with engines(sides, args, console) as started:
-            pair = [engine for engine in started if engine is not None]
-            if started[0] is None:
-                return results, roofs
-            for tokens in args.prefill:
-                step(f"prefill {tokens}")
-                results += measure_prefill(pair, args, tokens)
-            for context in args.context:
-                step(f"decode at {context}")
-                results += measure_decode(pair, args, context, "decode")
-        step("starting the engines, with drafts")
-        with engines([replace(side, drafts=DRAFTS) for side in sides], args, console) as started:
-            pair = [engine for engine in started if engine is not None]
-            step(f"verify, {1 + DRAFTS} tokens")
-            if started[0] is not None:
-                for engine in list(pair):
-                    try:
-                        engine.constant()
-                        engine.prefill([0] * 32, max(args.threads))
-                        engine.steps(STEPS, max(args.threads))
-                        engine.finish()
-                    except EngineError as error:
-                        console.print(str(error), style="red", markup=False)
-                        pair.remove(engine)
-                if pair and pair[0].side.plugin:
-                    results += measure_decode(pair, args, args.context[0], f"verify, {1 + DRAFTS} tokens")
+        for sides in pairs:
+            step("starting the engines")
+            with start(sides, args, console) as pair:
+                if pair is None:
+                    return results, roofs
+                for tokens in args.prefill:
+                    step(f"prefill {tokens}")
+                    results += measure_prefill(pair, args, tokens)
+                for context in args.context:
+                    step(f"decode at {context}")
+                    results += measure_decode(pair, args, context, "decode")
+        for sides in drafting:
+            step("starting the engines, with drafts")
+            with start(sides, args, console) as pair:
+                step(f"verify, {1 + DRAFTS} tokens")
+                if pair is not None:
+                    results += measure_verify(pair, args, console)
         roofs.measure(args.threads, args.quick)
     return results, roofs
 
@@ -197,15 +220,24 @@ def in_words(results: list[Result]) -> Iterator[str]:
     """Tokens a second, and a verify step in decode steps."""
     for row in results:
         if row.op == "decode":
-            theirs = "" if row.peer is None else f", {PEER} {1 / row.peer:.1f}"
+            theirs = "" if row.peer is None else f", {row.peer_name} {1 / row.peer:.1f}"
             yield f"decode, {row.shape}, threads={row.threads}: {1 / row.ours:.1f} tokens/s{theirs}"
         elif row.op == "prefill":
             tokens = int(row.shape.removeprefix("T="))
-            theirs = "" if row.peer is None else f", {PEER} {tokens / row.peer:.0f}"
+            theirs = "" if row.peer is None else f", {row.peer_name} {tokens / row.peer:.0f}"
             yield f"prefill, {row.shape}, threads={row.threads}: {tokens / row.ours:.0f} tokens/s{theirs}"
         else:
-            step = next(r for r in results if (r.op, r.shape, r.threads) == ("decode", row.shape, row.threads))
+            same = ("decode", row.shape, row.threads, row.peer_name)
+            step = next(r for r in results if (r.op, r.shape, r.threads, r.peer_name) == same)
             yield f"{row.op}, {row.shape}, threads={row.threads}: {row.ours / step.ours:.2f} of our decode steps"
+
+
+def peer_names(value: str) -> list[str]:
+    """Some of :data:`PEERS`, separated by commas."""
+    names = list(dict.fromkeys(value.split(",")))
+    if not set(names) <= set(PEERS):
+        raise argparse.ArgumentTypeError(f"expected {' or '.join(PEERS)}, or both with a comma, got {value}")
+    return names
 
 
 def main() -> int:
@@ -217,6 +249,11 @@ def main() -> int:
     parser.add_argument("--context", type=positive_numbers, default="128,32768", help="tokens, default 128,32768")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each engine (default 3)")
     parser.add_argument("--eager", action="store_true", help="both without torch.compile")
+    parser.add_argument(
+        "--peer", type=peer_names, default="vllm", help="vllm (default), llama.cpp, or both: vllm,llama.cpp"
+    )
+    python = os.environ.get("QNEXT_LLAMA_PYTHON")
+    parser.add_argument("--llama-python", default=python, metavar="PYTHON", help="by default $QNEXT_LLAMA_PYTHON")
     parser.add_argument("--alone", action="store_true", help="without the peer")
     parser.add_argument("--quick", action="store_true", help="shortest prefill and context, two turns: five minutes")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the engines' logs there")
@@ -225,12 +262,23 @@ def main() -> int:
         parser.error(f"--layers: expected a multiple of 4, got {args.layers}")
     if args.quick:
         args.prefill, args.context, args.rounds = args.prefill[:1], args.context[:1], 2
+    header, others = describe_machine(), OtherLoad()
+    args.peers = []
+    for name in [] if args.alone else args.peer:
+        if name == "vllm":
+            args.peers.append(Side(IN_TREE, plugin=False, eager=args.eager))
+            continue
+        try:
+            llama, package = find_llama(args.llama_python)
+        except ValueError as error:
+            parser.error(f"--llama-python: {error}")
+        args.peers.append(llama)
+        header.append(f"{llama.name} of {package}")
     args.model = Slice(args.layers, args.experts, args.vocabulary)
     args.logs = args.logs or Path(tempfile.mkdtemp(prefix="cpu-slice-"))
     args.logs.mkdir(parents=True, exist_ok=True)
 
     console = make_console()
-    header, others = describe_machine(), OtherLoad()
     header.append(f"slice: {args.layers} layers, {args.experts} experts, vocabulary {args.vocabulary}, bfloat16")
     results, roofs = run(args, console)
     header += [roofs.describe(threads) for threads in args.threads]

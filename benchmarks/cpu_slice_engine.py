@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -138,8 +139,13 @@ def _serve(connection: Connection, side: dict[str, Any], config: dict[str, Any],
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
+    serve(connection, lambda: _RunningEngine(Side(**side), config, threads))
+
+
+def serve(connection: Connection, start: Callable[[], Any]) -> None:
+    """Start an engine and call its methods as :class:`Engine` asks, until it is gone."""
     try:
-        engine = _RunningEngine(Side(**side), config, threads)
+        engine = start()
         connection.send(("started", None))
         while True:
             name, *arguments = connection.recv()

@@ -15,9 +15,9 @@ from qnext_kernels.gated_delta_rule import (
     gated_delta_rule_verify,
 )
 from qnext_kernels.gated_norm import gated_rms_norm
-from qnext_kernels.linear import linear
+from qnext_kernels.linear import linear, pack_weight_, unpack_weight_
 from qnext_kernels.memory import use_huge_pages
-from qnext_kernels.moe import experts, silu_and_mul, topk_softmax
+from qnext_kernels.moe import experts, pack_experts_, silu_and_mul, topk_softmax, unpack_experts_
 from qnext_kernels.paged_attention import paged_attention, store_kv
 from qnext_kernels.rms_norm import rms_norm
 
@@ -34,6 +34,8 @@ __all__ = [
     "gated_delta_rule_verify",
     "gated_rms_norm",
     "linear",
+    "pack_experts_",
+    "pack_weight_",
     "paged_attention",
     "qk_norm_rope_gate",
     "rms_norm",
@@ -42,5 +44,7 @@ __all__ = [
     "silu_and_mul",
     "store_kv",
     "topk_softmax",
+    "unpack_experts_",
+    "unpack_weight_",
     "use_huge_pages",
 ]

@@ -5,8 +5,7 @@ $QNEXT_CACHE_DIR, else in the user's cache folder; its name contains a digest of
 stale one is never loaded. Threads are those of PyTorch: the library is linked against the
 same OpenMP runtime, and so respects ``torch.set_num_threads`` and the engines' binding.
 
-QNEXT_ISA=avx512bf16 compiles them for AVX-512 with BF16 dot products. That code is compiled in the tests and has not
-run on such a processor yet; until it has, every processor gets AVX2.
+They are compiled for AVX-512 with BF16 dot products where the processor has them, else for AVX2; QNEXT_ISA chooses.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ FLAGS_OF_ISA = {
     "avx512bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
 }
-"""Instruction sets that the kernels are written for, and what makes a compiler use them."""
+"""Instruction sets that the kernels are written for, the best first, and what makes a compiler use them."""
 CPU_FLAGS_OF_ISA = {
     "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
     "avx2": {"avx2", "fma", "f16c"},
@@ -56,7 +55,7 @@ class NativeError(RuntimeError):
 
 
 def instruction_set() -> str:
-    """The one in QNEXT_ISA, else AVX2.
+    """The one in QNEXT_ISA, else the best that the processor has.
 
     Raises:
         NativeError: the processor does not have it.
@@ -69,7 +68,7 @@ def instruction_set() -> str:
     usable = [isa for isa, needed in CPU_FLAGS_OF_ISA.items() if needed <= have]
     if not usable:
         raise NativeError("needs a processor with AVX2 and FMA")
-    wanted = os.environ.get("QNEXT_ISA") or "avx2"
+    wanted = os.environ.get("QNEXT_ISA") or usable[0]
     if wanted not in usable:
         raise NativeError(f"QNEXT_ISA: expected one of {', '.join(usable)} on this processor, got {wanted!r}")
     return wanted

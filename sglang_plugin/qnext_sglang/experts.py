@@ -6,29 +6,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qnext_kernels import experts, topk_softmax, use_huge_pages
+from qnext_kernels import topk_softmax
 from qnext_plugins.model import Qwen3NextConfig
+from qnext_plugins.packed_methods import PackedExperts
 from qnext_sglang import sglang_api as api
 
 
-class QnextMoEMethod(api.UnquantizedFusedMoEMethod):
-    """Unquantized experts on our kernel, which reads the weights as they are loaded."""
-
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        super().create_weights(layer, *args, **kwargs)
-        use_huge_pages(layer.w13_weight, layer.w2_weight)
+class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
+    """Unquantized experts on our kernel."""
 
     def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:
         """No runner of SGLang's: ``apply`` is a direct kernel on standard top-k with local expert indices."""
         self.moe_runner_config = moe_runner_config
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Nothing: row-major weights are what the kernel reads."""
-
     def apply(self, layer: Any, dispatch_output: Any) -> Any:
         weights, ids = dispatch_output.topk_output[:2]
-        out = experts(dispatch_output.hidden_states, layer.w13_weight, layer.w2_weight, weights, ids)
-        return api.StandardCombineInput(hidden_states=out)
+        return api.StandardCombineInput(hidden_states=self.run(layer, dispatch_output.hidden_states, weights, ids))
 
 
 class SparseExperts(api.FusedMoE):

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qnext_kernels import experts, topk_softmax, use_huge_pages
+from qnext_kernels import topk_softmax
+from qnext_plugins.packed_methods import PackedExperts
 from qnext_vllm import vllm_api as api
 
 
@@ -15,8 +16,8 @@ def route(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: 
     return topk_softmax(gating_output, topk, renormalize)
 
 
-class QnextMoEMethod(api.UnquantizedFusedMoEMethod):
-    """Unquantized experts on our kernel, which reads the weights as they are loaded."""
+class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
+    """Unquantized experts on our kernel."""
 
     is_monolithic = False
 
@@ -26,13 +27,6 @@ class QnextMoEMethod(api.UnquantizedFusedMoEMethod):
         self.unquantized_backend = api.UnquantizedMoeBackend.CPU
         self.experts_cls = None
         self.supports_pre_processed_weights = True
-
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        super().create_weights(layer, *args, **kwargs)
-        use_huge_pages(layer.w13_weight, layer.w2_weight)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Nothing: row-major weights are what the kernel reads."""
 
     def apply(
         self,
@@ -45,7 +39,7 @@ class QnextMoEMethod(api.UnquantizedFusedMoEMethod):
     ) -> Tensor:
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
-        return experts(x, layer.w13_weight, layer.w2_weight, topk_weights, topk_ids)
+        return self.run(layer, x, topk_weights, topk_ids)
 
 
 class QnextRoutedExperts(api.RoutedExperts):

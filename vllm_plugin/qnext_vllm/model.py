@@ -20,6 +20,7 @@ from qnext_plugins.model import (
     expected_shapes,
 )
 from qnext_plugins.model.weights import MTP_PREFIX
+from qnext_plugins.packed_methods import unpack_weights
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.gated_delta_net import state_dtypes, state_shapes
@@ -160,7 +161,8 @@ class Qwen3NextForCausalLM(
         self.lm_head = on_our_kernel(
             api.ParallelLMHead(
                 self.config.vocab_size, self.config.hidden_size, prefix=api.maybe_prefix(prefix, "lm_head")
-            )
+            ),
+            packable=not self.config.tie_word_embeddings,
         )
         if self.config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
@@ -189,6 +191,7 @@ class Qwen3NextForCausalLM(
         if self.quant_config is None:
             shapes = expected_shapes(Qwen3NextConfig.from_hf(self.config))
             weights = checked_weights(weights, shapes, passing=(MTP_PREFIX,))
+        unpack_weights(self)
         skipped = api.WeightsMapper(orig_to_new_prefix={MTP_PREFIX: None})
         return api.AutoWeightsLoader(self).load_weights(weights, mapper=skipped | STACKED)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights, expected_shapes
 from qnext_plugins.model.weights import MTP_PREFIX
+from qnext_plugins.packed_methods import unpack_weights
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.linear import on_our_kernel
@@ -54,7 +55,8 @@ class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
         self.lm_head = on_our_kernel(
             api.ParallelLMHead(
                 self.config.vocab_size, self.config.hidden_size, prefix=api.maybe_prefix(prefix, "lm_head")
-            )
+            ),
+            packable=not self.config.tie_word_embeddings,
         )
         self.logits_processor = api.LogitsProcessor(self.config.vocab_size)
         self.set_moe_parameters(self.model.layers)
@@ -82,6 +84,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
         if self.quant_config is None:
             shapes = expected_shapes(Qwen3NextConfig.from_hf(self.config), target=False, mtp=True)
             weights = checked_weights(weights, shapes)
+        unpack_weights(self)
         renamed = api.WeightsMapper(orig_to_new_prefix={MTP_PREFIX: "model."})
         return api.AutoWeightsLoader(self).load_weights(weights, mapper=renamed | STACKED)
 

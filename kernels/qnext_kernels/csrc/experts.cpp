@@ -1,6 +1,6 @@
-// The routed experts: w2 (SiLU(gate x) · up x) of the experts that each token chose, from weights as they are stored.
+// The routed experts: w2 (SiLU(gate x) · up x) of the experts that each token chose, from weights as they are stored or packed.
 //
-// Tokens are sorted by expert. First every expert's gate and up products, in tasks of an expert and a range of rows; then
+// Tokens are sorted by expert. First every expert's gate and up products, in tasks of an expert and a range of columns; then
 // the down products, where a thread owns a range of output columns and adds the experts in the order of their numbers.
 // The limit for few tokens is reading the chosen experts once, for many the rate of fused multiply-adds.
 #include <vector>
@@ -11,18 +11,15 @@ namespace qnext {
 
 struct Experts {
     const void* x;   // [tokens, hidden], stride between tokens
-    const void* w13; // [experts, 2 · middle, hidden], contiguous
-    const void* w2;  // [experts, hidden, middle], contiguous
+    const void* w13; // [experts, 2, middle, hidden], contiguous; each matrix as it is or packed
+    const void* w2;  // [experts, hidden, middle], contiguous; each matrix as it is or packed
     const float* weights;
     Indices ids;     // [tokens, top_k]
     void* out;       // [tokens, hidden], contiguous
-    int64_t dtype, x_token, tokens, top_k, experts, hidden, middle;
+    int64_t dtype, x_token, tokens, top_k, experts, hidden, middle, packed;
 };
 
 namespace {
-
-constexpr int64_t kPairs = 64;   // gate and up rows that a block of tokens meets at once
-constexpr int64_t kColumns = 128;
 
 // The (token, choice) pairs of each chosen expert, sorted by token.
 struct Routing {
@@ -52,103 +49,128 @@ class Run {
     void run() {
         const int64_t work = routing.start.back() * p.hidden * p.middle;
         const int64_t threads = worth_threads(work) ? omp_get_max_threads() : 1;
-        const int64_t chosen = routing.chosen.size();
+        const int64_t chosen = routing.chosen.size(), panels = panels_of(p.middle);
         const int64_t wanted = chosen ? (8 * threads + chosen - 1) / chosen : 1;
-        const int64_t rows = std::max(kPairs, (p.middle + wanted - 1) / wanted);
-        const int64_t ranges = (p.middle + rows - 1) / rows;
+        const int64_t at_once = std::max<int64_t>(1, (panels + wanted - 1) / wanted);
+        const int64_t ranges = (panels + at_once - 1) / at_once;
 #pragma omp parallel num_threads(threads)
         {
+            Worker worker(*this);
 #pragma omp for schedule(dynamic, 1)
             for (int64_t task = 0; task < chosen * ranges; ++task) {
-                const int64_t first = task % ranges * rows;
-                up(routing.chosen[task / ranges], first, std::min(first + rows, p.middle));
+                const int64_t first = task % ranges * at_once;
+                worker.up(routing.chosen[task / ranges], first, std::min(first + at_once, panels));
             }
-            const int64_t blocks = (p.hidden + kColumns - 1) / kColumns;
-            const int64_t per_thread = (blocks + omp_get_num_threads() - 1) / omp_get_num_threads() * kColumns;
-            const int64_t first = std::min(omp_get_thread_num() * per_thread, p.hidden);
-            down(first, std::min(first + per_thread, p.hidden));
+            const int64_t columns = panels_of(p.hidden), share = (columns + threads - 1) / threads;
+            const int64_t first = std::min(omp_get_thread_num() * share, columns);
+            worker.down(first, std::min(first + share, columns));
         }
     }
 
   private:
-    using Packed = typename Dot<T>::Packed;
+    // One thread's.
+    class Worker {
+      public:
+        explicit Worker(const Run& run)
+            : p(run.p), routing(run.routing), middle(run.middle.get()), total(run.total.get()), hidden(p.hidden),
+              activated(p.middle), memory(scratch<T>(2 * std::max(Matrix<T>::panel_size(p.hidden),
+                                                                  Matrix<T>::panel_size(p.middle)))),
+              products(kTokens) {}
 
-    // middle[pair] = SiLU(gate x) · up x in columns [first, last), for the tokens of one expert.
-    void up(int64_t expert, int64_t first, int64_t last) {
-        const int64_t begin = routing.start[expert], end = routing.start[expert + 1];
-        const int64_t width = packed_width<T>(p.hidden), stride = packed_stride<T>(p.hidden);
-        const auto packed = scratch<Packed>(std::min(kTokens, end - begin) * stride);
-        const auto products = scratch<float>(std::min(kTokens, end - begin) * 2 * kPairs);
-        const T* w = static_cast<const T*>(p.w13) + expert * 2 * p.middle * p.hidden;
-        for (int64_t block = begin; block < end; block += kTokens) {
-            const int64_t count = std::min(kTokens, end - block);
-            for (int64_t i = 0; i < count; ++i) {
-                const T* x = static_cast<const T*>(p.x) + routing.pairs[block + i] / p.top_k * p.x_token;
-                Dot<T>::pack(x, p.hidden, packed.get() + i * stride, width);
-            }
-            for (int64_t row = first; row < last; row += kPairs) {
-                const int64_t some = std::min(kPairs, last - row);
-                const T* rows[2 * kPairs];
-                for (int64_t r = 0; r < some; ++r) {
-                    rows[r] = w + (row + r) * p.hidden;
-                    rows[some + r] = w + (p.middle + row + r) * p.hidden;
+        // middle[pair] = SiLU(gate x) · up x in the columns of panels [first, last), for the tokens of one expert.
+        void up(int64_t expert, int64_t first, int64_t last) {
+            const T* w = static_cast<const T*>(p.w13) + expert * 2 * p.middle * p.hidden;
+            const Matrix<T> gate{w, p.middle, p.hidden, p.packed != 0};
+            const Matrix<T> up{w + p.middle * p.hidden, p.middle, p.hidden, p.packed != 0};
+            for_blocks(expert, [&](int64_t begin, int64_t count) {
+                hidden.take(count, [&](int64_t i) {
+                    return static_cast<const T*>(p.x) + routing.pairs[begin + i] / p.top_k * p.x_token;
+                });
+                for (int64_t panel = first; panel < last; ++panel) {
+                    const int64_t column = panel * kPanel;
+                    const T* panels[] = {gate.panel(column, memory.get()),
+                                         up.panel(column, memory.get() + Matrix<T>::panel_size(p.hidden))};
+                    multiply<T>(hidden.rows(), count, panels, 2, p.hidden, products.get());
+                    for (int64_t i = 0; i < count; ++i)
+                        activate(products.row(0, i), products.row(1, i), std::min(kPanel, p.middle - column),
+                                 middle + (begin + i) * p.middle + column);
                 }
-                multiply<T>(packed.get(), count, rows, 2 * some, p.hidden, products.get());
-                for (int64_t i = 0; i < count; ++i)
-                    activate(products.get() + i * 2 * some, some, middle.get() + (block + i) * p.middle + row);
+            });
+        }
+
+        // The columns of panels [first, last) of the output of every token.
+        void down(int64_t first, int64_t last) {
+            const int64_t begin = first * kPanel, end = std::min(last * kPanel, p.hidden);
+            if (begin >= end) return;
+            for (int64_t t = 0; t < p.tokens; ++t)
+                std::fill(total + t * p.hidden + begin, total + t * p.hidden + end, 0.0f);
+            for (const int64_t expert : routing.chosen) add_expert(expert, begin, end);
+            for (int64_t t = 0; t < p.tokens; ++t) {
+                T* out = static_cast<T*>(p.out) + t * p.hidden;
+                int64_t d = begin;
+                for (; d + Vec::size <= end; d += Vec::size) Vec::load(total + t * p.hidden + d).store(out + d);
+                for (; d < end; ++d) assign(out[d], total[t * p.hidden + d]);
             }
         }
-    }
 
-    static void activate(const float* products, int64_t size, T* to) {
-        int64_t r = 0;
-        for (; r + Vec::size <= size; r += Vec::size)
-            (silu(Vec::load(products + r)) * Vec::load(products + size + r)).store(to + r);
-        if (r == size) return;
-        float gate[Vec::size] = {}, up[Vec::size] = {}, result[Vec::size];
-        std::copy_n(products + r, size - r, gate);
-        std::copy_n(products + size + r, size - r, up);
-        (silu(Vec::load(gate)) * Vec::load(up)).store(result);
-        for (int64_t i = r; i < size; ++i) assign(to[i], result[i - r]);
-    }
-
-    // Columns [first, last) of the output of every token.
-    void down(int64_t first, int64_t last) {
-        if (first >= last) return;
-        const int64_t width = packed_width<T>(p.middle), stride = packed_stride<T>(p.middle);
-        const auto packed = scratch<Packed>(kTokens * stride);
-        const auto products = scratch<float>(kTokens * kColumns);
-        for (int64_t t = 0; t < p.tokens; ++t)
-            std::fill(total.get() + t * p.hidden + first, total.get() + t * p.hidden + last, 0.0f);
-        for (const int64_t expert : routing.chosen) {
-            const T* w = static_cast<const T*>(p.w2) + expert * p.hidden * p.middle;
+      private:
+        // Calls f(begin, count) for blocks of the pairs of an expert.
+        template <class F>
+        void for_blocks(int64_t expert, F f) const {
             const int64_t end = routing.start[expert + 1];
-            for (int64_t block = routing.start[expert]; block < end; block += kTokens) {
-                const int64_t count = std::min(kTokens, end - block);
-                for (int64_t i = 0; i < count; ++i)
-                    Dot<T>::pack(middle.get() + (block + i) * p.middle, p.middle, packed.get() + i * stride, width);
-                for (int64_t column = first; column < last; column += kColumns) {
-                    const int64_t some = std::min(kColumns, last - column);
-                    const T* rows[kColumns];
-                    for (int64_t r = 0; r < some; ++r) rows[r] = w + (column + r) * p.middle;
-                    multiply<T>(packed.get(), count, rows, some, p.middle, products.get());
-                    for (int64_t i = 0; i < count; ++i) add(routing.pairs[block + i], column, some, products.get() + i * some);
-                }
-            }
+            for (int64_t begin = routing.start[expert]; begin < end; begin += kTokens)
+                f(begin, std::min(kTokens, end - begin));
         }
-        for (int64_t t = 0; t < p.tokens; ++t)
-            for (int64_t d = first; d < last; ++d)
-                assign(static_cast<T*>(p.out)[t * p.hidden + d], total[t * p.hidden + d]);
-    }
 
-    void add(int64_t pair, int64_t column, int64_t count, const float* products) {
-        float* to = total.get() + pair / p.top_k * p.hidden + column;
-        const Vec weight = Vec::fill(p.weights[pair]);
-        int64_t d = 0;
-        for (; d + Vec::size <= count; d += Vec::size)
-            fma(weight, Vec::load(products + d), Vec::load(to + d)).store(to + d);
-        for (; d < count; ++d) to[d] = std::fma(p.weights[pair], products[d], to[d]);
-    }
+        void add_expert(int64_t expert, int64_t begin, int64_t end) {
+            const Matrix<T> weights{static_cast<const T*>(p.w2) + expert * p.hidden * p.middle, p.hidden, p.middle,
+                                    p.packed != 0};
+            for_blocks(expert, [&](int64_t from, int64_t count) {
+                activated.take(count, [&](int64_t i) { return middle + (from + i) * p.middle; });
+                for (int64_t column = begin; column < end; column += 2 * kPanel) {
+                    const int64_t num_panels = std::min<int64_t>(2, panels_of(end - column));
+                    const T* panels[2] = {};
+                    for (int64_t n = 0; n < num_panels; ++n)
+                        panels[n] = weights.panel(column + n * kPanel,
+                                                  memory.get() + n * Matrix<T>::panel_size(p.middle));
+                    multiply<T>(activated.rows(), count, panels, num_panels, p.middle, products.get());
+                    for (int64_t n = 0; n < num_panels; ++n) {
+                        const int64_t place = column + n * kPanel;
+                        for (int64_t i = 0; i < count; ++i)
+                            add(routing.pairs[from + i], place, std::min(kPanel, end - place), products.row(n, i));
+                    }
+                }
+            });
+        }
+
+        static void activate(const float* gate, const float* up, int64_t size, T* to) {
+            int64_t r = 0;
+            for (; r + Vec::size <= size; r += Vec::size)
+                (silu(Vec::load(gate + r)) * Vec::load(up + r)).store(to + r);
+            if (r == size) return;
+            // Products behind the last column are zeros.
+            float result[Vec::size];
+            (silu(Vec::load(gate + r)) * Vec::load(up + r)).store(result);
+            for (int64_t i = r; i < size; ++i) assign(to[i], result[i - r]);
+        }
+
+        void add(int64_t pair, int64_t column, int64_t count, const float* products) const {
+            float* to = total + pair / p.top_k * p.hidden + column;
+            const Vec weight = Vec::fill(p.weights[pair]);
+            int64_t d = 0;
+            for (; d + Vec::size <= count; d += Vec::size)
+                fma(weight, Vec::load(products + d), Vec::load(to + d)).store(to + d);
+            for (; d < count; ++d) to[d] = std::fma(p.weights[pair], products[d], to[d]);
+        }
+
+        const Experts& p;
+        const Routing& routing;
+        T* const middle;
+        float* const total;
+        Activations<T> hidden, activated;
+        const Scratch<T> memory;  // two panels
+        const Products products;
+    };
 
     const Experts& p;
     const Routing routing;

@@ -1,12 +1,13 @@
-// The gated delta rule, token by token: prefill, verify and decode run the same steps, so they have the same bits.
+// The gated delta rule. Verify and decode run token by token, the same steps, so they have the same bits. A prefill runs in
+// blocks of 16 tokens (delta_chunk.h) and token by token behind the last whole block, or token by token altogether where
+// its bits must not depend on how it is split.
 //
-// In float32 the chunked form needs more operations than the recurrence (KKᵀ, the triangular solve and four products of
-// a chunk against two passes over the state), so a prefill is the recurrence too: rows of the state are independent of
-// each other, and a few of them stay in the first-level cache for a tile of tokens. The physical limit is 4 vector
-// operations an element of the state and token; a decode reads and writes the state once.
+// Rows of the state are independent of each other, and a few of them stay in the first-level cache for a tile of tokens.
+// Token by token the physical limit is 4 vector operations an element of the state; a decode reads and writes the state
+// once.
 #include <algorithm>
 
-#include "arguments.h"
+#include "delta_chunk.h"
 
 namespace qnext {
 
@@ -31,18 +32,19 @@ struct DeltaRule {
     Indices step_rows;
     int64_t sequences, key_heads, value_heads, key_dim, value_dim;
     int64_t every_token;  // verify: the state behind each token is kept
+    int64_t recurrent;    // prefill: token by token
 };
 
 namespace {
 
-constexpr int kTile = 8;            // tokens whose keys and queries lie in the cache together; divides kChunk
+constexpr int kTile = kBlockTokens; // tokens whose keys and queries lie in the cache together; divides kChunk
 constexpr int kGroups = 8;          // groups of kRows that do so: their steps overlap, one group's would wait for each other
 constexpr int kChunk = 64;          // where a split prefill would round the state
 constexpr int kRecurrentTokens = 4; // a last chunk of at most so many tokens rounds behind each, as decodes do
 constexpr int kRows = 4;
 
 struct Token {
-    float decay, beta, kq;
+    float log_decay, decay, beta, kq;
 };
 
 // One token's step for kRows rows of the state, from `src` to `dst` (which may be the same).
@@ -146,19 +148,48 @@ class Head {
             const int64_t chunk = begin + (start - begin) / kChunk * kChunk;
             const bool rounds = std::min(chunk + kChunk, end) - chunk <= kRecurrentTokens;
             prepare(start, stop);
-            for (int64_t block = 0; block < row_groups; block += kGroups) {
-                for (int64_t t = start; t < stop; ++t) {
-                    for (int64_t g = block; g < std::min(block + kGroups, row_groups); ++g) {
-                        advance(g, t, t - start, current, current);
-                        if (rounds) round<S>(g);
-                    }
-                }
-            }
+            fetch(stop, std::min(stop + kTile, end));
+            if (stop - start == kBlockTokens && !p.recurrent)
+                advance_block(start, current);
+            else
+                advance_tokens(start, stop, current, rounds);
             if (stop == end || (stop - begin) % kChunk == 0)
                 for (int64_t g = 0; g < row_groups; ++g) round<S>(g);
         }
         if (end == snapshot_at) store(current, place(snapshot_slot));
         if (!direct && begin < end) store(current, place(slot));
+    }
+
+    void advance_tokens(int64_t start, int64_t stop, float* current, bool rounds) {
+        for (int64_t first_group = 0; first_group < row_groups; first_group += kGroups) {
+            for (int64_t t = start; t < stop; ++t) {
+                for (int64_t g = first_group; g < std::min(first_group + kGroups, row_groups); ++g) {
+                    advance(g, t, t - start, current, current);
+                    if (rounds) round<S>(g);
+                }
+            }
+        }
+    }
+
+    // All tokens of a tile at once.
+    void advance_block(int64_t start, float* current) {
+        alignas(64) float log_decay[kBlockTokens], beta[kBlockTokens];
+        alignas(64) float v[kBlockTokens * Vec::size], o[kBlockTokens * Vec::size];
+        for (int t = 0; t < kBlockTokens; ++t) log_decay[t] = tokens[t].log_decay, beta[t] = tokens[t].beta;
+        if (!block) block = std::make_unique<DeltaBlock>(width);
+        block->prepare(keys.get(), queries.get(), log_decay, beta);
+        for (int64_t row = 0; row < rows; row += Vec::size) {
+            const int64_t count = std::min<int64_t>(Vec::size, rows - row);
+            for (int t = 0; t < kBlockTokens; ++t) {
+                const T* from = static_cast<const T*>(p.v) + (start + t) * p.v_token + head * p.v_head + first + row;
+                load_row(from, count, v + t * Vec::size, Vec::size);
+            }
+            block->advance(current + row * width, count, v, o);
+            for (int t = 0; t < kBlockTokens; ++t) {
+                T* to = static_cast<T*>(p.out) + ((start + t) * p.value_heads + head) * p.value_dim + first + row;
+                store_row(o + t * Vec::size, count, to);
+            }
+        }
     }
 
     // The state behind token t goes to its place; the next token continues from what a pool can hold.
@@ -233,6 +264,20 @@ class Head {
         }
     }
 
+    // What tokens [start, stop) will read: their rows lie too far apart for a processor to foresee it.
+    void fetch(int64_t start, int64_t stop) const {
+        const int64_t key_head = head / (p.value_heads / p.key_heads);
+        const auto lines = [](const T* from, int64_t size) {
+            for (int64_t i = 0; i < size; i += 64 / sizeof(T))
+                _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
+        };
+        for (int64_t t = start; t < stop; ++t) {
+            lines(static_cast<const T*>(p.k) + t * p.k_token + key_head * p.k_head, p.key_dim);
+            lines(static_cast<const T*>(p.q) + t * p.q_token + key_head * p.q_head, p.key_dim);
+            lines(static_cast<const T*>(p.v) + t * p.v_token + head * p.v_head + first, rows);
+        }
+    }
+
     // Keys, queries and gates of tokens [start, stop).
     void prepare(int64_t start, int64_t stop) {
         const int64_t key_head = head / (p.value_heads / p.key_heads);
@@ -248,7 +293,7 @@ class Head {
             for (int64_t i = 0; i < width; i += Vec::size) kq = fma(Vec::load(k + i), Vec::load(q + i), kq);
             const float a = p.a[t * p.a_token + head] + bias, b = p.b[t * p.b_token + head];
             const float softplus = std::log1p(std::exp(-std::fabs(a))) + std::max(a, 0.0f);
-            tokens[t - start] = {std::exp(rate * softplus), 1.0f / (1.0f + std::exp(-b)), sum(kq)};
+            tokens[t - start] = {rate * softplus, std::exp(rate * softplus), 1.0f / (1.0f + std::exp(-b)), sum(kq)};
         }
     }
 
@@ -268,6 +313,7 @@ class Head {
     const DeltaRule& p;
     const int64_t n, head, first, rows, width, row_groups;
     Scratch<float> state, keys, queries;
+    std::unique_ptr<DeltaBlock> block;  // of a prefill
     Token tokens[kTile];
 };
 

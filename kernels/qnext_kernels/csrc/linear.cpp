@@ -1,49 +1,97 @@
-// x · weightᵀ + bias over weights as the checkpoint stores them, [rows, K].
+// x · weightᵀ + bias, and the packing of weights that makes reading them one stream.
 //
-// For a few tokens the limit is reading the weights once; threads take ranges of rows.
+// For a few tokens the limit is reading the weights once, for many the rate of multiplications. Threads take panels.
 #include "matmul.h"
 
 namespace qnext {
 
 struct Linear {
-    const void *x, *weight, *bias;  // [tokens, k] with a stride, [rows, k], [rows] or none
+    const void *x, *weight, *bias;  // [tokens, k] with a stride, [rows, k] as it is or packed, [rows] or none
     void* out;                      // [tokens, rows], contiguous
-    int64_t dtype, x_token, tokens, rows, k;
+    int64_t dtype, x_token, tokens, rows, k, packed;
+};
+
+struct Pack {
+    void* weights;  // [matrices, rows, k], contiguous; k is whole steps
+    int64_t dtype, matrices, rows, k;
+    int64_t back;  // from panels to rows
 };
 
 namespace {
 
-constexpr int64_t kRows = 128;
-constexpr int64_t kPacked = 10 * kTokens;  // packed at once, in memory of a few megabytes
+constexpr int64_t kTokenBlock = 1024;  // tokens that stay in the last-level cache while all weights pass by
+
+template <class T>
+void store(const float* products, int64_t count, const T* bias, T* out, int64_t stride, int64_t columns) {
+    for (int64_t i = 0; i < count; ++i, products += kPanel, out += stride) {
+        int64_t c = 0;
+        for (; c + Vec::size <= columns; c += Vec::size) {
+            const Vec x = Vec::load(products + c);
+            (bias ? x + Vec::load(bias + c) : x).store(out + c);
+        }
+        for (; c < columns; ++c) assign(out[c], bias ? products[c] + to_float(bias[c]) : products[c]);
+    }
+}
 
 template <class T>
 void linear(const Linear& p) {
-    using Packed = typename Dot<T>::Packed;
-    const int64_t width = packed_width<T>(p.k), stride = packed_stride<T>(p.k), ranges = (p.rows + kRows - 1) / kRows;
-    const auto packed = scratch<Packed>(std::min(kPacked, p.tokens) * stride);
-    const T *x = static_cast<const T*>(p.x), *weight = static_cast<const T*>(p.weight), *bias = static_cast<const T*>(p.bias);
+    const Matrix<T> weight{static_cast<const T*>(p.weight), p.rows, p.k, p.packed != 0};
+    const T *x = static_cast<const T*>(p.x), *bias = static_cast<const T*>(p.bias);
     T* out = static_cast<T*>(p.out);
+    // Two panels are two streams for a few tokens; for many, one stays in the second-level cache.
+    const int64_t at_once = p.tokens <= kFew ? 2 : 1, ranges = (p.rows + at_once * kPanel - 1) / (at_once * kPanel);
 #pragma omp parallel if (worth_threads(p.tokens * p.rows * p.k))
     {
-        const auto products = scratch<float>(kTokens * kRows);
-        for (int64_t begin = 0; begin < p.tokens; begin += kPacked) {
-            const int64_t end = std::min(begin + kPacked, p.tokens);
-#pragma omp for schedule(static)
-            for (int64_t t = begin; t < end; ++t)
-                Dot<T>::pack(x + t * p.x_token, p.k, packed.get() + (t - begin) * stride, width);
-#pragma omp for schedule(dynamic, 1)
+        Activations<T> activations(p.k);
+        const int64_t panel_size = Matrix<T>::panel_size(p.k);
+        const auto memory = scratch<T>(weight.packed ? panel_size : at_once * panel_size);
+        const Products products(std::min(kTokens, p.tokens));
+        for (int64_t begin = 0; begin < p.tokens; begin += kTokenBlock) {
+            const int64_t end = std::min(begin + kTokenBlock, p.tokens);
+#pragma omp for schedule(dynamic, 1) nowait
             for (int64_t range = 0; range < ranges; ++range) {
-                const int64_t first = range * kRows, some = std::min(kRows, p.rows - first);
-                const T* rows[kRows];
-                for (int64_t r = 0; r < some; ++r) rows[r] = weight + (first + r) * p.k;
+                const int64_t first = range * at_once * kPanel, panels = std::min(at_once, panels_of(p.rows - first));
+                const T* w[2] = {};
+                for (int64_t n = 0; n < panels; ++n)
+                    w[n] = weight.panel(first + n * kPanel, memory.get() + (weight.packed ? 0 : n * panel_size));
                 for (int64_t block = begin; block < end; block += kTokens) {
-                    const int64_t count = std::min(kTokens, end - block);
-                    multiply<T>(packed.get() + (block - begin) * stride, count, rows, some, p.k, products.get());
-                    for (int64_t i = 0; i < count; ++i)
-                        for (int64_t r = 0; r < some; ++r)
-                            assign(out[(block + i) * p.rows + first + r],
-                                   products[i * some + r] + (bias ? to_float(bias[first + r]) : 0.0f));
+                    const int64_t tokens = std::min(kTokens, end - block);
+                    activations.take(tokens, [&](int64_t i) { return x + (block + i) * p.x_token; });
+                    multiply<T>(activations.rows(), tokens, w, panels, p.k, products.get());
+                    for (int64_t n = 0; n < panels; ++n) {
+                        const int64_t row = first + n * kPanel;
+                        store(products.row(n, 0), tokens, bias ? bias + row : nullptr, out + block * p.rows + row, p.rows,
+                              std::min(kPanel, p.rows - row));
+                    }
                 }
+            }
+        }
+    }
+}
+
+template <class T>
+void unpack_panel(const T* panel, int64_t k, T* to) {
+    constexpr int64_t step = Dot<T>::step;
+    for (int64_t r = 0; r < kPanel; ++r)
+        for (int64_t i = 0; i < k; ++i) to[r * k + i] = panel[(i / step * kPanel + r) * step + i % step];
+}
+
+template <class T>
+void pack(const Pack& p) {
+    const int64_t panels = p.rows / kPanel, size = kPanel * p.k;
+    T* weights = static_cast<T*>(p.weights);
+#pragma omp parallel
+    {
+        const auto memory = scratch<T>(size);
+#pragma omp for collapse(2)
+        for (int64_t m = 0; m < p.matrices; ++m) {
+            for (int64_t panel = 0; panel < panels; ++panel) {
+                T* place = weights + (m * p.rows + panel * kPanel) * p.k;
+                if (p.back)
+                    unpack_panel(place, p.k, memory.get());
+                else
+                    pack_panel(place, kPanel, p.k, memory.get());
+                std::copy_n(memory.get(), size, place);
             }
         }
     }
@@ -54,4 +102,8 @@ void linear(const Linear& p) {
 
 extern "C" __attribute__((visibility("default"))) void qnext_linear(const qnext::Linear* p) {
     qnext::with_type(p->dtype, [&](auto type) { qnext::linear<decltype(type)>(*p); });
+}
+
+extern "C" __attribute__((visibility("default"))) void qnext_pack(const qnext::Pack* p) {
+    qnext::with_type(p->dtype, [&](auto type) { qnext::pack<decltype(type)>(*p); });
 }

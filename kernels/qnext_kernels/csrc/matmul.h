@@ -1,10 +1,12 @@
-// Products of a few activations with rows of a weight matrix as it lies in the checkpoint: [rows, K], K contiguous.
+// Products of activations with the rows of a weight matrix [rows, K].
 //
-// A result is the sum over blocks of kBlock elements of K, each summed in the lanes of a vector and then across them, in
-// one order. It does not depend on how many activations or rows are multiplied together.
+// Rows are multiplied in panels of kPanel. A panel holds the first 32 bits of all its rows side by side (a float, or two
+// bfloat16), then the next, so that a vector holds the same part of several rows and a result needs no sum across lanes;
+// activations are broadcast to it. A matrix whose whole panels are stored so is packed: a step of decode reads it as one
+// stream. Other panels are packed on the way.
 //
-// Weights are converted on the way into the product: two bfloat16 in 32 bits are two floats after a shift and a mask,
-// the even and the odd element; activations are packed once into the same order. With BF16 dot products neither is needed.
+// A result is the sum over blocks of K of one chain of sums each, in one order. It does not depend on how many activations
+// or rows are multiplied together, or on who packed the panel.
 #pragma once
 
 #include <algorithm>
@@ -14,196 +16,317 @@
 
 namespace qnext {
 
-constexpr int64_t kBlock = 512;
-constexpr int kRowsAtOnce = 4;  // streams of weights that a processor fetches ahead
-// Rows that all activations meet before the next; rows mostly lie a page apart, and the same block of many such rows finds
-// no place in the second-level cache.
-constexpr int64_t kGroup = 64;
-// With two rows at once their sums, weights, an activation and a mask fill the registers.
-constexpr int kActivations = Vec::size == 16 ? 8 : 5;
-// Activations that are packed together: with the rows that they meet they fit in the second-level cache.
-constexpr int64_t kTokens = 10 * kActivations;
+constexpr int64_t kPanel = 64;
+constexpr int kPanelVectors = kPanel / Vec::size;
+// Activations that meet a panel at once: their sums, some weights and an activation fill the registers.
+constexpr int kTogether = Vec::size == 16 ? 6 : 5;
+// So few meet two panels at once: a processor fetches two streams faster than one.
+constexpr int kFew = Vec::size == 16 ? 3 : 1;
+// Activations whose products are kept together, and that are converted together where they have to be.
+constexpr int64_t kTokens = 48 * kTogether;
+constexpr int64_t kAhead = 16;   // steps that are fetched ahead
+constexpr int64_t kBlock = 256;  // steps of a chain of sums: a longer one would lose accuracy
 
 struct DotFloat {
     using Packed = float;
-    static constexpr int64_t step = Vec::size;
+    static constexpr int64_t step = 1;  // elements in 32 bits
     static constexpr int parts = 1;
     static Vec weights(const float* w, int) { return Vec::load(w); }
-    static Vec activation(const float* x, int) { return Vec::load(x); }
+    static Vec activation(const float* x, int) { return Vec::fill(*x); }
     static Vec add(Vec total, Vec x, Vec w) { return fma(x, w, total); }
-    static void pack(const float* x, int64_t size, float* to, int64_t width) {
-        std::copy_n(x, size, to);
-        std::fill(to + size, to + width, 0.0f);
-    }
 };
 
 #if defined(__AVX512BF16__)
 
 struct DotBFloat16 {
     using Packed = bfloat16;
-    static constexpr int64_t step = 32;
+    static constexpr int64_t step = 2;
     static constexpr int parts = 1;
     static Vec weights(const bfloat16* w, int) { return {_mm512_loadu_ps(w)}; }
-    static Vec activation(const bfloat16* x, int) { return {_mm512_loadu_ps(x)}; }
+    static Vec activation(const bfloat16* x, int) {
+        float pair;
+        std::memcpy(&pair, x, sizeof pair);
+        return Vec::fill(pair);
+    }
     static Vec add(Vec total, Vec x, Vec w) {
         return {_mm512_dpbf16_ps(total.v, (__m512bh)x.v, (__m512bh)w.v)};
-    }
-    static void pack(const bfloat16* x, int64_t size, bfloat16* to, int64_t width) {
-        std::copy_n(x, size, to);
-        std::fill(to + size, to + width, bfloat16{0});
     }
 };
 
 #else
 
+// The even elements, then the odd ones: two bfloat16 in 32 bits are two floats after a shift and a mask.
 struct DotBFloat16 {
     using Packed = float;
-    static constexpr int64_t step = 2 * Vec::size;
+    static constexpr int64_t step = 2;
     static constexpr int parts = 2;
 #if defined(__AVX512F__)
     static Vec weights(const bfloat16* w, int part) {
         const __m512i pairs = _mm512_loadu_si512(w);
-        return {_mm512_castsi512_ps(part ? _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))
+        return {_mm512_castsi512_ps(part ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000)))
                                          : _mm512_slli_epi32(pairs, 16))};
     }
 #else
     static Vec weights(const bfloat16* w, int part) {
         const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-        return {_mm256_castsi256_ps(part ? _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000))
+        return {_mm256_castsi256_ps(part ? _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000)))
                                          : _mm256_slli_epi32(pairs, 16))};
     }
 #endif
-    static Vec activation(const float* x, int part) { return Vec::load(x + part * Vec::size); }
+    static Vec activation(const float* x, int part) { return Vec::fill(x[part]); }
     static Vec add(Vec total, Vec x, Vec w) { return fma(x, w, total); }
-    static void pack(const bfloat16* x, int64_t size, float* to, int64_t width) {
-        int64_t i = 0;
-        for (; i + step <= size; i += step) {
-            weights(x + i, 0).store(to + i);
-            weights(x + i, 1).store(to + i + Vec::size);
-        }
-        if (i == width) return;
-        bfloat16 rest[step] = {};
-        std::copy_n(x + i, size - i, rest);
-        weights(rest, 0).store(to + i);
-        weights(rest, 1).store(to + i + Vec::size);
-    }
 };
 
 #endif
 
 template <class T>
 using Dot = std::conditional_t<std::is_same_v<T, float>, DotFloat, DotBFloat16>;
-
-// Elements of a packed activation of K elements.
 template <class T>
-int64_t packed_width(int64_t k) {
-    return (k + Dot<T>::step - 1) / Dot<T>::step * Dot<T>::step;
+using Packed = typename Dot<T>::Packed;
+
+inline int64_t panels_of(int64_t rows) { return (rows + kPanel - 1) / kPanel; }
+
+// Steps of 32 bits in K elements.
+template <class T>
+int64_t steps_of(int64_t k) {
+    return (k + Dot<T>::step - 1) / Dot<T>::step;
 }
 
-// Elements from a packed activation to the next: not a multiple of a page, as the distance between rows of weights mostly
-// is, else all that is multiplied together would compete for the same few places of the first-level cache.
+// A panel of `rows` rows, zeros behind their last element and behind the last of them.
 template <class T>
-int64_t packed_stride(int64_t k) {
-    constexpr int64_t element = sizeof(typename Dot<T>::Packed), page = 4096, apart = page / 2 + 64;
-    const int64_t bytes = packed_width<T>(k) * element;
-    return (bytes <= apart ? bytes : (bytes - apart + page - 1) / page * page + apart) / element;
+void pack_panel(const T* w, int64_t rows, int64_t k, T* to) {
+    constexpr int64_t step = Dot<T>::step, width = Vec::size * step;
+    const int64_t steps = steps_of<T>(k);
+    for (int64_t r = 0; r < kPanel; r += Vec::size) {
+        for (int64_t s = 0; s < steps; s += Vec::size) {
+            Vec block[Vec::size];
+            for (int i = 0; i < Vec::size; ++i) {
+                T row[width] = {};
+                const T* from = w + (r + i) * k + s * step;
+                const int64_t count = r + i < rows ? std::min(width, k - s * step) : 0;
+                if (count < width) {
+                    std::copy_n(from, count, row);
+                    from = row;
+                }
+                block[i] = Vec::load(reinterpret_cast<const float*>(from));
+            }
+            transpose(block);
+            for (int64_t i = 0; i < std::min<int64_t>(Vec::size, steps - s); ++i)
+                block[i].store(reinterpret_cast<float*>(to + ((s + i) * kPanel + r) * step));
+        }
+    }
 }
 
-// Keeps the compiler from reading an activation from memory again for every row: that would be the limit.
-inline void in_register(Vec& x) { asm("" : "+v"(x.v)); }
+// A weight matrix [rows, K]; if it is packed, K is whole steps, and rows behind the last whole panel lie as they are.
+template <class T>
+struct Matrix {
+    const T* data;
+    int64_t rows, k;
+    bool packed;
+
+    static int64_t panel_size(int64_t k) { return steps_of<T>(k) * Dot<T>::step * kPanel; }
+
+    // The panel from row `first` on, in place or in `memory`, which holds panel_size(k) elements.
+    const T* panel(int64_t first, T* memory) const {
+        if (packed && first + kPanel <= rows) return data + first * k;
+        pack_panel(data + first * k, std::min(kPanel, rows - first), k, memory);
+        return memory;
+    }
+};
+
+// Rows of activations as products read them.
+template <class T>
+class Activations {
+  public:
+    explicit Activations(int64_t k)
+        : k(k), width(steps_of<T>(k) * Dot<T>::step), direct(std::is_same_v<T, Packed<T>> && width == k) {}
+
+    // `count` rows, at most kTokens; row(i) is where row i lies.
+    template <class F>
+    void take(int64_t count, F row) {
+        if (count > room) {
+            room = count;
+            places = scratch<const Packed<T>*>(room);
+            if (!direct) memory = scratch<Packed<T>>(room * width);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            if constexpr (std::is_same_v<T, Packed<T>>) {
+                if (direct) {
+                    places[i] = row(i);
+                    continue;
+                }
+            }
+            Packed<T>* to = memory.get() + i * width;
+            convert(row(i), to);
+            places[i] = to;
+        }
+    }
+
+    const Packed<T>* const* rows() const { return places.get(); }
+
+  private:
+    void convert(const T* from, Packed<T>* to) const {
+        int64_t i = 0;
+        for (; i + Vec::size <= k; i += Vec::size) Vec::load(from + i).store(to + i);
+        for (; i < k; ++i) assign(to[i], to_float(from[i]));
+        for (; i < width; ++i) assign(to[i], 0.0f);
+    }
+
+    const int64_t k, width;
+    const bool direct;
+    int64_t room = 0;
+    Scratch<const Packed<T>*> places;
+    Scratch<Packed<T>> memory;
+};
+
+// Where in bytes from a block on to fetch, and how much further with every step.
+struct Fetch {
+    int64_t from, step;
+};
 
 // Not inlined: among the surrounding loops the compiler would keep sums in memory instead of registers.
 //
-// Adds to c[a · c_stride + r] the products of elements [0, size) of activations a < A and rows r < R. With `ahead` the same
-// elements of those rows are fetched: a processor's own prefetching ends with a page, which a row often fills.
-template <class T, int A, int R, bool Ahead>
-__attribute__((noinline)) void multiply_tile(const typename Dot<T>::Packed* x, int64_t x_stride, const T* const* rows,
-                                             const T* const* ahead, int64_t offset, int64_t size, float* c,
-                                             int64_t c_stride) {
+// To c[p] [A, kPanel], or added to it, the products of `steps` steps of A activations with V vectors of rows of each of P
+// panels. Meanwhile `Lines` lines are fetched a step.
+template <class T, int A, int V, int P, int Lines>
+__attribute__((noinline)) void multiply_tile(const Packed<T>* const* x, const T* const* panels, int64_t first,
+                                             int64_t steps, Fetch fetch, float* const* c) {
     using D = Dot<T>;
-    Vec total[A][R];
-    for (int a = 0; a < A; ++a)
-        for (int r = 0; r < R; ++r) total[a][r] = Vec::zero();
-    const T* w[R];
-    for (int r = 0; r < R; ++r) w[r] = rows[r] + offset;
-    const int64_t whole = size / D::step * D::step;
-    for (int64_t i = 0; i < whole; i += D::step) {
-        if constexpr (Ahead)
-            for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(ahead[r] + offset + i), _MM_HINT_T0);
+    constexpr int64_t vector = Vec::size * D::step, row = kPanel * D::step;
+    constexpr bool few = A <= kFew;
+    Vec total[P][A][V];
+    const Packed<T>* from[A];
+    const T* w[P];
+#pragma GCC unroll 8
+    for (int a = 0; a < A; ++a) from[a] = x[a] + first * D::step;
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) {
+        w[p] = panels[p] + first * row;
+#pragma GCC unroll 8
+        for (int a = 0; a < A; ++a)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) total[p][a][v] = Vec::zero();
+    }
+    for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+            for (int line = 0; line < Lines; ++line)
+                _mm_prefetch(reinterpret_cast<const char*>(w[p]) + fetch.from + s * fetch.step + line * 64, _MM_HINT_T0);
+#pragma GCC unroll 2
         for (int part = 0; part < D::parts; ++part) {
-            Vec weights[R];
-            for (int r = 0; r < R; ++r) weights[r] = D::weights(w[r] + i, part);
-            for (int a = 0; a < A; ++a) {
-                Vec activation = D::activation(x + a * x_stride + i, part);
-                in_register(activation);
-                for (int r = 0; r < R; ++r) total[a][r] = D::add(total[a][r], activation, weights[r]);
+            // Of the two that meet, the fewer are kept in registers.
+            Vec activations[few ? A : 1], weights[few ? 1 : P][few ? 1 : V];
+            if constexpr (few) {
+#pragma GCC unroll 8
+                for (int a = 0; a < A; ++a) activations[a] = D::activation(from[a] + s * D::step, part);
+#pragma GCC unroll 2
+                for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+                    for (int v = 0; v < V; ++v) {
+                        weights[0][0] = D::weights(w[p] + s * row + v * vector, part);
+#pragma GCC unroll 8
+                        for (int a = 0; a < A; ++a)
+                            total[p][a][v] = D::add(total[p][a][v], activations[a], weights[0][0]);
+                    }
+            } else {
+#pragma GCC unroll 2
+                for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+                    for (int v = 0; v < V; ++v) weights[p][v] = D::weights(w[p] + s * row + v * vector, part);
+#pragma GCC unroll 8
+                for (int a = 0; a < A; ++a) {
+                    activations[0] = D::activation(from[a] + s * D::step, part);
+#pragma GCC unroll 2
+                    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+                        for (int v = 0; v < V; ++v)
+                            total[p][a][v] = D::add(total[p][a][v], activations[0], weights[p][v]);
+                }
             }
         }
     }
-    if (whole < size) {
-        for (int r = 0; r < R; ++r) {
-            T rest[D::step] = {};
-            std::copy_n(w[r] + whole, size - whole, rest);
-            for (int part = 0; part < D::parts; ++part) {
-                const Vec weights = D::weights(rest, part);
-                for (int a = 0; a < A; ++a)
-                    total[a][r] = D::add(total[a][r], D::activation(x + a * x_stride + whole, part), weights);
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+        for (int a = 0; a < A; ++a)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) {
+                float* to = c[p] + a * kPanel + v * Vec::size;
+                (first ? Vec::load(to) + total[p][a][v] : total[p][a][v]).store(to);
             }
+}
+
+// Calls f with `count`, 1 to N, as a constant.
+template <int N, class F>
+void with_count(int64_t count, F f) {
+    if constexpr (N > 1) {
+        if (count < N) return with_count<N - 1>(count, f);
+    }
+    f(std::integral_constant<int, N>());
+}
+
+template <class T, int P, int Lines>
+void multiply_panels(const Packed<T>* const* x, int64_t count, const T* const* panels, int64_t first, int64_t steps,
+                     Fetch fetch, float* const* c) {
+    with_count<kTogether>(count, [&](auto a) {
+        if constexpr (a <= kFew) {
+            multiply_tile<T, a, kPanelVectors, P, Lines>(x, panels, first, steps, fetch, c);
+        } else {
+            // The sums of all fit in the registers beside these vectors of a panel.
+            constexpr int vectors = Vec::size == 16 ? kPanelVectors : 2;
+            for (int p = 0; p < P; ++p)
+                for (int v = 0; v < kPanelVectors; v += vectors) {
+                    const T* panel = panels[p] + v * Vec::size * Dot<T>::step;
+                    float* to = c[p] + v * Vec::size;
+                    multiply_tile<T, a, vectors, 1, vectors == kPanelVectors ? Lines : 1>(x, &panel, first, steps, fetch, &to);
+                }
         }
-    }
-    for (int a = 0; a < A; ++a)
-        for (int r = 0; r < R; ++r) c[a * c_stride + r] += sum(total[a][r]);
+    });
 }
 
-// The same for any number of activations up to A; without `ahead` nothing is fetched.
-template <class T, int R, int A>
-void multiply_rows(int activations, const typename Dot<T>::Packed* x, int64_t x_stride, const T* const* rows,
-                   const T* const* ahead, int64_t offset, int64_t size, float* c, int64_t c_stride) {
-    if (activations == A) {
-        if (ahead)
-            multiply_tile<T, A, R, true>(x, x_stride, rows, ahead, offset, size, c, c_stride);
-        else
-            multiply_tile<T, A, R, false>(x, x_stride, rows, ahead, offset, size, c, c_stride);
-    } else if constexpr (A > 1) {
-        multiply_rows<T, R, A - 1>(activations, x, x_stride, rows, ahead, offset, size, c, c_stride);
-    }
-}
-
-// The products of all activations with `group` rows, then with the next: a block of a few activations stays in the
-// first-level cache while the block of those rows passes by, and that in the second-level cache for the next activations.
-template <int A, int R, class T>
-void multiply_groups(const typename Dot<T>::Packed* x, int64_t count, const T* const* rows, int64_t num_rows,
-                     int64_t group, int64_t k, float* c) {
-    const int64_t stride = packed_stride<T>(k);
-    for (int64_t begin = 0; begin < num_rows; begin += group) {
-        const int64_t end = std::min(begin + group, num_rows);
-        for (int64_t i = 0; i < k; i += kBlock) {
-            const int64_t size = std::min(kBlock, k - i);
-            for (int64_t a = 0; a < count; a += A) {
-                const int some = std::min<int64_t>(A, count - a);
-                const auto run = [&](auto at_once, int64_t r) {
-                    const auto ahead = a == 0 && r + group + at_once <= num_rows ? rows + r + group : nullptr;
-                    multiply_rows<T, at_once, A>(some, x + a * stride + i, stride, rows + r, ahead, i, size,
-                                                 c + a * num_rows + r, num_rows);
-                };
-                int64_t r = begin;
-                for (; r + R <= end; r += R) run(std::integral_constant<int, R>(), r);
-                for (; r < end; ++r) run(std::integral_constant<int, 1>(), r);
-            }
-        }
-    }
-}
-
-// c [count, num_rows] = x [count, K] · rows [num_rows, K]ᵀ, with x packed.
+// c[p] [count, kPanel] = the products of `count` activations with one or two panels.
+//
+// All activations meet a block of a panel before the next. Those of one tile fetch what they are about to read; several
+// tiles share in fetching the next block: what comes behind a panel in memory is mostly the panel that is needed next.
 template <class T>
-void multiply(const typename Dot<T>::Packed* x, int64_t count, const T* const* rows, int64_t num_rows, int64_t k,
-              float* c) {
-    std::fill_n(c, count * num_rows, 0.0f);
-    // Few sums leave registers for more rows. For few activations weights are read once, along their rows.
-    if (count <= 2)
-        multiply_groups<2, kRowsAtOnce>(x, count, rows, num_rows, kRowsAtOnce, k, c);
-    else
-        multiply_groups<kActivations, 2>(x, count, rows, num_rows, count <= kActivations ? 2 : kGroup, k, c);
+void multiply(const Packed<T>* const* x, int64_t count, const T* const* panels, int64_t num_panels, int64_t k,
+              float* const* c) {
+    constexpr int64_t row = kPanel * 4;  // bytes
+    const int64_t steps = steps_of<T>(k), tiles = (count + kTogether - 1) / kTogether;
+    for (int64_t first = 0; first == 0 || first < steps; first += kBlock) {
+        const int64_t some = std::min(kBlock, steps - first);
+        for (int64_t tile = 0, a = 0; tile < tiles; ++tile) {
+            const int64_t together = (count - a) / (tiles - tile);
+            float* const to[] = {c[0] + a * kPanel, c[1] + a * kPanel};
+            const auto run = [&](auto lines, Fetch fetch) {
+                if (num_panels == 2)
+                    multiply_panels<T, 2, lines>(x + a, together, panels, first, some, fetch, to);
+                else
+                    multiply_panels<T, 1, lines>(x + a, together, panels, first, some, fetch, to);
+            };
+            const Fetch share{kBlock * row + some * row / tiles * tile, row / tiles};
+            if (tiles == 1)
+                run(std::integral_constant<int, 4>(), Fetch{kAhead * row, row});
+            else if (tiles <= 3)
+                run(std::integral_constant<int, 2>(), share);
+            else
+                run(std::integral_constant<int, 1>(), share);
+            a += together;
+        }
+    }
 }
+
+// Results of `multiply` for two panels.
+class Products {
+  public:
+    explicit Products(int64_t most) : memory(scratch<float>(2 * most * kPanel)), panels{memory.get(), memory.get() + most * kPanel} {}
+    float* const* get() const { return panels; }
+    const float* row(int64_t panel, int64_t activation) const { return panels[panel] + activation * kPanel; }
+
+  private:
+    const Scratch<float> memory;
+    float* const panels[2];
+};
 
 }  // namespace qnext

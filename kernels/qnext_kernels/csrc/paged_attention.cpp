@@ -5,6 +5,8 @@
 // sequence, and partitions are put together in order; keys behind a query's own are left out, not masked. So the bits of
 // a query's result do not depend on the other queries, and one long sequence still occupies many threads.
 //
+// Scores of bfloat16 come from dot products of pairs where the processor has them; weights and values are float32.
+//
 // With 8 query heads a key-value head, float32 has 4 vector operations a vector of the cache and query head: at bfloat16
 // a decode is bound by them as much as by the memory. A few queries read the cache as it lies: two bfloat16 in 32 bits are
 // two floats after a shift and a mask, so that queries and results are kept in the order even elements, odd elements.
@@ -51,6 +53,20 @@ constexpr int64_t kKeysAtOnce = 12;
 constexpr int kRows = Vec::size == 16 ? 8 : 4, kKeys = 3;  // queries and keys in registers
 constexpr int64_t kPair = 2 * Vec::size;
 
+// What scores are computed from: with BF16 dot products keys and queries as they are, else floats.
+template <class T>
+struct Scores {
+    using Element = float;
+    static constexpr bool direct = false;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Scores<bfloat16> {
+    using Element = bfloat16;
+    static constexpr bool direct = true;
+};
+#endif
+
 // kPair neighbouring elements; those of bfloat16 as the even ones and the odd ones.
 struct Pair {
     Vec first, second;
@@ -81,6 +97,20 @@ Pair load_pair(const T* p) {
 inline Vec held(Vec x) {
     asm("" : "+v"(x.v));
     return x;
+}
+
+template <class T>
+Vec load_raw(const T* p) {
+    return Vec::load(reinterpret_cast<const float*>(p));
+}
+
+// Of floats, or of pairs of bfloat16.
+template <bool Bf16>
+Vec add_products(Vec total, Vec x, Vec y) {
+#if defined(__AVX512BF16__)
+    if constexpr (Bf16) return {_mm512_dpbf16_ps(total.v, (__m512bh)x.v, (__m512bh)y.v)};
+#endif
+    return fma(x, y, total);
 }
 
 // Of a row of `size` elements, zeros behind its end.
@@ -120,18 +150,51 @@ void with_rows(int64_t rows, F f) {
     f(std::integral_constant<int, R>());
 }
 
+#if defined(__AVX512F__)
+
+// Inlined, so that they come from registers. The sums of R <= 8 vectors' elements, each in one order whatever R is, to R neighbouring floats.
 template <int R>
-void store_sums(const Vec* x, float* to) {
+__attribute__((always_inline)) inline void store_sums(const Vec (&x)[R], Vec scale, float* to) {
+    const auto at = [&](int r) { return r < R ? x[r].v : _mm512_setzero_ps(); };
+    __m512 halves[2];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+        if (half * 4 >= R) {
+            halves[half] = _mm512_setzero_ps();
+            continue;
+        }
+        __m512d pairs[2];
+#pragma GCC unroll 2
+        for (int pair = 0; pair < 2; ++pair) {
+            const __m512 a = at(half * 4 + pair * 2), b = at(half * 4 + pair * 2 + 1);
+            pairs[pair] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        }
+        halves[half] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[1])),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[1])));
+    }
+    const __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x44),
+                                      _mm512_shuffle_f32x4(halves[0], halves[1], 0xee));
+    const __m512 total = _mm512_add_ps(sums, _mm512_shuffle_f32x4(sums, sums, 0xb1));
+    const __m256 eight = _mm512_castps512_ps256(_mm512_shuffle_f32x4(total, total, 0x08));
+    _mm256_mask_storeu_ps(to, __mmask8((1 << R) - 1), _mm256_mul_ps(eight, _mm512_castps512_ps256(scale.v)));
+}
+
+#else
+
+template <int R>
+__attribute__((always_inline)) inline void store_sums(const Vec (&x)[R], Vec scale, float* to) {
     for (int r = 0; r < R; r += 4) {
         const Vec none = Vec::zero();
-        _mm_storeu_ps(to + r, sums(x[r], r + 1 < R ? x[r + 1] : none, r + 2 < R ? x[r + 2] : none,
-                                   r + 3 < R ? x[r + 3] : none));
+        const __m128 four = sums(x[r], r + 1 < R ? x[r + 1] : none, r + 2 < R ? x[r + 2] : none, r + 3 < R ? x[r + 3] : none);
+        _mm_storeu_ps(to + r, _mm_mul_ps(four, _mm256_castps256_ps128(scale.v)));
     }
 }
 
-// The products of R queries [R, width] with K keys, to R neighbouring floats for each key.
-template <int R, int K, class S>
-void dots(const float* q, int64_t width, const S* const* keys, float* out, int64_t lanes) {
+#endif
+
+// The products of R queries [R, width] with K keys, times `scale`, to R neighbouring floats for each key.
+template <int R, int K, class Q, class S>
+void dots(const Q* q, int64_t width, const S* const* keys, Vec scale, float* out, int64_t lanes) {
     const S* rows[K];
     Vec total[K][R];
 #pragma GCC unroll 8
@@ -141,26 +204,28 @@ void dots(const float* q, int64_t width, const S* const* keys, float* out, int64
         for (int r = 0; r < R; ++r) total[k][r] = Vec::zero();
     }
     for (int64_t i = 0; i < width; i += kPair) {
+        constexpr bool direct = std::is_same_v<Q, bfloat16>;
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < (direct ? 1 : 2); ++half) {
             Vec key[K];
 #pragma GCC unroll 8
-            for (int k = 0; k < K; ++k) key[k] = held(load_half(rows[k] + i, half));
+            for (int k = 0; k < K; ++k) key[k] = held(direct ? load_raw(rows[k] + i) : load_half(rows[k] + i, half));
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vec x = held(Vec::load(q + r * width + i + half * Vec::size));
+                const Vec x = held(direct ? load_raw(q + r * width + i) : load_half(q + r * width + i, half));
 #pragma GCC unroll 8
-                for (int k = 0; k < K; ++k) total[k][r] = fma(x, key[k], total[k][r]);
+                for (int k = 0; k < K; ++k) total[k][r] = add_products<direct>(total[k][r], x, key[k]);
             }
         }
     }
-    for (int k = 0; k < K; ++k) store_sums<R>(total[k], out + k * lanes);
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) store_sums<R>(total[k], scale, out + k * lanes);
 }
 
 // Values where they lie in the cache.
 template <class T>
 struct Paged {
-    static constexpr int64_t at_once = 16;
+    static constexpr int64_t at_once = Vec::size == 16 ? kBlock : 16;  // keys whose values the first-level cache holds
     const T* const* rows;
     int64_t count;
     const T* const* next_keys;
@@ -215,9 +280,34 @@ void add_weighted(const float* weights, int64_t lanes, const Values& values, int
     }
 }
 
+// A vector of lanes; where they fill half of it, twice.
+inline Vec load_lanes(const float* p, int64_t times) {
+    if (times == 1) return Vec::load(p);
+    alignas(64) float both[Vec::size];
+    std::copy_n(p, Vec::size / 2, both);
+    std::copy_n(p, Vec::size / 2, both + Vec::size / 2);
+    return Vec::load(both);
+}
+
+inline void store_lanes(Vec x, float* p, int64_t times) {
+    if (times == 1) return x.store(p);
+    alignas(64) float both[Vec::size];
+    x.store(both);
+    std::copy_n(both, Vec::size / 2, p);
+}
+
+// The halves of a vector in the other order.
+inline Vec swapped(Vec x) {
+#if defined(__AVX512F__)
+    return {_mm512_shuffle_f32x4(x.v, x.v, 0x4e)};
+#else
+    return {_mm256_permute2f128_ps(x.v, x.v, 1)};
+#endif
+}
+
 struct Shape {
     explicit Shape(const PagedAttention& p)
-        : group(p.heads / p.kv_heads), lanes(padded(group)), width((p.head_dim + kPair - 1) / kPair * kPair),
+        : group(p.heads / p.kv_heads), lanes(2 * group <= Vec::size ? Vec::size / 2 : padded(group)), width((p.head_dim + kPair - 1) / kPair * kPair),
           tokens(std::max<int64_t>(1, kTileRows / group)) {}
     int64_t group, lanes, width, tokens;  // query heads a key-value head; both sizes in whole vectors; tokens a tile
 };
@@ -247,8 +337,8 @@ template <class T>
 class Worker {
   public:
     explicit Worker(const PagedAttention& p)
-        : p(p), s(p), queries(scratch<float>(s.tokens * s.group * s.width)),
-          weights(scratch<float>(s.tokens * kBlock * s.lanes)), key_copy(scratch<float>(kBlock * s.width)),
+        : p(p), s(p), queries(scratch<Element>(s.tokens * s.group * s.width)),
+          weights(scratch<float>(s.tokens * kBlock * s.lanes)), key_copy(scratch<Element>(kBlock * s.width)),
           value_copy(scratch<float>(kBlock * s.width)), part_memory(scratch<float>(Softmax::floats(s, s.tokens))),
           memory(scratch<float>(Softmax::floats(s, s.tokens))) {
         std::fill_n(weights.get(), s.tokens * kBlock * s.lanes, 0.0f);
@@ -282,6 +372,8 @@ class Worker {
     }
 
   private:
+    using Element = typename Scores<T>::Element;
+
     // Keys that token i of the tile sees.
     int64_t keys_of(int64_t i) const { return p.causal ? t.keys - (t.tokens - 1 - i) : t.keys; }
 
@@ -290,16 +382,20 @@ class Worker {
     }
 
     void load_queries() {
-        const Vec scale = Vec::fill(float(p.scale));
-        float* to = queries.get();
+        Element* to = queries.get();
         for (int64_t i = 0; i < t.tokens; ++i) {
-            for (int64_t g = 0; g < s.group; ++g, to += s.width) {
-                const T* q = row(p.q, t.token + i, p.q_token, p.q_head, g);
-                for (int64_t c = 0; c < s.width; c += kPair) {
-                    const Pair x = load_pair(q, c, p.head_dim);
-                    Pair{x.first * scale, x.second * scale}.store(to + c);
-                }
-            }
+            for (int64_t g = 0; g < s.group; ++g, to += s.width)
+                copy_row(row(p.q, t.token + i, p.q_token, p.q_head, g), to);
+        }
+    }
+
+    // A query or key as scores are computed from it, zeros behind its end.
+    void copy_row(const T* from, Element* to) const {
+        if constexpr (Scores<T>::direct) {
+            std::copy_n(from, p.head_dim, to);
+            std::fill(to + p.head_dim, to + s.width, Element{});
+        } else {
+            for (int64_t c = 0; c < s.width; c += kPair) load_pair(from, c, p.head_dim).store(to + c);
         }
     }
 
@@ -312,8 +408,16 @@ class Worker {
             const int64_t count = std::min(kBlock, end - start);
             const T *const *keys = key_rows + (start - begin), *const *values = value_rows + (start - begin);
             if (copies) {
-                copy(keys, values, count);
-                block(copied_keys, Panels{value_copy.get()}, start, count, to);
+                copy_values(values, count);
+                const Panels panels{value_copy.get()};
+                if constexpr (Scores<T>::direct) {
+                    if (s.width == p.head_dim) {
+                        block(keys, panels, start, count, to);
+                        continue;
+                    }
+                }
+                for (int64_t j = 0; j < count; ++j) copy_row(keys[j], key_copy.get() + j * s.width);
+                block(copied_keys, panels, start, count, to);
             } else {
                 const int64_t next = std::min(kBlock, end - start - count);
                 block(keys, Paged<T>{values, count, keys + count, next}, start, count, to);
@@ -335,13 +439,10 @@ class Worker {
         }
     }
 
-    void copy(const T* const* keys, const T* const* values, int64_t count) {
-        for (int64_t j = 0; j < count; ++j) {
-            for (int64_t c = 0; c < s.width; c += kPair) {
-                load_pair(keys[j], c, p.head_dim).store(key_copy.get() + j * s.width + c);
+    void copy_values(const T* const* values, int64_t count) {
+        for (int64_t j = 0; j < count; ++j)
+            for (int64_t c = 0; c < s.width; c += kPair)
                 load_pair(values[j], c, p.head_dim).store(value_copy.get() + c * kBlock + j * kPair);
-            }
-        }
     }
 
     template <class S, class Values>
@@ -358,6 +459,7 @@ class Worker {
 
     template <class S, class Values>
     void score(const S* const* keys, const Values& values, int64_t count) {
+        const Vec scale = Vec::fill(float(p.scale));
         for (int64_t from = 0; from < count; from += kKeysAtOnce) {
             for (int64_t i = 0; i < t.tokens; ++i) {
                 const int64_t to = std::min(from + kKeysAtOnce, seen[i]);
@@ -367,10 +469,10 @@ class Worker {
                     const S* some[kKeys];
                     for (int k = 0; k < kKeys; ++k) some[k] = keys[std::min(j + k, to - 1)];
                     for (int64_t g = 0; g < s.group; g += kRows) {
-                        const float* q = queries.get() + (i * s.group + g) * s.width;
+                        const Element* q = queries.get() + (i * s.group + g) * s.width;
                         float* out = weights_of(i) + j * s.lanes + g;
                         with_rows<kRows>(s.group - g, [&](auto rows) {
-                            dots<rows.value, kKeys>(q, s.width, some, out, s.lanes);
+                            dots<rows.value, kKeys>(q, s.width, some, scale, out, s.lanes);
                         });
                     }
                 }
@@ -381,20 +483,27 @@ class Worker {
     // Scores of token i become weights, a query a lane; what was weighted by a smaller largest score is scaled.
     void soften(int64_t i, const Softmax& to) {
         alignas(64) float factors[Vec::size];
+        const int64_t together = std::max<int64_t>(1, Vec::size / s.lanes), keys = seen[i];
+        float* const scores = weights_of(i);
+        // Where two keys share a vector, none behind the last.
+        if (keys % together) std::fill_n(scores + keys * s.lanes, s.lanes, -std::numeric_limits<float>::infinity());
         for (int64_t g = 0; g < s.lanes; g += Vec::size) {
-            float *w = weights_of(i) + g, *largest = to.largest + i * s.lanes + g, *total = to.total + i * s.lanes + g;
-            const Vec before = Vec::load(largest);
+            float *w = scores + g, *largest = to.largest + i * s.lanes + g, *total = to.total + i * s.lanes + g;
+            const Vec before = load_lanes(largest, together);
             Vec top = before;
-            for (int64_t j = 0; j < seen[i]; ++j) top = max(top, Vec::load(w + j * s.lanes));
+            for (int64_t j = 0; j < keys; j += together) top = max(top, Vec::load(w + j * s.lanes));
+            if (together == 2) top = max(top, swapped(top));
             const Vec factor = exp(before - top);
-            Vec sum = Vec::load(total) * factor;
-            for (int64_t j = 0; j < seen[i]; ++j) {
+            Vec sum = Vec::zero();
+            for (int64_t j = 0; j < keys; j += together) {
                 const Vec e = exp(Vec::load(w + j * s.lanes) - top);
                 e.store(w + j * s.lanes);
                 sum = sum + e;
             }
-            top.store(largest);
-            sum.store(total);
+            if (together == 2) sum = sum + swapped(sum);
+            sum = fma(load_lanes(total, together), factor, sum);
+            store_lanes(top, largest, together);
+            store_lanes(sum, total, together);
             factor.store(factors);
             for (int64_t r = g; r < std::min(g + Vec::size, s.group); ++r)
                 scale(to.values + (i * s.group + r) * s.width, factors[r - g]);
@@ -410,8 +519,10 @@ class Worker {
     void weigh(const Values& values, int64_t count, const Softmax& sums) {
         for (int64_t from = 0; from < count; from += Values::at_once) {
             for (int64_t c = 0; c < s.width; c += kPair) {
-                const int64_t part = from + c / kPair;
-                if (c / kPair < Values::at_once) values.fetch_with_values(part, part + 1, s.width);
+                // Every column its share of the next keys.
+                const int64_t columns = s.width / kPair, share = (Values::at_once + columns - 1) / columns;
+                const int64_t part = from + c / kPair * share;
+                values.fetch_with_values(part, std::min(part + share, from + Values::at_once), s.width);
                 for (int64_t i = 0; i < t.tokens; ++i) {
                     const int64_t to = std::min(from + Values::at_once, seen[i]);
                     for (int64_t g = 0; g < s.group; g += kRows) {
@@ -473,9 +584,12 @@ class Worker {
     const PagedAttention& p;
     const Shape s;
     Tile t;
-    Scratch<float> queries, weights, key_copy, value_copy, part_memory, memory;
+    Scratch<Element> queries;
+    Scratch<float> weights;
+    Scratch<Element> key_copy;
+    Scratch<float> value_copy, part_memory, memory;
     const T *key_rows[kPartition], *value_rows[kPartition];
-    const float* copied_keys[kBlock];
+    const Element* copied_keys[kBlock];
     int64_t seen[kTileRows];  // keys of the current block, by token
 };
 

@@ -46,12 +46,16 @@ struct Vec {
     }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     void store(bfloat16* p) const {
+#if defined(__AVX512BF16__)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+#else
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
         const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
         rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+#endif
     }
     friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
     friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -62,7 +66,7 @@ struct Vec {
     friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
     friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
     friend Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-    // a · 2^n for whole n within the range of normal exponents.
+    // a · 2^n for whole n, rounded once; 0 or infinity where float32 ends.
     friend Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
     __m256 halves() const {
         return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
@@ -70,6 +74,31 @@ struct Vec {
 };
 
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+// 16 rows of 32 bits become 16 columns.
+inline void transpose(Vec (&x)[16]) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+        a[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + 2 + j]);
+            b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512 even = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), odd = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+        const __m512 even2 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+        const __m512 odd2 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+        x[i].v = _mm512_shuffle_f32x4(even, even2, 0x88);
+        x[i + 4].v = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+        x[i + 8].v = _mm512_shuffle_f32x4(even, even2, 0xdd);
+        x[i + 12].v = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+    }
+}
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
@@ -102,8 +131,13 @@ struct Vec {
     friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
     friend Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
     friend Vec scale_by_power(Vec a, Vec n) {
-        const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
-        return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent))};
+        // In two steps: 2^128 is no float, and 2^-149 is no normal one.
+        const Vec half = round(n * fill(0.5f));
+        return {_mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(n - half))};
+    }
+    static __m256 power(Vec n) {
+        const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
     }
     __m256 halves() const { return v; }
 };
@@ -112,6 +146,25 @@ inline float largest(Vec a) {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+// 8 rows of 32 bits become 8 columns.
+inline void transpose(Vec (&x)[8]) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+        a[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + 2 + j], 0x44);
+            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + 2 + j], 0xee);
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        x[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        x[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
 }
 
 #else
@@ -148,10 +201,7 @@ inline Vec exp(Vec x) {
     p = fma(p, r, Vec::fill(4.1665795894e-2f));
     p = fma(p, r, Vec::fill(1.6666665459e-1f));
     p = fma(p, r, Vec::fill(5.0000001201e-1f));
-    const Vec e = fma(p, r * r, r + Vec::fill(1.0f));
-    // In two steps: 2^128 is no float, and 2^-149 is no normal one.
-    const Vec half = round(n * Vec::fill(0.5f));
-    return scale_by_power(scale_by_power(e, half), n - half);
+    return scale_by_power(fma(p, r * r, r + Vec::fill(1.0f)), n);
 }
 
 inline Vec sigmoid(Vec x) { return Vec::fill(1.0f) / (Vec::fill(1.0f) + exp(Vec::zero() - x)); }

@@ -40,6 +40,7 @@ class _Arguments(ctypes.Structure):
         ("step_rows", Indices),
         *((name, ctypes.c_int64) for name in ("sequences", "key_heads", "value_heads", "key_dim", "value_dim")),
         ("every_token", ctypes.c_int64),
+        ("recurrent", ctypes.c_int64),
     )
 
 

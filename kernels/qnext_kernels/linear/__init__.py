@@ -1,31 +1,39 @@
-"""Linear layers, x · weightᵀ + bias (PyTorch's ``F.linear``), over unquantized weights in the checkpoint's layout."""
+"""Linear layers, x · weightᵀ + bias (PyTorch's ``F.linear``), over unquantized weights.
+
+A weight lies as in the checkpoint, or packed in place by :func:`pack_weight_`: 64 rows side by side, which a kernel reads
+as one stream. The bits of a result do not depend on which.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
 from qnext_kernels.checks import expect_dtype, expect_floating, expect_shape
-from qnext_kernels.dispatch import Operation
+from qnext_kernels.dispatch import BackendError, Operation
 from qnext_kernels.linear.cpu import CpuBackend
-from qnext_kernels.linear.native import LinearNative
+from qnext_kernels.linear.native import LinearNative, packable
 from qnext_kernels.linear.reference import ReferenceBackend
 
 operation = Operation("linear", [LinearNative(), CpuBackend(), ReferenceBackend()])
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: bool = False) -> Tensor:
     """Multiply tokens with the rows of a weight, accumulating in float32 (float64 for float64).
 
     Args:
         x: [T, K], any float dtype.
         weight: [N, K] in the dtype of ``x``.
         bias: [N] in the dtype of ``x``, or None.
+        packed: whether :func:`pack_weight_` has packed the weight.
 
     Returns:
         [T, N] in the dtype of ``x``, rounded once.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
+        BackendError: the backend that serves does not read packed weights.
     """
     expect_shape("x", x, (None, None))
     expect_floating("x", x)
@@ -34,4 +42,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         expect_shape("bias", bias, (weight.shape[0],))
         expect_dtype("bias", bias, (x.dtype,))
-    return operation.select(x.device, x.dtype).linear(x, weight, bias)
+    backend = operation.select(x.device, x.dtype)
+    if packed:
+        expect_reads_packed(backend)
+        return backend.linear_packed(x, weight, bias)
+    return backend.linear(x, weight, bias)
+
+
+def pack_weight_(weight: Tensor) -> bool:
+    """Pack the matrices of a weight in place, where the backend that serves them reads packed ones.
+
+    A whole panel of 64 rows [64, K] becomes [K / s, 64, s], with s elements in 32 bits; rows behind the last whole panel
+    of a matrix stay.
+
+    Args:
+        weight: [..., N, K], any float dtype; written in place.
+
+    Returns:
+        Whether it is packed now: not where the backend does not read it so, where it is not contiguous, or where K is odd
+        and the dtype has 16 bits.
+    """
+    expect_floating("weight", weight)
+    backend = operation.select(weight.device, weight.dtype)
+    if backend.name != LinearNative.name or not packable(weight):
+        return False
+    backend.pack_weight_(weight, back=False)
+    return True
+
+
+def unpack_weight_(weight: Tensor) -> None:
+    """Undo :func:`pack_weight_` in place; raises BackendError where the backend does not read packed weights."""
+    backend = operation.select(weight.device, weight.dtype)
+    expect_reads_packed(backend)
+    backend.pack_weight_(weight, back=True)
+
+
+def expect_reads_packed(backend: Any) -> None:
+    """Raise BackendError unless a backend reads packed weights."""
+    if backend.name != LinearNative.name:
+        raise BackendError(f"packed: backend {backend.name} reads weights as the checkpoint stores them")

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from qnext_kernels.checks import expect_dtype, expect_floating, expect_indices, expect_shape
 from qnext_kernels.dispatch import Operation
+from qnext_kernels.linear import expect_reads_packed, pack_weight_, unpack_weight_
+from qnext_kernels.linear.native import packable
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.moe.native import MoeNative
 from qnext_kernels.moe.reference import ReferenceBackend
@@ -57,7 +59,9 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return operation.select(x.device, x.dtype).silu_and_mul(x)
 
 
-def experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+def experts(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool = False
+) -> Tensor:
     """Σ_j topk_weights[t, j] · down_e(SiLU(gate_e x_t) · up_e x_t) over the chosen experts e = topk_ids[t, j].
 
     Args:
@@ -66,6 +70,7 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: 
         w2: [E, D, I], the down projections, in the dtype of ``x``.
         topk_weights: [T, top_k] float32.
         topk_ids: [T, top_k] int32 or int64; −1 (an expert of another rank) is skipped.
+        packed: whether :func:`pack_experts_` has packed the weights.
 
     Returns:
         [T, D] in the dtype of ``x``; a token's sum over its experts runs in float32, in an order that depends on
@@ -73,11 +78,33 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: 
 
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit.
+        BackendError: the backend that serves does not read packed weights.
     """
-    return torch.ops.qnext.experts(x, w13, w2, topk_weights, topk_ids)
+    return torch.ops.qnext.experts(x, w13, w2, topk_weights, topk_ids, packed)
 
 
-def _experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+def pack_experts_(w13: Tensor, w2: Tensor) -> bool:
+    """Pack the experts' weights in place (:func:`qnext_kernels.pack_weight_`), gate, up and down projections apart.
+
+    Args:
+        w13: [E, 2·I, D], written in place.
+        w2: [E, D, I], written in place.
+
+    Returns:
+        Whether both are packed now; else neither is.
+    """
+    if not (packable(w13) and packable(w2)) or operation.select(w13.device, w13.dtype).name != MoeNative.name:
+        return False
+    return pack_weight_(w13.unflatten(1, (2, -1))) and pack_weight_(w2)
+
+
+def unpack_experts_(w13: Tensor, w2: Tensor) -> None:
+    """Undo :func:`pack_experts_` in place."""
+    unpack_weight_(w13.unflatten(1, (2, -1)))
+    unpack_weight_(w2)
+
+
+def _experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool) -> Tensor:
     expect_shape("x", x, (None, None))
     expect_floating("x", x)
     expect_shape("w13", w13, (None, None, x.shape[1]))
@@ -91,15 +118,21 @@ def _experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids:
     expect_dtype("topk_weights", topk_weights, (torch.float32,))
     expect_shape("topk_ids", topk_ids, topk_weights.shape)
     expect_indices("topk_ids", topk_ids, -1, num_experts)
-    return operation.select(x.device, x.dtype).experts(x, w13, w2, topk_weights, topk_ids)
+    backend = operation.select(x.device, x.dtype)
+    if packed:
+        expect_reads_packed(backend)
+        return backend.experts_packed(x, w13, w2, topk_weights, topk_ids)
+    return backend.experts(x, w13, w2, topk_weights, topk_ids)
 
 
-def _experts_fake(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+def _experts_fake(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool
+) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 # One opaque operator: which tokens go to which expert is data that torch.compile must not trace.
 _library = torch.library.Library("qnext", "FRAGMENT")
-_library.define("experts(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids) -> Tensor")
+_library.define("experts(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, bool packed) -> Tensor")
 _library.impl("experts", _experts, "CompositeExplicitAutograd")
 torch.library.register_fake("qnext::experts", _experts_fake, lib=_library)

@@ -1,4 +1,4 @@
-"""The routed experts in C++ (``csrc/experts.cpp``), over the weights as the checkpoint stores them."""
+"""The routed experts in C++ (``csrc/experts.cpp``), over weights as the checkpoint stores them or packed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "w13", "w2", "weights")),
         ("ids", Indices),
         ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("dtype", "x_token", "tokens", "top_k", "experts", "hidden", "middle")),
+        *((name, ctypes.c_int64) for name in ("dtype", "x_token", "tokens", "top_k", "experts", "hidden", "middle", "packed")),
     )
 
 
@@ -44,6 +44,14 @@ class MoeNative(NativeBackend, CpuBackend):
     def experts(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         if not (w13.is_contiguous() and w2.is_contiguous()):
             return super().experts(x, w13, w2, topk_weights, topk_ids)
+        return self._run(x, w13, w2, topk_weights, topk_ids, packed=False)
+
+    def experts_packed(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        return self._run(x, w13, w2, topk_weights, topk_ids, packed=True)
+
+    def _run(
+        self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool
+    ) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
         topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
         out = torch.empty(x.shape, dtype=x.dtype)
@@ -62,6 +70,7 @@ class MoeNative(NativeBackend, CpuBackend):
                 experts=w13.shape[0],
                 hidden=x.shape[1],
                 middle=w2.shape[2],
+                packed=packed,
             )
         )
         return out

@@ -13,9 +13,28 @@ import torch
 from torch import Tensor
 
 import qnext_kernels
+from qnext_kernels.dispatch import OPERATIONS
 from qnext_plugins.cli.bench.elementwise import elementwise_rows
 from qnext_plugins.cli.bench.inputs import BLOCK_SIZE, Case, Library, Row, Side, Sizes, int32, normal, sides_of
 from qnext_plugins.cli.bench.roofs import Call, rotations
+
+# Weights.
+
+
+class Stored:
+    """Weights as a checkpoint has them, and a copy as our engines' sides keep them: packed, on huge pages."""
+
+    def __init__(self, weights: tuple[Tensor, ...], pack: Callable[..., bool]) -> None:
+        qnext_kernels.use_huge_pages(*weights)
+        copies = tuple(weight.clone() for weight in weights)
+        qnext_kernels.use_huge_pages(*copies)
+        self.plain, self.packed = weights, copies if pack(*copies) else None
+
+    def read(self, operation: str, function: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> Tensor:
+        """Call ``function(x, *weights, *rest)`` with what the backend that serves reads."""
+        packed = self.packed if OPERATIONS[operation].select(x.device, x.dtype).name == "native" else None
+        return function(x, *(packed or self.plain), *rest, packed=packed is not None)
+
 
 # Routed experts.
 
@@ -35,15 +54,14 @@ def balanced_routing(tokens: int, experts: int, top_k: int) -> Tensor:
 
 def experts_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
     @cache
-    def weights() -> tuple[Tensor, Tensor, dict[str, tuple[str, Callable[..., None]]]]:
+    def weights() -> tuple[Stored, dict[str, tuple[str, Callable[..., None]]]]:
         w13 = normal(s.experts, 2 * s.intermediate, s.hidden, scale=0.02)
         w2 = normal(s.experts, s.hidden, s.intermediate, scale=0.02)
         packed = {each.name: found for each in libraries if (found := each.experts(w13, w2)) is not None}
-        qnext_kernels.use_huge_pages(w13, w2)  # as our engines' sides do
-        return w13, w2, packed
+        return Stored((w13, w2), qnext_kernels.pack_experts_), packed
 
     def build(tokens: int) -> Case:
-        w13, w2, packed = weights()
+        stored, packed = weights()
         one_expert = 3 * s.intermediate * s.hidden * 2
         sets = min(rotations(one_expert * min(s.experts, tokens * s.top_k), 64 << 30), 64)
         ids = balanced_routing(sets * tokens, s.experts, s.top_k).view(sets, tokens, s.top_k)
@@ -63,7 +81,7 @@ def experts_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
             return Side(name, run)
 
         return Case(
-            lambda i: qnext_kernels.experts(x, w13, w2, scores[i % sets], ids[i % sets]),
+            lambda i: stored.read("moe", qnext_kernels.experts, x, scores[i % sets], ids[i % sets]),
             {library: side(*found) for library, found in packed.items()},
             flops=tokens * s.top_k * 6 * s.hidden * s.intermediate,
             moved=read + 2 * x.nbytes,
@@ -333,14 +351,17 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
 
 
 def linear_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
-    Layer = tuple[Tensor, dict[str, tuple[str, Callable[[Tensor], Tensor]]]]
+    Layer = tuple[Stored, dict[str, tuple[str, Callable[[Tensor], Tensor]]]]
 
     def layer(n: int, k: int) -> Callable[[], list[Layer]]:
         @cache
         def make() -> list[Layer]:
             weights = [normal(n, k, scale=0.02) for _ in range(rotations(2 * n * k))]
             return [
-                (weight, {each.name: found for each in libraries if (found := each.linear(weight)) is not None})
+                (
+                    Stored((weight,), qnext_kernels.pack_weight_),
+                    {each.name: found for each in libraries if (found := each.linear(weight)) is not None},
+                )
                 for weight in weights
             ]
 
@@ -355,7 +376,7 @@ def linear_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
             return Side(turns[0][1][library][0], lambda i: calls[(i + apart if i else 0) % len(calls)](x))
 
         return Case(
-            lambda i: qnext_kernels.linear(x, turns[i % len(turns)][0]),
+            lambda i: turns[i % len(turns)][0].read("linear", qnext_kernels.linear, x),
             {library: side(library) for library in turns[0][1]},
             flops=2 * tokens * n * k,
             moved=2 * (n * k + tokens * (n + k)),

@@ -17,6 +17,7 @@ from qnext_plugins.model import (
     expected_shapes,
 )
 from qnext_plugins.model.weights import MTP_PREFIX
+from qnext_plugins.packed_methods import unpack_weights
 from qnext_sglang import sglang_api as api
 from qnext_sglang.engine import SglangEngine
 from qnext_sglang.linear import on_our_kernel
@@ -147,6 +148,7 @@ class Qwen3NextForCausalLM(ServedModel):
         weights = ((name, tensor) for name, tensor in weights if not name.startswith(MTP_PREFIX))
         if self.quant_config is None:
             weights = checked_weights(weights, expected_shapes(self.qnext_config))
+        unpack_weights(self)
         return load_parameters(self, weights, self.qnext_config.num_experts)
 
 

@@ -1,0 +1,187 @@
+// The gated delta rule for a block of 16 tokens at once, on some rows of one value head's state.
+//
+// With S the state before the block, G_t the sum of the log decays up to token t, γ_t = e^(G_t), for each row:
+//   d_t = β_t (v_t − γ_t S·k_t − Σ_{s<t} e^(G_t − G_s) (k_t·k_s) d_s)        forward substitution
+//   o_t = γ_t S·q_t + Σ_{s<=t} e^(G_t − G_s) (q_t·k_s) d_s
+//   S' = γ_15 S + Σ_s e^(G_15 − G_s) d_s k_sᵀ
+// all in float32. An element of the state takes 51 multiply-adds a block where the recurrence takes 64 operations, and is
+// read twice and written once where the recurrence reads it 32 times.
+#pragma once
+
+#include <algorithm>
+
+#include "arguments.h"
+
+namespace qnext {
+
+constexpr int kBlockTokens = 16;
+
+namespace delta {
+
+constexpr int kTokenVectors = kBlockTokens / Vec::size;  // of a row of 16 tokens
+constexpr int kDotRows = Vec::size == 16 ? 8 : 2;        // rows whose products with 32 tokens fill the registers
+constexpr int kUpdateVectors = Vec::size == 16 ? 8 : 4;  // of a row, two of which are updated together
+
+// products[r] = the products of R rows with the 16 keys, then with the 16 queries; kq [width, 32].
+template <int R>
+__attribute__((noinline)) void dots(const float* const* rows, int64_t width, const float* kq, float* products) {
+    constexpr int vectors = 2 * kTokenVectors;
+    Vec total[R][vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) total[r][v] = Vec::zero();
+    const float* from[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) from[r] = rows[r];
+    for (int64_t i = 0; i < width; ++i) {
+        Vec tokens[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) tokens[v] = Vec::load(kq + i * 2 * kBlockTokens + v * Vec::size);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const Vec x = Vec::fill(from[r][i]);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) total[r][v] = fma(x, tokens[v], total[r][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) total[r][v].store(products + r * 2 * kBlockTokens + v * Vec::size);
+}
+
+// rows[r] [V vectors] = decay rows[r] + Σ_s d[s][r] keys[s], for R rows.
+template <int R, int V>
+__attribute__((noinline)) void update(float* rows, int64_t width, float decay, const float* d, const float* keys) {
+    Vec x[R][V];
+    const Vec decays = Vec::fill(decay);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) x[r][v] = Vec::load(rows + r * width + v * Vec::size) * decays;
+    for (int s = 0; s < kBlockTokens; ++s) {
+        Vec weight[R];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) weight[r] = Vec::fill(d[s * Vec::size + r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+            const Vec key = Vec::load(keys + s * width + v * Vec::size);
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) x[r][v] = fma(weight[r], key, x[r][v]);
+        }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) x[r][v].store(rows + r * width + v * Vec::size);
+}
+
+}  // namespace delta
+
+// One head's 16 tokens, prepared once for all rows.
+class DeltaBlock {
+  public:
+    explicit DeltaBlock(int64_t width) : width(width), kq(scratch<float>(width * 2 * kBlockTokens)) {}
+
+    // keys and queries [16, width]; log_decay and beta [16].
+    void prepare(const float* keys, const float* queries, const float* log_decay, const float* beta) {
+        this->keys = keys;
+        for (int side = 0; side < 2; ++side) {
+            const float* from = side ? queries : keys;
+            for (int64_t i = 0; i < width; i += Vec::size) {
+                for (int t = 0; t < kBlockTokens; t += Vec::size) {
+                    Vec square[Vec::size];
+                    for (int r = 0; r < Vec::size; ++r) square[r] = Vec::load(from + (t + r) * width + i);
+                    transpose(square);
+                    for (int r = 0; r < Vec::size; ++r)
+                        square[r].store(kq.get() + (i + r) * 2 * kBlockTokens + side * kBlockTokens + t);
+                }
+            }
+        }
+        float sums[kBlockTokens], total = 0.0f;
+        for (int t = 0; t < kBlockTokens; ++t) sums[t] = total += log_decay[t];
+        for (int s = 0; s < kBlockTokens; s += delta::kDotRows) {
+            const float* rows[delta::kDotRows];
+            for (int r = 0; r < delta::kDotRows; ++r) rows[r] = keys + (s + r) * width;
+            delta::dots<delta::kDotRows>(rows, width, kq.get(), products);
+            for (int r = 0; r < delta::kDotRows; ++r) {
+                for (int t = 0; t < kBlockTokens; t += Vec::size) {
+                    // Behind s only: before it the factor could overflow, and nothing reads it.
+                    const Vec factor = exp(min(Vec::load(sums + t) - Vec::fill(sums[s + r]), Vec::zero()));
+                    const float* row = products + r * 2 * kBlockTokens + t;
+                    (Vec::load(row) * factor * Vec::load(beta + t)).store(with_key[s + r] + t);
+                    (Vec::load(row + kBlockTokens) * factor).store(with_query[s + r] + t);
+                }
+            }
+        }
+        for (int t = 0; t < kBlockTokens; t += Vec::size) {
+            const Vec decay = exp(Vec::load(sums + t)), b = Vec::load(beta + t);
+            decay.store(decays + t);
+            (b * decay).store(beta_decays + t);
+            b.store(betas + t);
+            exp(Vec::fill(total) - Vec::load(sums + t)).store(to_end + t);
+        }
+    }
+
+    // `count` rows, at most Vec::size, of the state: v and o [16, Vec::size], rows [count, width] in place.
+    void advance(float* rows, int64_t count, const float* v, float* o) {
+        alignas(64) float by_row[Vec::size * 2 * kBlockTokens], by_token[2 * kBlockTokens * Vec::size];
+        const float* from[Vec::size];
+        for (int r = 0; r < Vec::size; ++r) from[r] = rows + std::min<int64_t>(r, count - 1) * width;
+        for (int r = 0; r < Vec::size; r += delta::kDotRows)
+            delta::dots<delta::kDotRows>(from + r, width, kq.get(), by_row + r * 2 * kBlockTokens);
+        for (int t = 0; t < 2 * kBlockTokens; t += Vec::size) {
+            Vec square[Vec::size];
+            for (int r = 0; r < Vec::size; ++r) square[r] = Vec::load(by_row + r * 2 * kBlockTokens + t);
+            transpose(square);
+            for (int r = 0; r < Vec::size; ++r) square[r].store(by_token + (t + r) * Vec::size);
+        }
+        solve(by_token, v, o);
+        int64_t r = 0;
+        for (; r + 2 <= count; r += 2) update<2>(rows + r * width, r);
+        if (r < count) update<1>(rows + r * width, r);
+    }
+
+  private:
+    // d, weighted for the update, and o from the products with the state before the block.
+    void solve(const float* with_state, const float* v, float* o) {
+        const auto at = [](const float* p, int t) { return Vec::load(p + t * Vec::size); };
+        Vec d[kBlockTokens];
+#pragma GCC unroll 16
+        for (int t = 0; t < kBlockTokens; ++t)
+            d[t] = fma(Vec::fill(-beta_decays[t]), at(with_state, t), Vec::fill(betas[t]) * at(v, t));
+#pragma GCC unroll 16
+        for (int s = 0; s < kBlockTokens; ++s)
+#pragma GCC unroll 16
+            for (int t = s + 1; t < kBlockTokens; ++t) d[t] = fma(Vec::fill(-with_key[s][t]), d[s], d[t]);
+        for (int t = 0; t < kBlockTokens; ++t) d[t].store(plain + t * Vec::size);
+        for (int t = 0; t < kBlockTokens; ++t) {
+            Vec total = Vec::fill(decays[t]) * at(with_state, kBlockTokens + t);
+            for (int s = 0; s <= t; ++s) total = fma(Vec::fill(with_query[s][t]), at(plain, s), total);
+            total.store(o + t * Vec::size);
+            (at(plain, t) * Vec::fill(to_end[t])).store(weighted + t * Vec::size);
+        }
+    }
+
+    template <int R>
+    void update(float* rows, int64_t first) const {
+        using namespace delta;
+        int64_t i = 0;
+        const float decay = decays[kBlockTokens - 1];
+        for (; i + kUpdateVectors * Vec::size <= width; i += kUpdateVectors * Vec::size)
+            delta::update<R, kUpdateVectors>(rows + i, width, decay, weighted + first, keys + i);
+        for (; i < width; i += Vec::size) delta::update<R, 1>(rows + i, width, decay, weighted + first, keys + i);
+    }
+
+    const int64_t width;
+    const float* keys = nullptr;
+    const Scratch<float> kq;  // [width, keys of 16 tokens and then queries]
+    // [s][t]: β_t e^(G_t − G_s) k_t·k_s, and the same of q_t without β_t
+    alignas(64) float with_key[kBlockTokens][kBlockTokens], with_query[kBlockTokens][kBlockTokens];
+    alignas(64) float decays[kBlockTokens], betas[kBlockTokens], beta_decays[kBlockTokens], to_end[kBlockTokens];
+    alignas(64) float products[delta::kDotRows * 2 * kBlockTokens];
+    alignas(64) float plain[kBlockTokens * Vec::size], weighted[kBlockTokens * Vec::size];
+};
+
+}  // namespace qnext

@@ -1,0 +1,75 @@
+"""Unquantized linears, heads and experts of either engine on our kernels, with weights packed once behind loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from qnext_kernels import (
+    experts,
+    linear,
+    pack_experts_,
+    pack_weight_,
+    selected_backends,
+    unpack_experts_,
+    unpack_weight_,
+    use_huge_pages,
+)
+
+
+class PackedLinear:
+    """Goes before an engine's unquantized method: creating and loading the weights stays the engine's."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.packed = layer.packable and pack_weight_(layer.weight.data)
+
+    def unpack(self, layer: Any) -> None:
+        unpack_weight_(layer.weight.data)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, layer.weight, bias, layer.packed)
+
+
+class PackedExperts:
+    """Goes before an engine's unquantized method of routed experts; ``w13_weight`` and ``w2_weight`` as the kernel's."""
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
+        layer.packed = False
+        use_huge_pages(layer.w13_weight, layer.w2_weight)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.packed = pack_experts_(layer.w13_weight.data, layer.w2_weight.data)
+
+    def unpack(self, layer: Any) -> None:
+        unpack_experts_(layer.w13_weight.data, layer.w2_weight.data)
+
+    def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        return experts(x, layer.w13_weight, layer.w2_weight, topk_weights, topk_ids, layer.packed)
+
+
+def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable: bool) -> Any:
+    """A layer of an engine with its method replaced by ours for it, where our kernel serves the layer's weight.
+
+    Args:
+        layer: a linear or a head of the engine.
+        ours: our method for each of the engine's.
+        packable: whether nothing but this layer reads its weight (a head may be tied to the embedding).
+    """
+    method = ours.get(type(layer.quant_method))
+    if method is not None and selected_backends(layer.weight.device, layer.weight.dtype)["linear"] == "native":
+        layer.quant_method = method()
+        layer.packable, layer.packed = packable, False
+        use_huge_pages(layer.weight)
+    return layer
+
+
+def unpack_weights(model: nn.Module) -> None:
+    """Undo the packing of a model's weights, which may be loaded again then."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, PackedLinear | PackedExperts) and layer.packed:  # type: ignore[union-attr]
+            method.unpack(layer)
+            layer.packed = False  # type: ignore[assignment]

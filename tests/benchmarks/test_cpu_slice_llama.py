@@ -1,0 +1,112 @@
+"""The llama.cpp that ``cpu_slice.py`` measures computes the model: the same logits and tokens as transformers.
+
+Runs where QNEXT_LLAMA_PYTHON names the Python of an environment with llama-cpp-python and gguf.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+from tests.model.transformers_models import small_model
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PROMPT = 70
+"""More than a chunk of the chunked delta rule."""
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def python() -> str:
+    given = os.environ.get("QNEXT_LLAMA_PYTHON")
+    if not given:
+        pytest.skip("QNEXT_LLAMA_PYTHON: expected the Python of an environment with llama-cpp-python and gguf")
+    return given
+
+
+@pytest.fixture(scope="module")
+def config(python: str) -> dict[str, Any]:
+    """The benchmark's, with heads of real sizes, but narrow and of few experts."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        from cpu_slice_engine import Slice
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    model = Slice(layers=4, experts=8, vocabulary=512, hidden=256, intermediate=64)
+    return model.config() | {"num_experts_per_tok": 3}
+
+
+@pytest.fixture(scope="module")
+def model(config: dict[str, Any]) -> Qwen3NextForCausalLM:
+    """float32, with values that bfloat16 can hold."""
+    known = Qwen3NextConfig(**{key: value for key, value in config.items() if key != "torch_dtype"})
+    return small_model(known).bfloat16().float()
+
+
+@pytest.fixture(scope="module")
+def tokens(model: Qwen3NextForCausalLM) -> Tensor:
+    """[1, T]: a prompt and what the model says after it."""
+    prompts = torch.randint(1, 512, (16, PROMPT), generator=torch.Generator().manual_seed(0))
+    model.generation_config.eos_token_id = None
+    options: dict[str, Any] = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    said = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=STEPS, **options)
+    best, second = torch.stack(said.logits, dim=1).topk(2, dim=-1).values.unbind(-1)
+    # The prompt whose closest decision is the clearest, so that roundings change none.
+    clearest = int((best - second).amin(dim=1).argmax())
+    return said.sequences[clearest : clearest + 1]
+
+
+@pytest.fixture(scope="module")
+def answer(
+    python: str,
+    config: dict[str, Any],
+    model: Qwen3NextForCausalLM,
+    tokens: Tensor,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, np.ndarray]:
+    """llama.cpp's logits [T, V] and greedy tokens."""
+    folder = tmp_path_factory.mktemp("llama")
+    copy.deepcopy(model).bfloat16().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    bits = {name: weight.view(torch.uint16).numpy() for name, weight in weights.items()}
+    np.savez(folder / "weights.npz", **bits)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokens.json").write_text(json.dumps(tokens[0].tolist()))
+    files = [str(folder / name) for name in ("weights.npz", "config.json", "tokens.json", "out.npz")]
+    script = str(Path(__file__).with_name("llama_logits.py"))
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS)}
+    done = subprocess.run(
+        [python, script, str(STEPS), *files], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(np.load(files[-1]))
+
+
+@torch.no_grad()
+def test_logits_of_llama_cpp_are_as_near_the_references_as_bfloat16_allows(
+    model: Qwen3NextForCausalLM, tokens: Tensor, answer: dict[str, np.ndarray]
+) -> None:
+    exact = model(tokens).logits[0]
+    rounded = copy.deepcopy(model).bfloat16()(tokens).logits[0].float()
+    theirs = torch.from_numpy(answer["logits"])
+    # llama.cpp rounds what enters a product to bfloat16, transformers in bfloat16 all that it computes.
+    error, allowed = (theirs - exact).norm(dim=1), (rounded - exact).norm(dim=1)
+    assert error.median() <= allowed.median()
+    assert error.max() <= 2 * allowed.max()
+
+
+@torch.no_grad()
+def test_greedy_tokens_of_llama_cpp_are_the_references(tokens: Tensor, answer: dict[str, np.ndarray]) -> None:
+    assert answer["greedy"].tolist() == tokens[0, PROMPT:].tolist()
