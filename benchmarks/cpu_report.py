@@ -9,16 +9,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpu_roof import Roofs
 from rich.console import Console
 from rich.table import Table
+
+from qnext_plugins.cli.bench.roofs import Roofs
 
 COLUMNS = ("op", "shape", "threads", "ours_ms", "peer", "peer_ms", "ratio", "roof_pct")
 
 
 @dataclass
 class Result:
-    """A measured row; times in seconds, work as in :class:`cpu_inputs.Case`; without a peer's time, no ratio."""
+    """A measured row; times in seconds, work as in a ``Case``; without a peer's time, no ratio."""
 
     op: str
     shape: str

@@ -26,11 +26,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cpu_report import Result, make_console, parse, positive_numbers, report
-from cpu_roof import OtherLoad, Roofs, describe_machine
 from cpu_slice_engine import Engine, EngineError, Side, Slice
 from cpu_slice_llama import LlamaEngine, LlamaSide, find_llama
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine
 
 IN_TREE = "vLLM in-tree"
 PEERS = ("vllm", "llama.cpp")

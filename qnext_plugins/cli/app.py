@@ -19,8 +19,9 @@ COMMANDS = {
         "qnext_plugins.cli.compare.command:compare",
         "Compare servers: do they give the same tokens, and how fast?",
     ),
+    "bench": ("qnext_plugins.cli.bench.command:app", "Measure kernels, servers, and the release's claims."),
 }
-"""Name: (function, one line of help). The function's own signature is its command line."""
+"""Name: (function or Typer app, one line of help). A function's own signature is its command line."""
 
 # All that stands behind the name belongs to the subcommand.
 PASS_ON = {
@@ -63,8 +64,11 @@ def add_command(name: str, target: str, summary: str) -> None:
         except ImportError as error:
             typer.echo(f"qnext {name}: {error}; install qnext-plugins again (pip install .)", err=True)
             raise typer.Exit(2) from None
-        command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        command.command(name)(function)
+        if isinstance(function, typer.Typer):
+            command = function
+        else:
+            command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+            command.command(name)(function)
         command(context.args, prog_name=f"qnext {name}")
 
 

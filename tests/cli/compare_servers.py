@@ -34,7 +34,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send(*self.fetch("POST", body))
 
     def fetch(self, method: str, body: bytes) -> tuple[int, bytes]:
-        answer = httpx.request(method, self.upstream + self.path, content=body, timeout=60, trust_env=False)
+        kind = {"Content-Type": self.headers.get("Content-Type", "application/json")}
+        url = self.upstream + self.path
+        answer = httpx.request(method, url, content=body, headers=kind, timeout=60, trust_env=False)
         return answer.status_code, answer.content
 
     def send(self, status: int, body: bytes, *, length: int | None = None) -> None:

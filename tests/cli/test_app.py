@@ -44,7 +44,9 @@ def test_an_unknown_subcommand_is_named() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("name", "option"), [("doctor", "--model"), ("checkpoint", "--mtp-acceptance")])
+@pytest.mark.parametrize(
+    ("name", "option"), [("doctor", "--model"), ("checkpoint", "--mtp-acceptance"), ("bench", "headline")]
+)
 def test_help_of_a_subcommand_is_its_own(name: str, option: str) -> None:
     done = qnext(name, "--help")
     assert done.returncode == 0

@@ -16,14 +16,22 @@ from qnext_plugins.cli.app import COMMANDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
 BLOCK = "<!-- options of {name} -->\n\n{table}\n<!-- end -->"
-BLOCKS = re.compile(r"<!-- options of (?P<name>\w+) -->\n.*?<!-- end -->", re.S)
+BLOCKS = re.compile(r"<!-- options of (?P<name>[\w ]+) -->\n.*?<!-- end -->", re.S)
 
 
-def command(name: str) -> Any:
-    """A subcommand as the command line has it."""
-    app = typer.Typer(add_completion=False)
-    app.command(name)(pkgutil.resolve_name(COMMANDS[name][0]))
-    return typer.main.get_command(app)
+def commands() -> dict[str, Any]:
+    """Every command as the command line has it, by what is typed behind ``qnext``."""
+    found: dict[str, Any] = {}
+    for name, (target, _) in COMMANDS.items():
+        function = pkgutil.resolve_name(target)
+        if isinstance(function, typer.Typer):
+            group: Any = typer.main.get_command(function)
+            found |= {f"{name} {own}": command for own, command in group.commands.items()}
+        else:
+            app = typer.Typer(add_completion=False)
+            app.command(name)(function)
+            found[name] = typer.main.get_command(app)
+    return found
 
 
 def written(parameter: Any) -> str:
@@ -43,10 +51,10 @@ def default(parameter: Any) -> str:
 
 
 def table(name: str) -> str:
-    """The Markdown table of a subcommand."""
+    """The Markdown table of a command."""
     rows = [
         f"| {written(parameter)} | {default(parameter)} | {escaped(parameter.help)} |"
-        for parameter in command(name).params
+        for parameter in commands()[name].params
         if parameter.name != "help"
     ]
     return "\n".join(["| argument or option | default | |", "|---|---|---|", *rows, ""])

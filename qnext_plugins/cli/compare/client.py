@@ -71,6 +71,8 @@ class Client:
         )
         self.kind = "openai"
         self.model = ""
+        self.served: list[str] = []
+        """The models that it names."""
         self.gives_log_probs = True
 
     async def close(self) -> None:
@@ -81,7 +83,8 @@ class Client:
         async with self._errors():
             response = await self.http.get(f"{self.url}/v1/models")
         try:
-            card = self._json(response)["data"][0]
+            cards = self._json(response)["data"]
+            card, self.served = cards[0], [str(each["id"]) for each in cards]
             self.model, owner = model or str(card["id"]), card.get("owned_by")
         except (LookupError, TypeError, AttributeError) as error:
             raise SideError(f"{self.url}/v1/models names no model: {response.text[:80]!r}") from error

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
+from qnext_plugins.cli.arguments import INTERRUPTED, ArgumentError, check_writable, ends_on_sigterm, positive_numbers
 from qnext_plugins.cli.compare.page import write_page
-from qnext_plugins.cli.compare.progress import Progress
 from qnext_plugins.cli.compare.prompts import PromptsError, load_prompts
 from qnext_plugins.cli.compare.report import Report
 from qnext_plugins.cli.compare.run import Options, make
 from qnext_plugins.cli.compare.sides import Pythons, SpecError, parse_sides
 from qnext_plugins.cli.compare.terminal import show
-
-INTERRUPTED = 130
-TERMINATED = 143
+from qnext_plugins.cli.progress import Progress
 
 
 def compare(
@@ -104,13 +96,13 @@ def compare(
         options = Options(
             prompts=load_prompts(prompts, limit=limit, chat=chat),
             max_tokens=max_tokens,
-            concurrency=_levels(concurrency),
+            concurrency=positive_numbers("--concurrency", concurrency),
             requests=requests,
             speed=speed,
             referee=referee,
             tie_gap=tie_gap,
             tolerance=tolerance,
-            pythons=_pythons(vllm=python_vllm, sglang=python_sglang, hf=python_hf),
+            pythons=Pythons.given(vllm=python_vllm, sglang=python_sglang, hf=python_hf),
             model=model,
             api_key=api_key,
             timeout=timeout,
@@ -119,50 +111,19 @@ def compare(
             output=output,
         )
         for name, file in (("--json", json_file), ("--html", html_file)):
-            _check_writable(name, file)
-    except (SpecError, PromptsError) as error:
+            check_writable(name, file)
+    except (ArgumentError, SpecError, PromptsError) as error:
         _fail(str(error))
-    with _ends_on_sigterm():
+    with ends_on_sigterm():
         report = make(specs, options, Progress(Console(stderr=True, highlight=False)))
     _write(report, json_file, html_file)
     show(report, Console(highlight=False))
     raise typer.Exit(INTERRUPTED if report.interrupted else report.status.exit_code)
 
 
-def _levels(text: str) -> tuple[int, ...]:
-    try:
-        levels = tuple(int(level) for level in text.split(","))
-    except ValueError:
-        levels = ()
-    if not levels or min(levels) < 1:
-        raise SpecError(f"--concurrency: expected positive numbers with commas, such as 1,4, got {text!r}")
-    return levels
-
-
-def _pythons(**given: str | None) -> Pythons:
-    defaults = Pythons()
-    return Pythons(**{each.name: given[each.name] or getattr(defaults, each.name) for each in fields(Pythons)})
-
-
-def _check_writable(name: str, file: Path | None) -> None:
-    """Raise SpecError before the work is done rather than after."""
-    if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-        raise SpecError(f"{name}: expected a file in a folder that can be written to, got {file}")
-
-
 def _fail(line: str) -> NoReturn:
     typer.echo(f"qnext compare: {line}", err=True)
     raise typer.Exit(2)
-
-
-@contextmanager
-def _ends_on_sigterm() -> Iterator[None]:
-    """So that `kill` too ends the servers that were started."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _write(report: Report, json_file: Path | None, html_file: Path | None) -> None:

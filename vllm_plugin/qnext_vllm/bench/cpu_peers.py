@@ -1,4 +1,4 @@
-"""The peer side: vLLM's own CPU operations, called as its in-tree Qwen3-Next calls them.
+"""vLLM's own CPU operations, called as its in-tree Qwen3-Next calls them.
 
 Which kernel runs depends on the processor. Wherever vLLM itself decides (experts, convolution, attention, linears), its
 own deciding code runs here too, and the name that comes back says what it chose.
@@ -6,43 +6,23 @@ own deciding code runs here too, and the name that comes back says what it chose
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import vllm._custom_ops as ops
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm import ir
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts, X86CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.router.cpu_router import _softmax_topk
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNormGated
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
-from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-from vllm.model_executor.models.qwen3_next import Qwen3NextAttention
-from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-BLOCK_SIZE = 128
-"""Tokens of a block of the paged KV cache, vLLM's default on a CPU."""
-
-logging.getLogger("vllm").setLevel(logging.ERROR)
-current_platform.import_kernels()
-_config = VllmConfig()  # the defaults of ``vllm serve``: torch.compile with Inductor, custom operators off
-# As vLLM's worker does: Inductor sees the norms instead of calling them as operators that PyTorch runs.
-ir.set_default_torch_wrap(_config.compilation_config.ir_enable_torch_wrap)
-_config.kernel_config.ir_op_priority.set_default()
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as Inductor compiles it inside vLLM's model; mark dimension 0 of its inputs as dynamic."""
-    return torch.compile(function, options=dict(_config.compilation_config.inductor_compile_config))
+from qnext_plugins.cli.bench.inputs import BLOCK_SIZE
+from qnext_vllm.bench.inductor_peers import InductorPeers, inductor
 
 
 def experts(w13: Tensor, w2: Tensor) -> tuple[str, Callable[..., None]]:
@@ -90,7 +70,7 @@ class PagedAttention:
 
 def linear(weight: Tensor) -> tuple[str, Callable[[Tensor], Tensor]]:
     """An unquantized linear layer [N, K]: f(x)."""
-    layer = nn.Module()
+    layer: Any = nn.Module()
     layer.weight = nn.Parameter(weight, requires_grad=False)
     dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
     name = layer.cpu_linear.__code__.co_names[-1]
@@ -110,21 +90,25 @@ class DeltaNetLayer:
 
     def __init__(self, conv_weight: Tensor, conv_pool: Tensor, heads: tuple[int, int, int]) -> None:
         key_heads, value_heads, dim = heads
-        self.conv1d = nn.Module()
-        self.conv1d.weight = nn.Parameter(conv_weight[:, None].clone(), requires_grad=False)
-        self.conv1d.bias = None
-        dispatch_cpu_unquantized_gemm(self.conv1d, remove_weight=False)
+        conv1d: Any = nn.Module()
+        conv1d.weight = nn.Parameter(conv_weight[:, None].clone(), requires_grad=False)
+        conv1d.bias = None
+        dispatch_cpu_unquantized_gemm(conv1d, remove_weight=False)
+        self.conv1d = conv1d
         self.activation, self.tp_size = "silu", 1
         self.key_dim, self.value_dim, self.head_k_dim, self.head_v_dim = key_heads * dim, value_heads * dim, dim, dim
         self.kv_cache = (conv_pool, conv_pool.new_empty(1, 1, 1, 1))
 
+    @staticmethod
+    def name(call: Callable[[], Any]) -> str:
+        """The operator behind a call of this layer: vLLM's C++ or PyTorch's convolution."""
+        with _Convolutions() as seen:
+            call()
+        return " + ".join(sorted(seen.names))
+
     def rearrange_mixed_qkv(self, convolved: Tensor) -> None:
         """Stop, with what the convolution made; vLLM calls this between convolution and delta rule."""
         raise self._Convolved(convolved)
-
-    def split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, channels] → q, k, v [1, T, heads, head_dim], copied apart as vLLM does."""
-        return QwenGatedDeltaNetAttention.rearrange_mixed_qkv(self, convolved)
 
     def convolve(self, x: Tensor, slots: Tensor, starts: Tensor | None, speculation: bool) -> Tensor:
         """Prefill sequences that begin at ``starts`` [N + 1], or decode one token each where that is None."""
@@ -183,121 +167,95 @@ class _Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def convolution_name(call: Callable[[int], Any]) -> str:
-    """The operator behind a call of :class:`DeltaNetLayer`: vLLM's C++ or PyTorch's convolution."""
-    with _Convolutions() as seen:
-        call(0)
-    return " + ".join(sorted(seen.names))
+class DeltaRule:
+    """The delta rule over ``state`` [slots, HV, K, V], the transpose of ours."""
+
+    key_first = True
+    names: ClassVar = {
+        "prefill": "chunk_gated_delta_rule_cpu",
+        "decode": "fused_sigmoid_gating_delta_rule_update_cpu",
+        "verify": "fused_sigmoid_gating_delta_rule_update_spec_cpu",
+    }
+
+    def __init__(self, heads: tuple[int, int, int]) -> None:
+        key_heads, value_heads, dim = heads
+        sizes = {"key_dim": key_heads * dim, "value_dim": value_heads * dim, "head_k_dim": dim, "head_v_dim": dim}
+        self._layer = SimpleNamespace(**sizes, tp_size=1)
+
+    def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, channels] → q, k, v [1, T, heads, head_dim], copied apart as vLLM does."""
+        return QwenGatedDeltaNetAttention.rearrange_mixed_qkv(self._layer, convolved)
+
+    def prefill(
+        self,
+        convolved: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+        starts: Tensor,
+    ) -> Tensor:
+        """The chunked form, from zero states."""
+        q, k, v = self._split(convolved)
+        g, beta = ops.fused_gdn_gating_cpu(A_log, a, b, dt_bias)
+        state[slots] = 0
+        return ops.chunk_gated_delta_rule_cpu(q, k, v, g, beta, state, True, starts, False, True, slots)[0].squeeze(0)
+
+    def decode(
+        self,
+        convolved: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+        starts: Tensor,
+    ) -> Tensor:
+        """One token a sequence."""
+        q, k, v = self._split(convolved)
+        return ops.fused_sigmoid_gating_delta_rule_update_cpu(
+            A_log, dt_bias, q, k, v, a, b, state, slots, starts, True
+        ).squeeze(1)
+
+    def verify(
+        self,
+        convolved: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+        starts: Tensor,
+        accepted: Tensor,
+    ) -> Tensor:
+        """A few tokens a sequence; the state behind token t goes to ``slots[:, t]``."""
+        q, k, v = (x.squeeze(0) for x in self._split(convolved))
+        return ops.fused_sigmoid_gating_delta_rule_update_spec_cpu(
+            A_log, dt_bias, q, k, v, a, b, state, slots, accepted, starts, True
+        )
 
 
-def delta_rule_prefill(
-    layer: DeltaNetLayer,
-    convolved: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-) -> Tensor:
-    """The chunked delta rule from zero states; ``state`` is [slots, HV, K, V], the transpose of ours."""
-    q, k, v = layer.split(convolved)
-    g, beta = ops.fused_gdn_gating_cpu(A_log, a, b, dt_bias)
-    state[slots] = 0
-    return ops.chunk_gated_delta_rule_cpu(q, k, v, g, beta, state, True, starts, False, True, slots)[0].squeeze(0)
+class CpuPeers(InductorPeers):
+    """vLLM on this CPU."""
 
+    def experts(self, w13: Tensor, w2: Tensor) -> tuple[str, Callable[..., None]]:
+        return experts(w13, w2)
 
-def delta_rule_decode(
-    layer: DeltaNetLayer,
-    convolved: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-) -> Tensor:
-    """One token a sequence."""
-    q, k, v = layer.split(convolved)
-    return ops.fused_sigmoid_gating_delta_rule_update_cpu(
-        A_log, dt_bias, q, k, v, a, b, state, slots, starts, True
-    ).squeeze(1)
+    def attention(self, key: Tensor, value: Tensor, queries: int, heads: int) -> PagedAttention:
+        return PagedAttention(key, value, queries, heads)
 
+    def linear(self, weight: Tensor) -> tuple[str, Callable[[Tensor], Tensor]]:
+        return linear(weight)
 
-def delta_rule_verify(
-    layer: DeltaNetLayer,
-    convolved: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    accepted: Tensor,
-) -> Tensor:
-    """A few tokens a sequence; the state behind token t goes to ``slots[:, t]``."""
-    q, k, v = (x.squeeze(0) for x in layer.split(convolved))
-    return ops.fused_sigmoid_gating_delta_rule_update_spec_cpu(
-        A_log, dt_bias, q, k, v, a, b, state, slots, accepted, starts, True
-    )
+    def convolution(self, weight: Tensor, pool: Tensor, heads: tuple[int, int, int]) -> DeltaNetLayer:
+        return DeltaNetLayer(weight, pool, heads)
 
+    def delta_rule(self, heads: tuple[int, int, int]) -> DeltaRule:
+        return DeltaRule(heads)
 
-def _module(make: Callable[[], nn.Module], weight: Tensor) -> nn.Module:
-    """A layer of vLLM in the dtype of its weight."""
-    with set_current_vllm_config(_config):
-        module = make().to(weight.dtype)
-    module.weight.data = weight
-    return module
-
-
-def rms_norm(weight: Tensor, eps: float) -> Callable[..., Any]:
-    """Zero-centred RMSNorm: f(x, residual)."""
-    return compiled(_module(lambda: GemmaRMSNorm(weight.shape[0], eps=eps), weight))
-
-
-def gated_rms_norm(weight: Tensor, eps: float) -> Callable[..., Any]:
-    """Gated RMSNorm: f(x, z)."""
-    return compiled(_module(lambda: RMSNormGated(weight.shape[0], eps=eps, norm_before_gate=True), weight))
-
-
-def silu_and_mul() -> Callable[..., Any]:
-    """SwiGLU's middle: f(x)."""
-    with set_current_vllm_config(_config):
-        return compiled(SiluAndMul(compile_native=False))
-
-
-def sigmoid_gate() -> Callable[..., Any]:
-    """The output gate of attention, as the forward pass of vLLM's model writes it: f(x, gate)."""
-    return compiled(lambda x, gate: x * torch.sigmoid(gate))
-
-
-def topk_softmax(top_k: int) -> Callable[..., Any]:
-    """The router of the experts: f(logits) → weights, ids, in no order."""
-    return compiled(lambda logits: _softmax_topk(logits, top_k, True))
-
-
-def qk_norm_rope_gate(
-    q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int, rotary_dim: int, positions: int, eps: float
-) -> tuple[Tensor, Callable[..., Any]]:
-    """What vLLM's attention does before attention: its table of cosines and sines, and f(qkv, positions)."""
-    dim = q_weight.shape[0]
-    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": rotary_dim / dim}
-    with set_current_vllm_config(_config):
-        rotary = get_rope(head_size=dim, max_position=positions, rope_parameters=rope, dtype=q_weight.dtype)
-    layer = SimpleNamespace(
-        use_fused_qk_norm_rope_gate=False,  # a Triton kernel of GPUs
-        attn_output_gate=True,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=dim,
-        q_size=heads * dim,
-        kv_size=kv_heads * dim,
-        q_norm=_module(lambda: GemmaRMSNorm(dim, eps=eps), q_weight),
-        k_norm=_module(lambda: GemmaRMSNorm(dim, eps=eps), k_weight),
-        rotary_emb=rotary,
-    )
-    run = compiled(lambda qkv, positions: Qwen3NextAttention._project_qkv_gate(layer, qkv, positions))
-    return rotary.cos_sin_cache, run
+    def topk_softmax(self, top_k: int) -> tuple[str, Callable[..., Any]]:
+        return inductor("CPURouter", lambda logits: _softmax_topk(logits, top_k, True))
