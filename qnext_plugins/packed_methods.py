@@ -33,7 +33,7 @@ class PackedLinear:
 
 
 class PackedExperts:
-    """Goes before an engine's unquantized method of routed experts; ``w13_weight`` and ``w2_weight`` as the kernel's."""
+    """Goes before an engine's unquantized method of routed experts, whose weights are laid out as the kernel's."""
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]

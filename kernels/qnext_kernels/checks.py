@@ -12,7 +12,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-
 FEW = 64
 """So many indices are read faster by Python than by an operator of PyTorch: those of a step of decode."""
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qnext_kernels import force_backend, linear
+from qnext_kernels import force_backend, linear, pack_weight_, unpack_weight_
+from qnext_kernels.dispatch import BackendError
 from tests.kernels.kernel_inputs import DTYPES, NATIVE_BACKENDS, Bad, assert_close, same_bits
 
 
@@ -57,6 +58,52 @@ def test_native_row_does_not_depend_on_the_batch_or_on_threads(dtype: torch.dtyp
                 torch.set_num_threads(count)
                 assert same_bits(linear(x[some], weight), together[some])
         assert same_bits(linear(x, weight[5:]), together[:, 5:].contiguous())
+
+
+# Below, at and above a panel of 64 rows, and above what is multiplied with it at once.
+@pytest.mark.parametrize(("rows", "k"), [(63, 8), (64, 6), (65, 1030), (200, 526)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_weight_gives_the_bits_of_the_plain_one(dtype: torch.dtype, rows: int, k: int) -> None:
+    weight, bias = torch.randn(rows, k, dtype=dtype), torch.randn(rows, dtype=dtype)
+    packed = weight.clone()
+    with force_backend("native"):
+        assert pack_weight_(packed)
+        assert torch.equal(packed, weight) == (rows < 64)
+        for tokens in (0, 1, 3, 4, 7, 300):
+            x = torch.randn(tokens, k, dtype=dtype)
+            assert same_bits(linear(x, packed, bias, packed=True), linear(x, weight, bias))
+        unpack_weight_(packed)
+    assert same_bits(packed, weight)
+
+
+def test_matrices_of_a_weight_are_packed_each_for_itself() -> None:
+    weights = torch.randn(3, 70, 16)
+    packed = weights.clone()
+    with force_backend("native"):
+        assert pack_weight_(packed)
+        x = torch.randn(2, 16)
+        for weight, one in zip(weights, packed, strict=True):
+            assert same_bits(linear(x, one, packed=True), linear(x, weight))
+
+
+def test_weight_that_cannot_be_packed_stays_as_it_is() -> None:
+    odd, view = torch.randn(64, 7).bfloat16(), torch.randn(64, 16)[:, ::2]
+    for weight in (odd, view):
+        before = weight.clone()
+        with force_backend("native"):
+            assert not pack_weight_(weight)
+        assert same_bits(weight, before)
+    plain = torch.randn(64, 8)
+    with force_backend("cpu"):
+        assert not pack_weight_(plain)
+
+
+def test_backend_that_reads_no_packed_weights_says_so() -> None:
+    with force_backend("cpu"):
+        with pytest.raises(BackendError, match=r"^packed: backend cpu reads weights as the checkpoint stores them"):
+            linear(torch.ones(1, 8), torch.ones(64, 8), packed=True)
+        with pytest.raises(BackendError, match=r"^packed: backend cpu"):
+            unpack_weight_(torch.ones(64, 8))
 
 
 @pytest.mark.parametrize("backend", NATIVE_BACKENDS)

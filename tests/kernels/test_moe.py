@@ -12,7 +12,16 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextTopKRouter,
 )
 
-from qnext_kernels import experts, force_backend, sigmoid_gate, silu_and_mul, topk_softmax
+from qnext_kernels import (
+    experts,
+    force_backend,
+    pack_experts_,
+    sigmoid_gate,
+    silu_and_mul,
+    topk_softmax,
+    unpack_experts_,
+)
+from qnext_kernels.dispatch import BackendError
 from tests.kernels.kernel_inputs import DTYPES, NATIVE_BACKENDS, Bad, assert_close, same_bits
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
@@ -150,6 +159,43 @@ def test_native_experts_are_exact_in_every_block_and_do_not_depend_on_the_batch_
             with force_backend("native"):
                 assert same_bits(experts(**part), out[some])
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "middle"), [(130, 72), (64, 192)])
+def test_packed_experts_give_the_bits_of_the_plain_ones(hidden: int, middle: int, dtype: torch.dtype) -> None:
+    tokens = 40
+    weights, ids = topk_softmax(torch.randn(tokens, EXPERTS), TOP_K, renormalize=True)
+    x, w13 = torch.randn(tokens, hidden, dtype=dtype), torch.randn(EXPERTS, 2 * middle, hidden, dtype=dtype)
+    w2 = torch.randn(EXPERTS, hidden, middle, dtype=dtype)
+    packed = w13.clone(), w2.clone()
+    with force_backend("native"):
+        assert pack_experts_(*packed)
+        for some in (slice(0, 0), slice(0, 1), slice(0, tokens)):
+            rest = weights[some], ids[some]
+            assert same_bits(experts(x[some], *packed, *rest, packed=True), experts(x[some], w13, w2, *rest))
+        unpack_experts_(*packed)
+    assert same_bits(packed[0], w13)
+    assert same_bits(packed[1], w2)
+
+
+def test_experts_are_packed_both_or_neither() -> None:
+    w13, w2 = torch.randn(2, 256, 64).bfloat16(), torch.randn(2, 64, 129)[:, :, :128].bfloat16()
+    odd = torch.randn(2, 64, 127).bfloat16()
+    with force_backend("native"):
+        assert not pack_experts_(w13, odd)
+        before = w13.clone()
+        assert pack_experts_(w13, w2)
+    assert not same_bits(w13, before)
+    with force_backend("cpu"), pytest.raises(BackendError, match=r"^packed: backend cpu"):
+        experts(
+            torch.ones(1, 64),
+            torch.ones(2, 4, 64),
+            torch.ones(2, 64, 2),
+            torch.ones(1, 1),
+            torch.zeros(1, 1).int(),
+            True,
+        )
 
 
 @pytest.mark.parametrize("backend", NATIVE_BACKENDS)

@@ -1,7 +1,7 @@
 """Linear layers, x · weightᵀ + bias (PyTorch's ``F.linear``), over unquantized weights.
 
-A weight lies as in the checkpoint, or packed in place by :func:`pack_weight_`: 64 rows side by side, which a kernel reads
-as one stream. The bits of a result do not depend on which.
+A weight lies as in the checkpoint, or packed in place by :func:`pack_weight_`: 64 rows side by side, which a kernel
+reads as one stream. The bits of a result do not depend on which.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: bool =
 def pack_weight_(weight: Tensor) -> bool:
     """Pack the matrices of a weight in place, where the backend that serves them reads packed ones.
 
-    A whole panel of 64 rows [64, K] becomes [K / s, 64, s], with s elements in 32 bits; rows behind the last whole panel
-    of a matrix stay.
+    A whole panel of 64 rows [64, K] becomes [K / s, 64, s], with s elements in 32 bits; rows behind the last whole
+    panel of a matrix stay.
 
     Args:
         weight: [..., N, K], any float dtype; written in place.
 
     Returns:
-        Whether it is packed now: not where the backend does not read it so, where it is not contiguous, or where K is odd
-        and the dtype has 16 bits.
+        Whether it is packed now: not where the backend does not read it so, where it is not contiguous, or where K is
+        odd and the dtype has 16 bits.
     """
     expect_floating("weight", weight)
     backend = operation.select(weight.device, weight.dtype)

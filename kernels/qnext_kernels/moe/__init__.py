@@ -59,9 +59,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return operation.select(x.device, x.dtype).silu_and_mul(x)
 
 
-def experts(
-    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool = False
-) -> Tensor:
+def experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool = False) -> Tensor:
     """Σ_j topk_weights[t, j] · down_e(SiLU(gate_e x_t) · up_e x_t) over the chosen experts e = topk_ids[t, j].
 
     Args:
@@ -125,9 +123,7 @@ def _experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids:
     return backend.experts(x, w13, w2, topk_weights, topk_ids)
 
 
-def _experts_fake(
-    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool
-) -> Tensor:
+def _experts_fake(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

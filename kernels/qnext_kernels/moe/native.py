@@ -21,7 +21,10 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "w13", "w2", "weights")),
         ("ids", Indices),
         ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("dtype", "x_token", "tokens", "top_k", "experts", "hidden", "middle", "packed")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("dtype", "x_token", "tokens", "top_k", "experts", "hidden", "middle", "packed")
+        ),
     )
 
 
@@ -49,9 +52,7 @@ class MoeNative(NativeBackend, CpuBackend):
     def experts_packed(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         return self._run(x, w13, w2, topk_weights, topk_ids, packed=True)
 
-    def _run(
-        self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool
-    ) -> Tensor:
+    def _run(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
         topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
         out = torch.empty(x.shape, dtype=x.dtype)
