@@ -221,3 +221,12 @@ def test_wrong_request_is_refused_and_the_server_goes_on(running: Running) -> No
 
 class TestCompletions(Completions):
     pass
+
+
+def test_weights_that_are_loaded_again_serve_as_before(running: Running) -> None:
+    ids = AutoTokenizer.from_pretrained(TINY)(UNKNOWN)["input_ids"]
+    before = generate(running, ids, 24)["output_ids"]
+    request = {"model_path": str(TINY), "flush_cache": True}
+    answer = httpx.post(f"{running.server.url}/update_weights_from_disk", json=request, timeout=120, trust_env=False)
+    assert answer.json()["success"], answer.text
+    assert generate(running, ids, 24)["output_ids"] == before
