@@ -43,19 +43,24 @@ constexpr int kChunk = 64;          // where a split prefill would round the sta
 constexpr int kRecurrentTokens = 4; // a last chunk of at most so many tokens rounds behind each, as decodes do
 constexpr int kRows = 4;
 
+constexpr int kAhead = 2048;  // elements of the state that are fetched ahead: what lies behind is the next head's
+
 struct Token {
     float log_decay, decay, beta, kq;
 };
 
-// One token's step for kRows rows of the state, from `src` to `dst` (which may be the same).
+// One token's step for kRows rows of the state, from `src` to `dst` (which may be the same), and with Kept past the caches
+// to `kept`, which is not read again before long.
 //   S' = decay S + δ kᵀ with δ = β (v − decay S k);  o = S' q = decay S q + δ (k · q)
-inline void step(const float* src, float* dst, int64_t stride, const float* k, const float* q, Token token,
+template <bool Kept>
+inline void step(const float* src, float* dst, float* kept, int64_t stride, const float* k, const float* q, Token token,
                  const float* v, float* o) {
     Vec sk[kRows], sq[kRows];
     for (int r = 0; r < kRows; ++r) sk[r] = sq[r] = Vec::zero();
     for (int64_t i = 0; i < stride; i += Vec::size) {
         const Vec ki = Vec::load(k + i), qi = Vec::load(q + i);
         for (int r = 0; r < kRows; ++r) {
+            _mm_prefetch(reinterpret_cast<const char*>(src + r * stride + i + kAhead), _MM_HINT_T0);
             const Vec s = Vec::load(src + r * stride + i);
             sk[r] = fma(s, ki, sk[r]);
             sq[r] = fma(s, qi, sq[r]);
@@ -74,7 +79,9 @@ inline void step(const float* src, float* dst, int64_t stride, const float* k, c
     for (int64_t i = 0; i < stride; i += Vec::size) {
         const Vec ki = Vec::load(k + i);
         for (int r = 0; r < kRows; ++r) {
-            fma(ki, deltas[r], Vec::load(src + r * stride + i) * decays).store(dst + r * stride + i);
+            const Vec s = fma(ki, deltas[r], Vec::load(src + r * stride + i) * decays);
+            s.store(dst + r * stride + i);
+            if constexpr (Kept) s.stream(kept + r * stride + i);
         }
     }
 }
@@ -164,7 +171,7 @@ class Head {
         for (int64_t first_group = 0; first_group < row_groups; first_group += kGroups) {
             for (int64_t t = start; t < stop; ++t) {
                 for (int64_t g = first_group; g < std::min(first_group + kGroups, row_groups); ++g) {
-                    advance(g, t, t - start, current, current);
+                    advance<false>(g, t, t - start, current, current, nullptr);
                     if (rounds) round<S>(g);
                 }
             }
@@ -203,17 +210,28 @@ class Head {
             for (int64_t t = start; t < stop; ++t) {
                 P* step = step_place(t - begin);
                 S* target = p.steps ? nullptr : slot_place(t - begin);
-                float* to = state.get();
-                if (direct && step) to = reinterpret_cast<float*>(step);
-                if (direct && target) to = reinterpret_cast<float*>(target);
-                for (int64_t g = 0; g < row_groups; ++g) advance(g, t, t - start, from, to);
-                from = to;
+                float* const kept = direct ? reinterpret_cast<float*>(step) : nullptr;
+                verify_token(t, t - start, from, direct && target ? reinterpret_cast<float*>(target) : kept);
+                from = state.get();
                 if (direct) continue;
                 for (int64_t g = 0; g < row_groups; ++g) p.steps ? round<P>(g) : round<S>(g);
-                if (step) store(to, step);
-                if (target) store(to, target);
+                if (step) store(state.get(), step);
+                if (target) store(state.get(), target);
             }
         }
+        _mm_sfence();  // what was streamed comes before what tells others that this is done
+    }
+
+    // The state behind token t, to `state` and to `kept`, unless that is none.
+    void verify_token(int64_t t, int64_t in_tile, const float* from, float* kept) {
+        const bool streams = kept && reinterpret_cast<uintptr_t>(kept) % sizeof(Vec) == 0;
+        for (int64_t g = 0; g < row_groups; ++g) {
+            if (streams)
+                advance<true>(g, t, in_tile, from, state.get(), kept);
+            else
+                advance<false>(g, t, in_tile, from, state.get(), nullptr);
+        }
+        if (kept && !streams) std::copy_n(state.get(), rows * width, kept);
     }
 
     S* place(int64_t slot) const {
@@ -297,16 +315,18 @@ class Head {
         }
     }
 
-    // Group g of the rows at `from` becomes that at `to` behind token t.
-    void advance(int64_t g, int64_t t, int64_t in_tile, const float* from, float* to) {
+    // Group g of the rows at `from` becomes that at `to`, and at `kept`, behind token t.
+    template <bool Kept>
+    void advance(int64_t g, int64_t t, int64_t in_tile, const float* from, float* to, float* kept) {
         const int64_t count = std::min<int64_t>(kRows, rows - g * kRows), row = first + g * kRows;
         const T* v_from = static_cast<const T*>(p.v) + t * p.v_token + head * p.v_head + row;
         T* out = static_cast<T*>(p.out) + (t * p.value_heads + head) * p.value_dim + row;
         float v[kRows] = {}, o[kRows];
         for (int64_t r = 0; r < count; ++r) v[r] = to_float(v_from[r]);
         const int64_t offset = g * kRows * width;
-        step(from + offset, to + offset, width, keys.get() + in_tile * width, queries.get() + in_tile * width,
-             tokens[in_tile], v, o);
+        float* const also = Kept ? kept + offset : nullptr;
+        step<Kept>(from + offset, to + offset, also, width, keys.get() + in_tile * width,
+                   queries.get() + in_tile * width, tokens[in_tile], v, o);
         for (int64_t r = 0; r < count; ++r) assign(out[r], o[r]);
     }
 
