@@ -54,11 +54,11 @@ class NativeError(RuntimeError):
     """The native library cannot be had here; the message says why."""
 
 
-def instruction_set() -> str:
-    """The one in QNEXT_ISA, else the best that the processor has.
+def usable_instruction_sets() -> list[str]:
+    """Those that the processor has, the best first.
 
     Raises:
-        NativeError: the processor does not have it.
+        NativeError: there is none.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -68,6 +68,16 @@ def instruction_set() -> str:
     usable = [isa for isa, needed in CPU_FLAGS_OF_ISA.items() if needed <= have]
     if not usable:
         raise NativeError("needs a processor with AVX2 and FMA")
+    return usable
+
+
+def instruction_set() -> str:
+    """The one in QNEXT_ISA, else the best that the processor has.
+
+    Raises:
+        NativeError: the processor does not have it.
+    """
+    usable = usable_instruction_sets()
     wanted = os.environ.get("QNEXT_ISA") or usable[0]
     if wanted not in usable:
         raise NativeError(f"QNEXT_ISA: expected one of {', '.join(usable)} on this processor, got {wanted!r}")

@@ -53,6 +53,30 @@ def test_kernels_compile_for_every_instruction_set(isa: str, tmp_path: Path) -> 
     assert build(isa, tmp_path).stat().st_size > 0
 
 
+def other_instruction_sets() -> list[str]:
+    """Those of this processor that are not taken by default."""
+    try:
+        return native.usable_instruction_sets()[1:]
+    except NativeError:
+        return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", other_instruction_sets())
+def test_kernels_of_another_instruction_set_pass_their_tests(isa: str) -> None:
+    here = Path(__file__).parent
+    names = ("linear", "moe", "gated_norm", "rms_norm", "gated_attention", "causal_conv1d", "gated_delta_rule")
+    files = [str(here / f"test_{name}.py") for name in (*names, "paged_attention")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native", "-p", "no:cacheprovider", *files],
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"QNEXT_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 def test_library_shares_the_threads_of_pytorch() -> None:
     library()
     paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}

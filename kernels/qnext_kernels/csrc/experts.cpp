@@ -1,7 +1,9 @@
-// The routed experts: w2 (SiLU(gate x) · up x) of the experts that each token chose, from weights as they are stored or packed.
+// The routed experts: w2 (SiLU(gate x) · up x) of the experts that each token chose, from weights as they are stored or
+// packed.
 //
-// Tokens are sorted by expert. First every expert's gate and up products, in tasks of an expert and a range of columns; then
-// the down products, where a thread owns a range of output columns and adds the experts in the order of their numbers.
+// Tokens are sorted by expert. First every expert's gate and up products, in tasks of an expert and a range of columns;
+// then the down products, where a thread owns a range of output columns and adds the experts in the order of their
+// numbers.
 // The limit for few tokens is reading the chosen experts once, for many the rate of fused multiply-adds.
 #include <vector>
 

@@ -1,6 +1,6 @@
-// The gated delta rule. Verify and decode run token by token, the same steps, so they have the same bits. A prefill runs in
-// blocks of 16 tokens (delta_chunk.h) and token by token behind the last whole block, or token by token altogether where
-// its bits must not depend on how it is split.
+// The gated delta rule. Verify and decode run token by token, the same steps, so they have the same bits. A prefill runs
+// in blocks of 16 tokens (delta_chunk.h) and token by token behind the last whole block, or token by token altogether
+// where its bits must not depend on how it is split.
 //
 // Rows of the state are independent of each other, and a few of them stay in the first-level cache for a tile of tokens.
 // Token by token the physical limit is 4 vector operations an element of the state; a decode reads and writes the state
@@ -49,8 +49,8 @@ struct Token {
     float log_decay, decay, beta, kq;
 };
 
-// One token's step for kRows rows of the state, from `src` to `dst` (which may be the same), and with Kept past the caches
-// to `kept`, which is not read again before long.
+// One token's step for kRows rows of the state, from `src` to `dst` (which may be the same), and with Kept past the
+// caches to `kept`, which is not read again before long.
 //   S' = decay S + δ kᵀ with δ = β (v − decay S k);  o = S' q = decay S q + δ (k · q)
 template <bool Kept>
 inline void step(const float* src, float* dst, float* kept, int64_t stride, const float* k, const float* q, Token token,

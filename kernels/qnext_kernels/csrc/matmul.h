@@ -279,7 +279,8 @@ void multiply_panels(const Packed<T>* const* x, int64_t count, const T* const* p
                 for (int v = 0; v < kPanelVectors; v += vectors) {
                     const T* panel = panels[p] + v * Vec::size * Dot<T>::step;
                     float* to = c[p] + v * Vec::size;
-                    multiply_tile<T, a, vectors, 1, vectors == kPanelVectors ? Lines : 1>(x, &panel, first, steps, fetch, &to);
+                    constexpr int lines = vectors == kPanelVectors ? Lines : 1;
+                    multiply_tile<T, a, vectors, 1, lines>(x, &panel, first, steps, fetch, &to);
                 }
         }
     });
@@ -320,7 +321,8 @@ void multiply(const Packed<T>* const* x, int64_t count, const T* const* panels, 
 // Results of `multiply` for two panels.
 class Products {
   public:
-    explicit Products(int64_t most) : memory(scratch<float>(2 * most * kPanel)), panels{memory.get(), memory.get() + most * kPanel} {}
+    explicit Products(int64_t most)
+        : memory(scratch<float>(2 * most * kPanel)), panels{memory.get(), memory.get() + most * kPanel} {}
     float* const* get() const { return panels; }
     const float* row(int64_t panel, int64_t activation) const { return panels[panel] + activation * kPanel; }
 

@@ -152,7 +152,8 @@ void with_rows(int64_t rows, F f) {
 
 #if defined(__AVX512F__)
 
-// Inlined, so that they come from registers. The sums of R <= 8 vectors' elements, each in one order whatever R is, to R neighbouring floats.
+// The sums of R <= 8 vectors' elements, each in one order whatever R is, to R neighbouring floats. Inlined, so that the
+// vectors come from registers.
 template <int R>
 __attribute__((always_inline)) inline void store_sums(const Vec (&x)[R], Vec scale, float* to) {
     const auto at = [&](int r) { return r < R ? x[r].v : _mm512_setzero_ps(); };
@@ -185,7 +186,8 @@ template <int R>
 __attribute__((always_inline)) inline void store_sums(const Vec (&x)[R], Vec scale, float* to) {
     for (int r = 0; r < R; r += 4) {
         const Vec none = Vec::zero();
-        const __m128 four = sums(x[r], r + 1 < R ? x[r + 1] : none, r + 2 < R ? x[r + 2] : none, r + 3 < R ? x[r + 3] : none);
+        const auto at = [&](int i) { return i < R ? x[i] : none; };
+        const __m128 four = sums(at(r), at(r + 1), at(r + 2), at(r + 3));
         _mm_storeu_ps(to + r, _mm_mul_ps(four, _mm256_castps256_ps128(scale.v)));
     }
 }
@@ -307,7 +309,8 @@ inline Vec swapped(Vec x) {
 
 struct Shape {
     explicit Shape(const PagedAttention& p)
-        : group(p.heads / p.kv_heads), lanes(2 * group <= Vec::size ? Vec::size / 2 : padded(group)), width((p.head_dim + kPair - 1) / kPair * kPair),
+        : group(p.heads / p.kv_heads), lanes(2 * group <= Vec::size ? Vec::size / 2 : padded(group)),
+          width((p.head_dim + kPair - 1) / kPair * kPair),
           tokens(std::max<int64_t>(1, kTileRows / group)) {}
     int64_t group, lanes, width, tokens;  // query heads a key-value head; both sizes in whole vectors; tokens a tile
 };
