@@ -77,7 +77,7 @@ class Run {
             : p(run.p), routing(run.routing), middle(run.middle.get()), total(run.total.get()), hidden(p.hidden),
               activated(p.middle), memory(scratch<T>(2 * std::max(Matrix<T>::panel_size(p.hidden),
                                                                   Matrix<T>::panel_size(p.middle)))),
-              products(kTokens) {}
+              products(std::min<int64_t>(kTokens, routing.pairs.size())) {}
 
         // middle[pair] = SiLU(gate x) · up x in the columns of panels [first, last), for the tokens of one expert.
         void up(int64_t expert, int64_t first, int64_t last) {
