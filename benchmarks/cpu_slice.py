@@ -26,12 +26,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cpu_report import Result, make_console, parse, positive_numbers, report
-from cpu_slice_engine import Engine, EngineError, Side, Slice
+from cpu_slice_engine import Engine, Side
 from cpu_slice_llama import LlamaEngine, LlamaSide, find_llama
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from qnext_plugins.cli.bench.models import Slice
 from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine
+from qnext_plugins.cli.bench.stepped import EngineError
 
 IN_TREE = "vLLM in-tree"
 PEERS = ("vllm", "llama.cpp")
@@ -99,7 +101,7 @@ def start(sides: list[Side], args: argparse.Namespace, console: Console) -> Iter
         for side in sides:
             log = args.logs / f"{side.name.replace(' ', '-')}-{side.drafts}.log"
             kind = LlamaEngine if isinstance(side, LlamaSide) else Engine
-            engine = kind(side, args.model, max(args.threads), log)
+            engine = kind.start(side, args.model, max(args.threads), log)
             running.append(engine)
             try:
                 engine.wait()

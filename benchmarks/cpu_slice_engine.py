@@ -3,64 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-START_SECONDS = 900
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Some layers of Qwen3-Next-80B-A3B at their real widths, with fewer experts."""
-
-    layers: int = 4
-    experts: int = 256
-    vocabulary: int = 151936
-    hidden: int = 2048
-    intermediate: int = 512
-
-    def config(self) -> dict[str, Any]:
-        """What ``config.json`` says."""
-        return {
-            "architectures": ["Qwen3NextForCausalLM"],
-            "model_type": "qwen3_next",
-            "torch_dtype": "bfloat16",
-            "vocab_size": self.vocabulary,
-            "hidden_size": self.hidden,
-            "intermediate_size": 5120,
-            "num_hidden_layers": self.layers,
-            "full_attention_interval": 4,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-6,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "head_dim": 256,
-            "attention_bias": False,
-            "partial_rotary_factor": 0.25,
-            "rope_theta": 10_000_000.0,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 32,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "linear_conv_kernel_dim": 4,
-            "num_experts": self.experts,
-            "num_experts_per_tok": 10,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "moe_intermediate_size": self.intermediate,
-            "shared_expert_intermediate_size": self.intermediate,
-            "max_position_embeddings": 262144,
-            "tie_word_embeddings": False,
-            "eos_token_id": 0,
-        }
+from qnext_plugins.cli.bench.models import Slice
+from qnext_plugins.cli.bench.stepped import EngineProcess
 
 
 @dataclass(frozen=True)
@@ -77,87 +28,37 @@ class Side:
     """Tokens of a prefill step at most."""
 
 
-class EngineError(RuntimeError):
-    """An engine could not be started, or ended."""
-
-
-class Engine:
+class Engine(EngineProcess):
     """The handle of a started engine."""
 
-    def __init__(self, side: Side, model: Slice, threads: int, log: Path) -> None:
-        self.side, self.log = side, log
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, asdict(side), model.config(), threads, str(log))
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
+    side: Side
 
-    def wait(self) -> None:
-        """Until it has started; raises EngineError."""
-        self._receive(START_SECONDS)
+    @classmethod
+    def start(cls, side: Side, model: Slice, threads: int, log: Path) -> Self:
+        """Start ``side`` on ``model``, with at most so many threads."""
+        settings = {"side": side, "config": model.config(), "threads": threads}
+        engine = cls.spawn(side.name, log, f"{__name__}:RunningEngine", settings)
+        engine.side = side
+        return engine
 
     def prefill(self, prompt: list[int], threads: int) -> float:
         """Begin a request; seconds until its first token."""
-        return self._ask("prefill", prompt, threads)
+        return self.ask("prefill", prompt, threads)
 
     def steps(self, count: int, threads: int) -> list[tuple[float, int]]:
         """Go on with it; of each step its seconds and how many tokens it gave."""
-        return self._ask("steps", count, threads)
+        return self.ask("steps", count, threads)
 
     def finish(self) -> None:
         """Abort the request."""
-        self._ask("finish")
+        self.ask("finish")
 
     def constant(self) -> None:
         """From now on every token is token 0, so that all of the n-gram's drafts of a prompt of zeros are accepted."""
-        self._ask("constant")
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.join()
-
-    def _ask(self, *command: Any) -> Any:
-        self._connection.send(command)
-        return self._receive(1800)
-
-    def _receive(self, seconds: float) -> Any:
-        deadline = time.monotonic() + seconds
-        while not self._connection.poll(1):
-            if not self._process.is_alive() or time.monotonic() > deadline:
-                raise EngineError(f"{self.side.name}: the engine ended or hangs; see {self.log}")
-        try:
-            kind, value = self._connection.recv()
-        except EOFError:
-            raise EngineError(f"{self.side.name}: the engine ended; see {self.log}") from None
-        if kind == "error":
-            raise EngineError(f"{self.side.name}: {value}; see {self.log}")
-        return value
+        self.ask("constant")
 
 
-def _serve(connection: Connection, side: dict[str, Any], config: dict[str, Any], threads: int, log: str) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    serve(connection, lambda: _RunningEngine(Side(**side), config, threads))
-
-
-def serve(connection: Connection, start: Callable[[], Any]) -> None:
-    """Start an engine and call its methods as :class:`Engine` asks, until it is gone."""
-    try:
-        engine = start()
-        connection.send(("started", None))
-        while True:
-            name, *arguments = connection.recv()
-            connection.send(("done", getattr(engine, name)(*arguments)))
-    except EOFError:
-        return
-    except Exception as error:
-        connection.send(("error", str(error).splitlines()[0] if str(error) else repr(error)))
-        raise
-
-
-class _RunningEngine:
+class RunningEngine:
     """The engine itself, in the process that runs its steps."""
 
     def __init__(self, side: Side, config: dict[str, Any], threads: int) -> None:

@@ -5,8 +5,9 @@ The process runs in another environment, which has llama-cpp-python, gguf and Nu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,13 @@ import time
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from cpu_slice_engine import Engine, Side, Slice, serve
+from cpu_slice_engine import Engine, Side
+
+import qnext_plugins
+from qnext_plugins.cli.bench.models import Slice
+from qnext_plugins.cli.bench.stepped import serve
 
 
 @dataclass(frozen=True)
@@ -45,16 +50,19 @@ def find_llama(python: str | None) -> tuple[LlamaSide, str]:
 class LlamaEngine(Engine):
     """The handle of llama.cpp; a step is of one token."""
 
-    def __init__(self, side: LlamaSide, model: Slice, threads: int, log: Path) -> None:
-        self.side, self.log = side, log
-        self._connection, theirs = multiprocessing.Pipe()
-        command = [side.python, __file__, str(theirs.fileno())]
-        with log.open("wb") as output:
-            self._process = _Process(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[theirs.fileno()]
-            )
-        theirs.close()
-        self._connection.send((asdict(side), model.config(), threads))
+    @classmethod
+    def start(cls, side: LlamaSide, model: Slice, threads: int, log: Path) -> Self:
+        def start(connection: Connection) -> _Process:
+            end = connection.fileno()
+            environment = os.environ | {"PYTHONPATH": str(Path(qnext_plugins.__file__).parents[1])}
+            with log.open("wb") as output:
+                streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+                return _Process([side.python, __file__, str(end)], pass_fds=[end], env=environment, **streams)
+
+        engine = cls(side.name, log, start)
+        engine.side = side
+        engine._connection.send((asdict(side), model.config(), threads))
+        return engine
 
 
 class _Process(subprocess.Popen):
@@ -63,8 +71,9 @@ class _Process(subprocess.Popen):
     def is_alive(self) -> bool:
         return self.poll() is None
 
-    def join(self) -> None:
-        self.wait()
+    def join(self, timeout: float | None = None) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(timeout)
 
 
 class RunningLlama:

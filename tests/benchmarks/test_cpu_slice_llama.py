@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
+from qnext_plugins.cli.bench.models import Slice
 from tests.model.transformers_models import small_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -39,11 +39,6 @@ def python() -> str:
 @pytest.fixture(scope="module")
 def config(python: str) -> dict[str, Any]:
     """The benchmark's, with heads of real sizes, but narrow and of few experts."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        from cpu_slice_engine import Slice
-    finally:
-        sys.path.remove(str(BENCHMARKS))
     model = Slice(layers=4, experts=8, vocabulary=512, hidden=256, intermediate=64)
     return model.config() | {"num_experts_per_tok": 3}
 
@@ -86,7 +81,7 @@ def answer(
     (folder / "tokens.json").write_text(json.dumps(tokens[0].tolist()))
     files = [str(folder / name) for name in ("weights.npz", "config.json", "tokens.json", "out.npz")]
     script = str(Path(__file__).with_name("llama_logits.py"))
-    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [BENCHMARKS, BENCHMARKS.parent]))}
     done = subprocess.run(
         [python, script, str(STEPS), *files], capture_output=True, text=True, check=False, env=environment
     )

@@ -20,7 +20,7 @@ from qnext_plugins.cli.bench import engine_benches
 from qnext_plugins.cli.bench.models import DenseSlice, Qwen32B, QwenNext, Slice, Work
 from qnext_plugins.cli.bench.output import BenchReport, Files
 from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine
-from qnext_plugins.cli.bench.stepped import EngineError, EngineProcess, serve_steps
+from qnext_plugins.cli.bench.stepped import EngineError, EngineProcess
 from qnext_plugins.cli.compare.report import Entry
 from qnext_plugins.cli.progress import Progress, Step
 
@@ -190,7 +190,7 @@ class HeadlineBench:
                 "cache_bytes": max(o.batches) * cut.cache_bytes(longest) + (256 << 20),
                 "eager": o.eager,
             }
-            process = EngineProcess(work.name, o.logs / f"{name}.log", serve_steps, engine, settings)
+            process = EngineProcess.spawn(work.name, o.logs / f"{name}.log", engine, settings)
             self.models.append(Model(work, cut.layers, process))
             process.wait()
             self.report.served_by[work.name] = process.ask("architecture")

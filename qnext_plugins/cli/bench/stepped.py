@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 START_SECONDS = 900
 ANSWER_SECONDS = 1800
@@ -19,17 +19,40 @@ class EngineError(RuntimeError):
     """An engine could not be started, or ended."""
 
 
+class Process(Protocol):
+    """What is asked of a process; multiprocessing's is one."""
+
+    def is_alive(self) -> bool: ...
+
+    def join(self, timeout: float | None = None) -> None: ...
+
+    def kill(self) -> None: ...
+
+
 class EngineProcess:
     """The handle of a process that makes an engine and calls its methods as it is asked."""
 
-    def __init__(self, name: str, log: Path, target: Callable[..., None], *arguments: Any) -> None:
-        """Start ``target(connection, *arguments, log)`` in a fresh process; its output goes to ``log``."""
+    def __init__(self, name: str, log: Path, start: Callable[[Connection], Process]) -> None:
+        """``start`` starts the process, which answers at the other end of the connection it is given (:func:`serve`).
+
+        What the process prints is to be found in ``log``.
+        """
         self.name, self.log = name, log
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=target, args=(theirs, *arguments, str(log)), daemon=True)
-        self._process.start()
+        self._connection, theirs = multiprocessing.Pipe()
+        self._process = start(theirs)
         theirs.close()
+
+    @classmethod
+    def spawn(cls, name: str, log: Path, engine: str, settings: dict[str, Any]) -> Self:
+        """Make ``engine`` (``module:class``) with ``settings`` in a fresh Python."""
+
+        def start(connection: Connection) -> Process:
+            context = multiprocessing.get_context("spawn")
+            process = context.Process(target=_serve_here, args=(connection, engine, settings, str(log)), daemon=True)
+            process.start()
+            return process
+
+        return cls(name, log, start)
 
     def wait(self) -> None:
         """Until it has started; raises EngineError."""
@@ -61,19 +84,23 @@ class EngineProcess:
         return value
 
 
-def serve_steps(connection: Connection, engine: str, settings: dict[str, Any], log: str) -> None:
-    """In the engine's process: make ``module:class`` with ``settings``, call its methods until the parent is gone."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
+def serve(connection: Connection, make: Callable[[], Any]) -> None:
+    """In the engine's process: make it and call its methods as :class:`EngineProcess` asks, until that is gone."""
     try:
-        made = pkgutil.resolve_name(engine)(**settings)
+        engine = make()
         connection.send(("started", None))
         while True:
             name, *arguments = connection.recv()
-            connection.send(("done", getattr(made, name)(*arguments)))
+            connection.send(("done", getattr(engine, name)(*arguments)))
     except EOFError:
         return
     except Exception as error:
         connection.send(("error", str(error).splitlines()[0] if str(error) else repr(error)))
         raise
+
+
+def _serve_here(connection: Connection, engine: str, settings: dict[str, Any], log: str) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    serve(connection, lambda: pkgutil.resolve_name(engine)(**settings))
