@@ -174,6 +174,7 @@ def measure_verify(pair: Pair, args: argparse.Namespace, console: Console) -> It
             able.append(engine)
         except EngineError as error:
             console.print(str(error), style="red", markup=False)
+            engine.stop()  # for seconds it frees its memory, on a core that the others need
     if able and able[0].side.plugin:
         yield from measure_decode(Pair(able, pair.peer), args, args.context[0], f"verify, {1 + DRAFTS} tokens")
 
