@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,31 @@ def aligned_rows(x: Tensor) -> Tensor:
     """:func:`rows` from an aligned address: what Triton compiles depends on it, and so the bits might."""
     x = rows(x)
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def vector_of(width: int, dtype: torch.dtype) -> int:
+    """How many elements of a row of ``width`` a thread can load at once, whichever row it is."""
+    return gcd(width, ALIGNMENT // dtype.itemsize)
+
+
+def vector_rows(x: Tensor, vector: int) -> tuple[Tensor, int, int]:
+    """[..., D] as outer × inner rows: the tensor that holds them, and how many vectors lie between two of either.
+
+    It is copied only where no view does, or where a row begins inside a vector: so what Triton compiles, and with it
+    the order of a sum, follows from shapes and dtypes alone.
+    """
+    x = rows(x.flatten(0, -3) if x.dim() > 3 else x)
+    outer, inner = _outer_and_inner(x)
+    if vector > 1 and (x.data_ptr() % ALIGNMENT or outer % vector or inner % vector):
+        x = x.clone(memory_format=torch.contiguous_format)
+        outer, inner = _outer_and_inner(x)
+    return x, outer // vector, inner // vector
+
+
+def _outer_and_inner(x: Tensor) -> tuple[int, int]:
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    outer, inner, _ = (0, 0, *strides)[-3:]
+    return outer, inner
 
 
 def power_of_two(at_least: int) -> int:

@@ -16,8 +16,9 @@ from qnext_kernels.linear.native import packable
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.moe.native import MoeNative
 from qnext_kernels.moe.reference import ReferenceBackend
+from qnext_kernels.moe.triton import TritonMoe
 
-operation = Operation("moe", [MoeNative(), CpuBackend(), ReferenceBackend()])
+operation = Operation("moe", [MoeNative(), CpuBackend(), TritonMoe(), ReferenceBackend()])
 
 
 def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,24 @@
+"""What the kernels of several operations compute element by element or row by row. Everything is float32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + exp(−x))."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def silu(x):  # type: ignore[no-untyped-def]
+    """x · sigmoid(x)."""
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def row_start(row, inner, outer_stride, inner_stride):  # type: ignore[no-untyped-def]
+    """Where rows [ROWS] begin that lie outer × inner, in the unit of the strides."""
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
