@@ -22,3 +22,9 @@ def silu(x):  # type: ignore[no-untyped-def]
 def row_start(row, inner, outer_stride, inner_stride):  # type: ignore[no-untyped-def]
     """Where rows [ROWS] begin that lie outer × inner, in the unit of the strides."""
     return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def inverse_rms(x, eps, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """1 / √(mean(x²) + eps) of rows [ROWS, BLOCK] of WIDTH elements and zeros, as a column [ROWS, 1]."""
+    return tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + eps)[:, None]

@@ -19,6 +19,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16
 """Bytes of the widest load of a thread. Triton compiles a second kernel for pointers that are not multiples of it."""
 
+ELEMENTS = 2048
+"""Of short rows, so many belong to one program: two vectors of 16 bytes a thread in bfloat16."""
+
 
 class TritonBackend(Backend):
     """Serves tensors on GPUs of NVIDIA and AMD (PyTorch calls both cuda), and on a CPU where Triton interprets."""
@@ -122,6 +125,21 @@ def vector_rows(x: Tensor, vector: int) -> tuple[Tensor, int, int]:
         x = x.clone(memory_format=torch.contiguous_format)
         outer, inner = _outer_and_inner(x)
     return x, outer // vector, inner // vector
+
+
+def inner_rows(x: Tensor) -> int:
+    """How many of the rows that :func:`vector_rows` returned lie ``inner`` from each other."""
+    return x.shape[-2] if x.dim() > 1 else 1
+
+
+def row_tile(width: int) -> dict[str, int]:
+    """Block sizes and warps of a program that holds whole rows: 16 elements a thread at most widths.
+
+    They follow from the width alone, so that a row has the same bits in any batch.
+    """
+    block = power_of_two(width)
+    warps = min(16, max(4, block // 512))
+    return {"ROWS": max(1, ELEMENTS // block), "BLOCK": block, "num_warps": warps, "num_stages": 1}
 
 
 def _outer_and_inner(x: Tensor) -> tuple[int, int]:

@@ -51,12 +51,13 @@ def test_gate_and_weight_may_have_other_dtypes(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_native_kernel_reads_strided_views(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["native"])
+def test_strided_views_have_the_bits_of_contiguous_rows(backend: str, dtype: torch.dtype) -> None:
     # One group of a projection: per key head something, then two value heads.
     x, wide = torch.randn(5, 8, 16, dtype=dtype), torch.randn(5, 4, 40, dtype=dtype)
     z, weight = wide[:, :, 8:].unflatten(2, (2, 16)), torch.randn(16)
     cases = [(x, z.reshape(5, 8, 16)), (x[:, ::2], z[:, :, 1]), (x[:, ::2], wide[:, :, 3:19]), (x.mT, x.mT)]
-    with force_backend("native"):
+    with force_backend(backend):
         for a, b in cases:
             ours = gated_rms_norm(a, b, weight[: a.shape[-1]], EPS)
             assert same_bits(ours, gated_rms_norm(a.contiguous(), b.contiguous(), weight[: a.shape[-1]], EPS))

@@ -56,14 +56,15 @@ def test_the_weight_may_have_another_dtype(backend: str, dtype: torch.dtype, wei
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_native_kernel_reads_strided_views(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["native"])
+def test_strided_views_have_the_bits_of_contiguous_rows(backend: str, dtype: torch.dtype) -> None:
     wide, weights = torch.randn(5, 4, 6, 50, dtype=dtype), torch.randn(33, 2)
     views = [wide[:, 1, 2, :33], wide[:, 1, ::2, 3:36], wide[..., 7:40], wide[0, 0].T, wide[:, :2, :, 9:10].mT]
     for x in views:
         weight = weights[: x.shape[-1], 0]
         # The residual lies in memory as x does, or contiguously.
         for residual in (x.flip(0), torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x.flip(0))):
-            with force_backend("native"):
+            with force_backend(backend):
                 strided, whole = rms_norm(x, weight, EPS, residual), rms_norm(x.contiguous(), weight, EPS, residual)
                 assert same_bits(rms_norm(x, weight, EPS)[0], rms_norm(x.contiguous(), weight, EPS)[0])
             assert all(same_bits(one, other) for one, other in zip(strided, whole, strict=True))

@@ -15,8 +15,11 @@ from qnext_kernels.dispatch import Operation
 from qnext_kernels.gated_attention.cpu import CpuBackend
 from qnext_kernels.gated_attention.native import GatedAttentionNative
 from qnext_kernels.gated_attention.reference import ReferenceBackend
+from qnext_kernels.gated_attention.triton import TritonGatedAttention
 
-operation = Operation("gated_attention", [GatedAttentionNative(), CpuBackend(), ReferenceBackend()])
+operation = Operation(
+    "gated_attention", [GatedAttentionNative(), CpuBackend(), TritonGatedAttention(), ReferenceBackend()]
+)
 
 
 def qk_norm_rope_gate(

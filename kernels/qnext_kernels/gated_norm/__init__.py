@@ -13,8 +13,9 @@ from qnext_kernels.dispatch import Operation
 from qnext_kernels.gated_norm.cpu import CpuBackend
 from qnext_kernels.gated_norm.native import GatedNormNative
 from qnext_kernels.gated_norm.reference import ReferenceBackend
+from qnext_kernels.gated_norm.triton import TritonGatedNorm
 
-operation = Operation("gated_norm", [GatedNormNative(), CpuBackend(), ReferenceBackend()])
+operation = Operation("gated_norm", [GatedNormNative(), CpuBackend(), TritonGatedNorm(), ReferenceBackend()])
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -7,10 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qnext_kernels.triton_elementwise import row_start, silu
-from qnext_kernels.triton_support import power_of_two, vector_of, vector_rows
-
-ELEMENTS = 2048
-"""Results of a program of :func:`silu_and_mul_kernel`: two vectors of 16 bytes a thread in bfloat16."""
+from qnext_kernels.triton_support import ELEMENTS, inner_rows, power_of_two, vector_of, vector_rows
 
 
 @triton.jit(do_not_specialize=["logits_row"])
@@ -87,7 +84,7 @@ def run_topk_softmax(logits: Tensor, weights: Tensor, ids: Tensor, renormalize: 
     topk_softmax_kernel[(tokens,)](
         logits, weights, ids, row,
         E=experts, TOP_K=top_k, RENORMALIZE=renormalize, VECTOR=vector, BLOCK_E=block, BLOCK_K=power_of_two(top_k),
-        num_warps=max(1, min(16, block // 1024)), num_stages=1, enable_fp_fusion=True,
+        num_warps=max(1, min(16, block // 1024)), num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -100,7 +97,7 @@ def run_silu_and_mul(x: Tensor, out: Tensor) -> None:
     x, outer, inner = vector_rows(x, vector)
     block = min(ELEMENTS, power_of_two(width))
     silu_and_mul_kernel[(triton.cdiv(rows, ELEMENTS // block), triton.cdiv(width, block))](
-        x, out, outer, inner, x.shape[-2] if x.dim() > 1 else 1, rows,
+        x, out, outer, inner, inner_rows(x), rows,
         WIDTH=width, VECTOR=vector, ROWS=ELEMENTS // block, BLOCK=block,
-        num_warps=4, num_stages=1, enable_fp_fusion=True,
+        num_warps=4, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip

@@ -12,8 +12,9 @@ from qnext_kernels.dispatch import Operation
 from qnext_kernels.rms_norm.cpu import CpuBackend
 from qnext_kernels.rms_norm.native import RmsNormNative
 from qnext_kernels.rms_norm.reference import ReferenceBackend
+from qnext_kernels.rms_norm.triton import TritonRmsNorm
 
-operation = Operation("rms_norm", [RmsNormNative(), CpuBackend(), ReferenceBackend()])
+operation = Operation("rms_norm", [RmsNormNative(), CpuBackend(), TritonRmsNorm(), ReferenceBackend()])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

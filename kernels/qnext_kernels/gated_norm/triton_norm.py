@@ -1,0 +1,49 @@
+"""The gated RMSNorm over heads of one value dim: many short rows a program, each read once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qnext_kernels.triton_elementwise import inverse_rms, row_start, silu
+from qnext_kernels.triton_support import aligned_rows, inner_rows, row_tile, vector_of, vector_rows
+
+
+@triton.jit(do_not_specialize=["x_outer", "x_inner", "z_outer", "z_inner", "inner", "rows"])
+def gated_rms_norm_kernel(  # type: ignore[no-untyped-def]
+    x, z, weight, out, x_outer, x_inner, z_outer, z_inner, inner, rows, eps,
+    WIDTH: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x / √(mean(x²) + eps) · weight · SiLU(z) for ROWS rows.
+
+    Grid: ceil(rows / ROWS). Bytes: x and z read once, out written once.
+
+    Args:
+        x, z: rows of WIDTH; their strides count vectors of VECTOR elements.
+        weight: contiguous [WIDTH]; out: contiguous [rows, WIDTH].
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row[:, None] < rows) & (column[None, :] < WIDTH)
+    x_at = row_start(row, inner, x_outer, x_inner)[:, None] * VECTOR + column[None, :]
+    z_at = row_start(row, inner, z_outer, z_inner)[:, None] * VECTOR + column[None, :]
+    x_row = tl.load(x + x_at, mask=inside, other=0.0).to(tl.float32)
+    z_row = tl.load(z + z_at, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    y = x_row * inverse_rms(x_row, eps, WIDTH) * w[None, :] * silu(z_row)
+    tl.store(out + row.to(tl.int64)[:, None] * WIDTH + column[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+def run_gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """Launch :func:`gated_rms_norm_kernel`; out, contiguous and of the shape of x, is written."""
+    width = weight.shape[0]
+    if out.numel() == 0:
+        return
+    vector, rows, config = vector_of(width, x.dtype), out.numel() // width, row_tile(width)
+    x, *x_strides = vector_rows(x, vector)
+    z, *z_strides = vector_rows(z, vector)
+    gated_rms_norm_kernel[(triton.cdiv(rows, config["ROWS"]),)](
+        x, z, aligned_rows(weight), out, *x_strides, *z_strides, inner_rows(x), rows, eps,
+        WIDTH=width, VECTOR=vector, enable_fp_fusion=False, **config,
+    )  # fmt: skip
