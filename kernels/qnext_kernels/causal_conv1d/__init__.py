@@ -21,6 +21,7 @@ from torch import Tensor
 from qnext_kernels.causal_conv1d.cpu import CpuBackend
 from qnext_kernels.causal_conv1d.native import CausalConv1dNative
 from qnext_kernels.causal_conv1d.reference import ReferenceBackend
+from qnext_kernels.causal_conv1d.triton import TritonCausalConv1d
 from qnext_kernels.checks import (
     expect_both_or_neither,
     expect_dtype,
@@ -33,7 +34,7 @@ from qnext_kernels.checks import (
 )
 from qnext_kernels.dispatch import Operation
 
-operation = Operation("causal_conv1d", [CausalConv1dNative(), CpuBackend(), ReferenceBackend()])
+operation = Operation("causal_conv1d", [CausalConv1dNative(), CpuBackend(), TritonCausalConv1d(), ReferenceBackend()])
 
 
 def causal_conv1d_prefill(

@@ -9,7 +9,7 @@ from qnext_kernels import qk_norm_rope_gate, sigmoid_gate
 from qnext_kernels.gated_attention.triton import TritonGatedAttention
 from tests.kernels import test_gated_attention as of_any_backend
 from tests.kernels.kernel_inputs import same_bits
-from tests.kernels.test_gated_attention import LAYOUTS, MAX_POSITION, arguments
+from tests.kernels.test_gated_attention import LAYOUTS, MAX_POSITION, Layout, arguments
 from tests.kernels.triton.interpreter import shuffled_programs
 from tests.kernels.triton.reuse import served_by_triton
 
@@ -28,7 +28,6 @@ test_weights_and_table_may_have_other_dtypes = served_by_triton(
 test_weights_table_and_positions_of_any_stride_are_read = served_by_triton(
     of_any_backend.test_weights_table_and_positions_of_any_stride_are_read
 )
-test_a_token_does_not_depend_on_the_batch = served_by_triton(of_any_backend.test_a_token_does_not_depend_on_the_batch)
 test_positions_may_be_int32_or_int64 = served_by_triton(of_any_backend.test_positions_may_be_int32_or_int64)
 test_sigmoid_gate_agrees_with_float64_and_rounds_once = served_by_triton(
     of_any_backend.test_sigmoid_gate_agrees_with_float64_and_rounds_once
@@ -39,6 +38,11 @@ test_sigmoid_gate_reads_views_and_other_dtypes = served_by_triton(
 test_sigmoid_gate_of_a_row_does_not_depend_on_the_batch = served_by_triton(
     of_any_backend.test_sigmoid_gate_of_a_row_does_not_depend_on_the_batch
 )
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [(LAYOUTS[1], torch.bfloat16), (LAYOUTS[4], torch.float32)])
+def test_a_token_does_not_depend_on_the_batch(layout: Layout, dtype: torch.dtype) -> None:
+    of_any_backend.test_a_token_does_not_depend_on_the_batch("triton", layout, dtype)
 
 
 def test_float16_agrees_with_float64() -> None:
