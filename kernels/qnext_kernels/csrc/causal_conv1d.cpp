@@ -2,10 +2,12 @@
 //
 // All outputs come first, then the states: outputs read what the states overwrite. A task is a range of the batch's
 // tokens, whichever sequences they belong to, times a block of channels, whose weights stay in the first-level cache.
-// An input is read from memory once; the limit is the bandwidth of reading x and writing y.
+// An input is read from memory once; the limit is the bandwidth of reading x and writing y. A large y is written past the
+// caches, which would not keep it for its reader and would read it first.
 #include <algorithm>
 
 #include "arguments.h"
+#include "pairs.h"
 
 namespace qnext {
 
@@ -39,41 +41,61 @@ namespace {
 constexpr int64_t kChannels = 512;  // of a block
 constexpr int64_t kTokens = 64;     // of a task
 constexpr int kTogether = 4;        // tokens that share loads of weights and of earlier inputs
+constexpr int64_t kKept = 16 << 20; // bytes of y that a last-level cache may keep for whoever reads them
 
-// Access to a whole vector, and to the first few elements of one.
-struct Whole {
+// The two vectors of kPair neighbouring channels: as they lie in memory, or where all inputs are bfloat16 the even ones and
+// the odd ones.
+template <bool EvenOdd>
+struct Channels {
     template <class E>
-    Vec load(const E* from) const {
-        return Vec::load(from);
+    static Pair load(const E* from) {
+        if constexpr (EvenOdd)
+            return load_pair(from);
+        else
+            return {Vec::load(from), Vec::load(from + Vec::size)};
     }
     template <class E>
-    void store(Vec v, E* to) const {
-        v.store(to);
+    static void store(Pair x, E* to) {
+        if constexpr (EvenOdd) {
+            x.store(to);
+        } else {
+            x.first.store(to);
+            x.second.store(to + Vec::size);
+        }
+    }
+    // Where channel c of a block lies among its weights.
+    static int64_t place(int64_t c) {
+        return EvenOdd ? c / kPair * kPair + c % 2 * Vec::size + c % kPair / 2 : c;
     }
 };
 
+// Access to kPair channels, and to the first few of them.
+template <bool EvenOdd>
+struct Whole : Channels<EvenOdd> {};
+
+template <bool EvenOdd>
 struct First {
     int64_t count;
     template <class E>
-    Vec load(const E* from) const {
-        E padded[Vec::size] = {};
+    Pair load(const E* from) const {
+        E padded[kPair] = {};
         std::copy_n(from, count, padded);
-        return Vec::load(padded);
+        return Channels<EvenOdd>::load(padded);
     }
     template <class E>
-    void store(Vec v, E* to) const {
-        E padded[Vec::size];
-        v.store(padded);
+    void store(Pair x, E* to) const {
+        E padded[kPair];
+        Channels<EvenOdd>::store(x, padded);
         std::copy_n(padded, count, to);
     }
 };
 
-// Calls f(c, access) for the vectors of `channels` channels.
-template <class F>
-inline void for_each_vector(int64_t channels, F f) {
+// Calls f(c, access) for pairs of vectors of `channels` channels.
+template <bool EvenOdd, class F>
+inline void for_each_pair(int64_t channels, F f) {
     int64_t c = 0;
-    for (; c + Vec::size <= channels; c += Vec::size) f(c, Whole{});
-    if (c < channels) f(c, First{channels - c});
+    for (; c + kPair <= channels; c += kPair) f(c, Whole<EvenOdd>{});
+    if (c < channels) f(c, First<EvenOdd>{channels - c});
 }
 
 // Inputs of type E before the current one, as a pool of type S keeps them.
@@ -86,6 +108,15 @@ inline Vec kept(Vec input) {
     } else {
         return input;
     }
+}
+
+template <class S, class E>
+inline Pair kept(Pair input) {
+    return {kept<S, E>(input.first), kept<S, E>(input.second)};
+}
+
+inline Pair fma(Pair x, Pair weight, Pair total) {
+    return {fma(x.first, weight.first, total.first), fma(x.second, weight.second, total.second)};
 }
 
 template <class To, class From>
@@ -106,7 +137,7 @@ void copy(const From* from, int64_t from_stride, To* to, int64_t to_stride, int6
         if constexpr (std::is_same_v<From, To>)
             std::memcpy(to, from, count * sizeof(To));
         else
-            for_each_vector(count, [&](int64_t i, auto part) { part.store(part.load(from + i), to + i); });
+            for_each_pair<false>(count, [&](int64_t i, auto part) { part.store(part.load(from + i), to + i); });
     } else {
         for (int64_t i = 0; i < count; ++i) to[i * to_stride] = converted<To>(from[i * from_stride]);
     }
@@ -118,11 +149,15 @@ class Block {
   public:
     Block(const CausalConv1d& p, int64_t block)
         : p(p), width(W ? W : p.width), history(width - 1), first(block * kChannels),
-          channels(std::min(kChannels, p.channels - first)) {}
+          channels(std::min(kChannels, p.channels - first)),
+          streams(p.tokens * p.channels * int64_t(sizeof(T)) > kKept && p.channels % kPair == 0 &&
+                  reinterpret_cast<uintptr_t>(p.y) % (kPair * sizeof(T)) == 0) {}
 
     // Outputs of tokens [from, to) of the batch.
     void outputs(int64_t from, int64_t to) {
         weights = scratch<float>(width * kChannels);
+        // What is computed behind the last channel is thrown away, but has to be defined.
+        if (channels % kPair) std::fill_n(weights.get(), width * kChannels, 0.0f);
         inputs = scratch<S>(2 * history * kChannels);
         with_type(p.weight.dtype, [&](auto type) { load_weights(static_cast<const decltype(type)*>(p.weight.data)); });
         for (int64_t n = 0; n < p.sequences; ++n) {
@@ -155,6 +190,8 @@ class Block {
     }
 
   private:
+    static constexpr bool even_odd = std::is_same_v<T, bfloat16> && std::is_same_v<S, bfloat16>;
+
     int64_t begin(int64_t n) const { return p.query_start_loc.at(n, n); }
     int64_t end(int64_t n) const { return p.query_start_loc.at(n + 1, n + 1); }
     const T* x(int64_t t) const { return static_cast<const T*>(p.x) + t * p.x_token + first; }
@@ -173,10 +210,8 @@ class Block {
     void load_weights(const E* from) {
         from += first * width;
         for (int64_t c = 0; c < channels; ++c) {
-            for (int64_t w = 0; w < width; ++w) weights[w * kChannels + c] = to_float(from[c * width + w]);
-        }
-        for (int64_t w = 0; w < width; ++w) {
-            std::fill(&weights[w * kChannels + channels], &weights[w * kChannels + padded(channels)], 0.0f);
+            const int64_t place = Channels<even_odd>::place(c);
+            for (int64_t w = 0; w < width; ++w) weights[w * kChannels + place] = to_float(from[c * width + w]);
         }
     }
 
@@ -204,7 +239,11 @@ class Block {
     void behind_tokens(int64_t start, int64_t stop) const {
         int64_t t = start;
         if constexpr (W != 0) {
-            for (; t + kTogether <= stop; t += kTogether) convolve_together(t);
+            if constexpr (even_odd) {
+                if (streams)
+                    for (; t + kTogether <= stop; t += kTogether) convolve_together<true>(t);
+            }
+            for (; t + kTogether <= stop; t += kTogether) convolve_together<false>(t);
         }
         for (; t < stop; ++t) convolve(x(t - history), p.x_token, t);
     }
@@ -215,33 +254,51 @@ class Block {
         const float* taps = weights.get();
         const T* token = x(t);
         T* out = y(t);
-        for_each_vector(channels, [=, taps_of_past = width - 1](int64_t c, auto part) {
-            Vec total = Vec::zero();
-            for (int64_t w = 0; w < (W ? W - 1 : taps_of_past); ++w) {
-                total = fma(kept<S, E>(part.load(past + w * stride + c)), Vec::load(taps + w * kChannels + c), total);
-            }
-            const Vec tap = Vec::load(taps + taps_of_past * kChannels + c);
-            part.store(silu(fma(part.load(token + c), tap, total)), out + c);
+        for_each_pair<even_odd>(channels, [=, taps_of_past = width - 1](int64_t c, auto part) {
+            Pair total = {Vec::zero(), Vec::zero()};
+            for (int64_t w = 0; w < (W ? W - 1 : taps_of_past); ++w)
+                total = fma(kept<S, E>(part.load(past + w * stride + c)), load_pair(taps + w * kChannels + c), total);
+            total = fma(part.load(token + c), load_pair(taps + taps_of_past * kChannels + c), total);
+            Vec y[] = {total.first, total.second};
+            silu_for<T>(y);
+            part.store({y[0], y[1]}, out + c);
         });
     }
 
-    // kTogether tokens from t on, with the same sums.
+    // kTogether tokens from t on, with the same sums; Streams: past the caches.
+    template <bool Streams>
     void convolve_together(int64_t t) const {
         const float* taps = weights.get();
         const T *past = x(t - history), *token = x(t);
         T* out = y(t);
-        for_each_vector(channels, [=, x_stride = p.x_token, y_stride = p.channels](int64_t c, auto part) {
-            Vec tap[W], window[W];
-            for (int w = 0; w < W; ++w) tap[w] = Vec::load(taps + w * kChannels + c);
-            for (int w = 0; w < W - 1; ++w) window[w] = kept<S, T>(part.load(past + w * x_stride + c));
-#pragma GCC unroll 4
+        for_each_pair<even_odd>(channels, [=, x_stride = p.x_token, y_stride = p.channels](int64_t c, auto part) {
+            Vec total[2 * kTogether];
+            Pair window[kTogether + W - 1];
+#pragma GCC unroll 8
+            for (int i = 0; i < W - 1; ++i) window[i] = kept<S, T>(part.load(past + i * x_stride + c));
+#pragma GCC unroll 8
             for (int i = 0; i < kTogether; ++i) {
-                const Vec now = part.load(token + i * x_stride + c);
-                Vec total = Vec::zero();
-                for (int w = 0; w < W - 1; ++w) total = fma(window[w], tap[w], total);
-                part.store(silu(fma(now, tap[W - 1], total)), out + i * y_stride + c);
-                window[W - 1] = kept<S, T>(now);
-                for (int w = 0; w < W - 1; ++w) window[w] = window[w + 1];
+                window[W - 1 + i] = part.load(token + i * x_stride + c);
+                _mm_prefetch(reinterpret_cast<const char*>(token + (kTogether + i) * x_stride + c), _MM_HINT_T0);
+            }
+#pragma GCC unroll 8
+            for (int w = 0; w < W; ++w) {
+                const Pair tap = load_pair(taps + w * kChannels + c);
+#pragma GCC unroll 8
+                for (int i = 0; i < kTogether; ++i) {
+                    Pair sum = w ? Pair{total[2 * i], total[2 * i + 1]} : Pair{Vec::zero(), Vec::zero()};
+                    sum = fma(w == W - 1 ? window[i + w] : kept<S, T>(window[i + w]), tap, sum);
+                    total[2 * i] = sum.first, total[2 * i + 1] = sum.second;
+                }
+            }
+            silu_for<T>(total);
+#pragma GCC unroll 8
+            for (int i = 0; i < kTogether; ++i) {
+                const Pair y = {total[2 * i], total[2 * i + 1]};
+                if constexpr (Streams)
+                    y.stream(out + i * y_stride + c);
+                else
+                    part.store(y, out + i * y_stride + c);
             }
         });
     }
@@ -263,6 +320,7 @@ class Block {
 
     const CausalConv1d& p;
     const int64_t width, history, first, channels;
+    const bool streams;
     Scratch<float> weights;  // [width, kChannels]
     Scratch<S> inputs;       // [2 history, kChannels]: those of the slot, then tokens
 };
@@ -277,6 +335,7 @@ void causal_conv1d(const CausalConv1d& p) {
             const int64_t from = task / blocks * kTokens;
             Block<W, T, S>(p, task % blocks).outputs(from, std::min(from + kTokens, p.tokens));
         }
+        _mm_sfence();  // what was streamed comes before what tells others that this is done
 #pragma omp for
         for (int64_t task = 0; task < p.sequences * blocks; ++task) {
             Block<W, T, S>(p, task % blocks).keep(task / blocks);

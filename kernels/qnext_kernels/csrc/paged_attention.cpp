@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "pairs.h"
 
 namespace qnext {
 
@@ -51,7 +52,6 @@ constexpr int64_t kTileRows = 64;  // queries, of all heads of a group, that mee
 constexpr int64_t kCopyRows = 24;  // from so many on, a block is copied
 constexpr int64_t kKeysAtOnce = 12;
 constexpr int kRows = Vec::size == 16 ? 8 : 4, kKeys = 3;  // queries and keys in registers
-constexpr int64_t kPair = 2 * Vec::size;
 
 // What scores are computed from: with BF16 dot products keys and queries as they are, else floats.
 template <class T>
@@ -66,32 +66,6 @@ struct Scores<bfloat16> {
     static constexpr bool direct = true;
 };
 #endif
-
-// kPair neighbouring elements; those of bfloat16 as the even ones and the odd ones.
-struct Pair {
-    Vec first, second;
-    void store(float* to) const {
-        first.store(to);
-        second.store(to + Vec::size);
-    }
-};
-
-inline Vec load_half(const float* p, int half) { return Vec::load(p + half * Vec::size); }
-
-inline Vec load_half(const bfloat16* p, int half) {
-#if defined(__AVX512F__)
-    const __m512i x = _mm512_loadu_si512(p), odd = _mm512_set1_epi32(int(0xffff0000));
-    return {_mm512_castsi512_ps(half ? _mm512_and_si512(x, odd) : _mm512_slli_epi32(x, 16))};
-#else
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), odd = _mm256_set1_epi32(int(0xffff0000));
-    return {_mm256_castsi256_ps(half ? _mm256_and_si256(x, odd) : _mm256_slli_epi32(x, 16))};
-#endif
-}
-
-template <class T>
-Pair load_pair(const T* p) {
-    return {load_half(p, 0), load_half(p, 1)};
-}
 
 // In a register: the compiler would make a value that is read several times a memory operand of each use.
 inline Vec held(Vec x) {
@@ -111,34 +85,6 @@ Vec add_products(Vec total, Vec x, Vec y) {
     if constexpr (Bf16) return {_mm512_dpbf16_ps(total.v, (__m512bh)x.v, (__m512bh)y.v)};
 #endif
     return fma(x, y, total);
-}
-
-// Of a row of `size` elements, zeros behind its end.
-template <class T>
-Pair load_pair(const T* row, int64_t i, int64_t size) {
-    if (i + kPair <= size) return load_pair(row + i);
-    T padded[kPair] = {};
-    if (i < size) std::memcpy(padded, row + i, (size - i) * sizeof(T));
-    return load_pair(padded);
-}
-
-inline void store_pair(Pair x, float* to) { x.store(to); }
-inline void store_pair(Pair x, bfloat16* to) {
-    bfloat16 even[Vec::size], odd[Vec::size];
-    x.first.store(even);
-    x.second.store(odd);
-    for (int i = 0; i < Vec::size; ++i) {
-        to[2 * i] = even[i];
-        to[2 * i + 1] = odd[i];
-    }
-}
-
-template <class T>
-void store_pair(Pair x, T* row, int64_t i, int64_t size) {
-    if (i + kPair <= size) return store_pair(x, row + i);
-    T padded[kPair];
-    store_pair(x, padded);
-    std::memcpy(row + i, padded, (size - i) * sizeof(T));
 }
 
 // Calls f with min(rows, R) as a constant.

@@ -1,0 +1,85 @@
+// Two neighbouring vectors of elements as two vectors of floats; those of bfloat16 as the even ones and the odd ones,
+// which a shift and a mask make of 32 bits.
+#pragma once
+
+#include <algorithm>
+
+#include "vec.h"
+
+namespace qnext {
+
+constexpr int64_t kPair = 2 * Vec::size;
+
+inline Vec load_half(const float* p, int half) { return Vec::load(p + half * Vec::size); }
+
+inline Vec load_half(const bfloat16* p, int half) {
+#if defined(__AVX512F__)
+    const __m512i x = _mm512_loadu_si512(p), odd = _mm512_set1_epi32(int(0xffff0000));
+    return {_mm512_castsi512_ps(half ? _mm512_and_si512(x, odd) : _mm512_slli_epi32(x, 16))};
+#else
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), odd = _mm256_set1_epi32(int(0xffff0000));
+    return {_mm256_castsi256_ps(half ? _mm256_and_si256(x, odd) : _mm256_slli_epi32(x, 16))};
+#endif
+}
+
+struct Pair {
+    Vec first, second;
+    void store(float* to) const {
+        first.store(to);
+        second.store(to + Vec::size);
+    }
+    void store(bfloat16* to) const {
+#if defined(__AVX512F__)
+        _mm512_storeu_si512(to, elements());
+#else
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), elements());
+#endif
+    }
+    // Past the caches; to: a multiple of the size of a vector.
+    void stream(bfloat16* to) const {
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), elements());
+#else
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), elements());
+#endif
+    }
+
+  private:
+    // As bfloat16, in the order of the elements.
+#if defined(__AVX512F__)
+    __m512i elements() const {
+        alignas(64) static constexpr uint16_t order[kPair] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
+    }
+#else
+    __m256i elements() const {
+        const __m256i even = _mm256_srli_epi32(rounded_bits(first), 16);
+        return _mm256_blend_epi16(even, rounded_bits(second), 0xaa);
+    }
+#endif
+};
+
+template <class T>
+Pair load_pair(const T* p) {
+    return {load_half(p, 0), load_half(p, 1)};
+}
+
+// Of a row of `size` elements, zeros behind its end.
+template <class T>
+Pair load_pair(const T* row, int64_t i, int64_t size) {
+    if (i + kPair <= size) return load_pair(row + i);
+    T padded[kPair] = {};
+    if (i < size) std::memcpy(padded, row + i, (size - i) * sizeof(T));
+    return load_pair(padded);
+}
+
+template <class T>
+void store_pair(Pair x, T* row, int64_t i, int64_t size) {
+    if (i + kPair <= size) return x.store(row + i);
+    T padded[kPair];
+    x.store(padded);
+    std::memcpy(row + i, padded, (size - i) * sizeof(T));
+}
+
+}  // namespace qnext
