@@ -12,20 +12,24 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+INTEGERS = (torch.int32, torch.int64)
 FEW = 64
 """So many indices are read faster by Python than by an operator of PyTorch: those of a step of decode."""
 
 
 def expect_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
     """Raise ValueError unless ``tensor`` has ``shape`` (None: any size)."""
-    if tensor.dim() == len(shape):
-        for size, want in zip(tensor.shape, shape, strict=True):
+    sizes = tensor.shape
+    if sizes == shape:
+        return
+    if len(sizes) == len(shape):
+        for size, want in zip(sizes, shape, strict=True):
             if want is not None and size != want:
                 break
         else:
             return
     expected = ", ".join("*" if size is None else str(size) for size in shape)
-    raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
+    raise ValueError(f"{name}: expected shape [{expected}], got {list(sizes)}")
 
 
 def expect_floating(name: str, tensor: Tensor) -> None:
@@ -42,10 +46,12 @@ def expect_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> No
 
 def expect_indices(name: str, indices: Tensor, low: int, high: int) -> None:
     """Raise unless ``indices`` are int32 or int64 within [low, high)."""
-    expect_dtype(name, indices, (torch.int32, torch.int64))
-    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
-        if indices.numel() <= FEW:
-            values = indices.flatten().tolist()
+    expect_dtype(name, indices, INTEGERS)
+    if indices.is_cpu and not torch.compiler.is_compiling() and (count := indices.numel()):
+        if count == 1:
+            smallest = largest = indices.item()
+        elif count <= FEW:
+            values = (indices if indices.dim() == 1 else indices.flatten()).tolist()
             smallest, largest = min(values), max(values)
         else:
             smallest, largest = (int(value) for value in torch.aminmax(indices))
@@ -56,15 +62,15 @@ def expect_indices(name: str, indices: Tensor, low: int, high: int) -> None:
 def expect_query_start_loc(query_start_loc: Tensor, num_tokens: int) -> int:
     """Check ragged offsets [N + 1] that rise from 0 to ``num_tokens``; return N."""
     expect_shape("query_start_loc", query_start_loc, (None,))
-    expect_dtype("query_start_loc", query_start_loc, (torch.int32, torch.int64))
-    if query_start_loc.numel() == 0:
+    expect_dtype("query_start_loc", query_start_loc, INTEGERS)
+    count = query_start_loc.numel()
+    if count == 0:
         raise ValueError("query_start_loc: expected at least one offset, got none")
-    if query_start_loc.device.type == "cpu":
+    if query_start_loc.is_cpu:
         offsets = query_start_loc.tolist()
-        rising = all(a <= b for a, b in pairwise(offsets))
-        if offsets[0] != 0 or offsets[-1] != num_tokens or not rising:
+        if offsets[0] != 0 or offsets[-1] != num_tokens or (count > 2 and offsets != sorted(offsets)):
             raise ValueError(f"query_start_loc: expected offsets rising from 0 to {num_tokens}, got {offsets}")
-    return query_start_loc.numel() - 1
+    return count - 1
 
 
 def longest_sequence(query_start_loc: Tensor) -> int:
@@ -80,8 +86,8 @@ def expect_snapshots(
     expect_shape("snapshot_slots", snapshot_slots, lengths.shape)
     expect_indices("snapshot_slots", snapshot_slots, -1, num_slots)
     expect_shape("snapshot_lengths", snapshot_lengths, lengths.shape)
-    expect_dtype("snapshot_lengths", snapshot_lengths, (torch.int32, torch.int64))
-    if query_start_loc.device.type == "cpu":
+    expect_dtype("snapshot_lengths", snapshot_lengths, INTEGERS)
+    if query_start_loc.is_cpu:
         fits = (snapshot_lengths >= 0) & (snapshot_lengths <= lengths) & (snapshot_lengths % multiple_of == 0)
         if not bool((fits | (snapshot_slots < 0)).all()):
             raise ValueError(

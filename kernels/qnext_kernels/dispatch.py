@@ -60,6 +60,7 @@ class Operation:
         assert name in OPERATION_NAMES
         self.name = name
         self.backends = tuple(backends)
+        self._serving_on_cpu: dict[tuple[torch.dtype, bool], Backend] = {}
         OPERATIONS[name] = self
 
     def select(self, device: torch.device, dtype: torch.dtype) -> Any:
@@ -69,6 +70,15 @@ class Operation:
             BackendError: a forced backend is missing or declines, or none supports the call.
         """
         forced = _forced.get(self.name, _forced.get("*"))
+        if forced is not None or device != _CPU or torch.compiler.is_compiling():
+            return self._choose(device, dtype, forced)
+        # Asking every backend anew would cost a decode on a CPU more than it computes in some operations.
+        case = dtype, _deterministic
+        if case not in self._serving_on_cpu:
+            self._serving_on_cpu[case] = self._choose(device, dtype, forced)
+        return self._serving_on_cpu[case]
+
+    def _choose(self, device: torch.device, dtype: torch.dtype, forced: str | None) -> Backend:
         reasons = ""
         for backend in self.backends:
             if forced is not None and backend.name != forced:
@@ -84,6 +94,7 @@ class Operation:
 
 
 OPERATIONS: dict[str, Operation] = {}
+_CPU = torch.device("cpu")
 
 
 def reason_to_decline(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -23,12 +23,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
-from torch import Tensor
 
 from qnext_kernels.dispatch import Backend
 
@@ -185,39 +183,3 @@ class NativeBackend(Backend):
         if dtype not in DTYPES:
             return f"needs {' or '.join(map(str, DTYPES))}, got {dtype}"
         return why_missing()
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """The address of a tensor's first element, for a ``c_void_p``."""
-    return None if tensor is None else tensor.data_ptr()
-
-
-class Floats(ctypes.Structure):
-    """``Floats`` of ``arguments.h``."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int64))
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Floats:
-        """A contiguous tensor that is read element by element."""
-        return cls(tensor.data_ptr(), DTYPES[tensor.dtype])
-
-
-class Indices(ctypes.Structure):
-    """``Indices`` of ``arguments.h``."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("is_int64", ctypes.c_int64))
-
-    @classmethod
-    def of(cls, tensor: Tensor | None) -> Indices:
-        """A contiguous int32 or int64 tensor, or none."""
-        if tensor is None:
-            return cls(None, 0)
-        return cls(tensor.data_ptr(), tensor.dtype == torch.int64)
-
-
-def function(name: str, arguments: type[ctypes.Structure]) -> Any:
-    """The C function ``void name(const arguments*)``."""
-    found = getattr(library(), name)
-    found.argtypes, found.restype = (ctypes.POINTER(arguments),), None
-    return found

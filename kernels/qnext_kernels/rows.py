@@ -9,6 +9,7 @@ import ctypes
 import struct
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from qnext_kernels.native import DTYPES, library
@@ -17,6 +18,11 @@ from qnext_kernels.native import DTYPES, library
 def floats(x: Tensor) -> tuple[int, int]:
     """The fields of ``Floats``, or of a pointer and its dtype, for a contiguous tensor."""
     return x.data_ptr(), DTYPES[x.dtype]
+
+
+def indices(x: Tensor | None) -> tuple[int, int]:
+    """The fields of ``Indices`` for a contiguous int32 or int64 tensor, or none."""
+    return (0, 0) if x is None else (x.data_ptr(), x.dtype == torch.int64)
 
 
 def rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:

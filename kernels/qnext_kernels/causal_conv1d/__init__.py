@@ -128,7 +128,7 @@ def causal_conv1d_verify(
         expect_shape("step_rows", step_rows, (num_sequences,))
         expect_indices("step_rows", step_rows, -1, step_state.shape[0])
         most = step_state.shape[1]
-    if query_start_loc.device.type == "cpu" and longest_sequence(query_start_loc) > most:
+    if query_start_loc.is_cpu and longest_sequence(query_start_loc) > most:
         raise ValueError(f"query_start_loc: expected at most {most} tokens a sequence, got {query_start_loc.tolist()}")
     backend = operation.select(x.device, x.dtype)
     return backend.verify(x, weight, conv_state, slots, query_start_loc, num_accepted_tokens, steps)

@@ -152,7 +152,7 @@ def gated_delta_rule_verify(
         expect_shape("step_rows", step_rows, (num_sequences,))
         expect_indices("step_rows", step_rows, -1, step_state.shape[0])
         most, place = step_state.shape[1], "step of step_state"
-    if query_start_loc.device.type == "cpu" and longest_sequence(query_start_loc) > most:
+    if query_start_loc.is_cpu and longest_sequence(query_start_loc) > most:
         raise ValueError(
             f"query_start_loc: expected at most {most} tokens a sequence (one a {place}), "
             f"got {query_start_loc.tolist()}"

@@ -41,10 +41,10 @@ def _empty(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool) -> Tens
 @operator(_empty)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool) -> Tensor:
     out = _empty(x, weight, bias, packed)
-    x, weight = x if x.stride(1) == 1 else x.contiguous(), weight.contiguous()
+    x, weight = x if x.stride()[1] == 1 else x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     places = (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
-    _kernel()(*places, DTYPES[x.dtype], x.stride(0), x.shape[0], *weight.shape, packed)
+    _kernel()(*places, DTYPES[x.dtype], x.stride()[0], x.shape[0], *weight.shape, packed)
     return out
 
 

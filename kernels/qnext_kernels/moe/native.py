@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -11,26 +9,8 @@ from torch import Tensor
 
 from qnext_kernels.moe import elementwise_native
 from qnext_kernels.moe.cpu import CpuBackend
-from qnext_kernels.native import DTYPES, Indices, NativeBackend, function
-
-
-class _Arguments(ctypes.Structure):
-    """``Experts`` of the C++ file."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "w13", "w2", "weights")),
-        ("ids", Indices),
-        ("out", ctypes.c_void_p),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("dtype", "x_token", "tokens", "top_k", "experts", "hidden", "middle", "packed")
-        ),
-    )
-
-
-@cache
-def _kernel() -> Callable[[_Arguments], None]:
-    return function("qnext_experts", _Arguments)
+from qnext_kernels.native import DTYPES, NativeBackend
+from qnext_kernels.rows import indices, packed_function
 
 
 class MoeNative(NativeBackend, CpuBackend):
@@ -53,25 +33,16 @@ class MoeNative(NativeBackend, CpuBackend):
         return self._run(x, w13, w2, topk_weights, topk_ids, packed=True)
 
     def _run(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool) -> Tensor:
-        x = x if x.stride(1) == 1 else x.contiguous()
+        x = x if x.stride()[1] == 1 else x.contiguous()
         topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
         out = torch.empty(x.shape, dtype=x.dtype)
+        tokens, hidden = x.shape
         _kernel()(
-            _Arguments(
-                x=x.data_ptr(),
-                w13=w13.data_ptr(),
-                w2=w2.data_ptr(),
-                weights=topk_weights.data_ptr(),
-                ids=Indices.of(topk_ids),
-                out=out.data_ptr(),
-                dtype=DTYPES[x.dtype],
-                x_token=x.stride(0),
-                tokens=x.shape[0],
-                top_k=topk_ids.shape[1],
-                experts=w13.shape[0],
-                hidden=x.shape[1],
-                middle=w2.shape[2],
-                packed=packed,
-            )
+            *(x.data_ptr(), w13.data_ptr(), w2.data_ptr(), topk_weights.data_ptr(), *indices(topk_ids)),
+            *(out.data_ptr(), DTYPES[x.dtype], x.stride()[0], tokens, topk_ids.shape[1]),
+            *(w13.shape[0], hidden, w2.shape[2], packed),
         )
         return out
+
+
+_kernel = cache(lambda: packed_function("qnext_experts", "15q"))

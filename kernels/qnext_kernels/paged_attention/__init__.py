@@ -16,6 +16,8 @@ single slots [slots, KV, D] is one of block size 1 (``pool.unsqueeze(1)``), its 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -80,16 +82,8 @@ def paged_attention(
     if gate is not None:
         expect_shape("gate", gate, q.shape)
         expect_dtype("gate", gate, (q.dtype,))
-    if seq_lens.device.type == "cpu" and num_sequences:
-        most = block_table.shape[1] * block_size
-        if bool(((seq_lens < query_start_loc.diff()) | (seq_lens > most)).any()):
-            raise ValueError(
-                f"seq_lens: expected at least the new tokens {query_start_loc.diff().tolist()} and at most {most} "
-                f"(what a row of block_table holds), got {seq_lens.tolist()}"
-            )
-        used = block_table[:, : -(-int(seq_lens.max()) // block_size)]
-        behind = torch.arange(used.shape[1]) * block_size >= seq_lens[:, None]
-        expect_indices("block_table", used.masked_fill(behind, 0), 0, max(1, num_blocks))
+    if seq_lens.is_cpu and num_sequences:
+        _check_values(block_table, seq_lens, query_start_loc, num_blocks, block_size)
     backend = operation.select(q.device, q.dtype)
     return backend.attention(q, key_cache, value_cache, block_table, seq_lens, query_start_loc, scale, gate, causal)
 
@@ -116,6 +110,24 @@ def store_kv(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_
     expect_shape("slot_mapping", slot_mapping, (k.shape[0],))
     expect_indices("slot_mapping", slot_mapping, -1, key_cache.shape[0] * key_cache.shape[1])
     operation.select(k.device, k.dtype).store_kv(k, v, key_cache, value_cache, slot_mapping)
+
+
+def _check_values(
+    block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor, num_blocks: int, block_size: int
+) -> None:
+    lengths, offsets = seq_lens.tolist(), query_start_loc.tolist()
+    most = block_table.shape[1] * block_size
+    for length, (start, end) in zip(lengths, pairwise(offsets), strict=True):
+        if not end - start <= length <= most:
+            raise ValueError(
+                f"seq_lens: expected at least the new tokens {query_start_loc.diff().tolist()} and at most {most} "
+                f"(what a row of block_table holds), got {lengths}"
+            )
+    used = block_table[:, : -(-max(lengths) // block_size)]
+    if len(lengths) > 1:
+        behind = torch.arange(used.shape[1]) * block_size >= seq_lens[:, None]
+        used = used.masked_fill(behind, 0)
+    expect_indices("block_table", used, 0, max(1, num_blocks))
 
 
 def _check_caches(key_cache: Tensor, value_cache: Tensor, head_dim: int, dtype: torch.dtype) -> None:

@@ -2,55 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from qnext_kernels.native import DTYPES, Indices, NativeBackend, function, pointer
+from qnext_kernels.native import DTYPES, NativeBackend
 from qnext_kernels.paged_attention.cpu import CpuBackend
-
-_CACHE_STRIDES = ("key_block", "key_slot", "key_head", "value_block", "value_slot", "value_head")
-
-
-class _Attention(ctypes.Structure):
-    """``PagedAttention`` of the C++ file."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "gate", "keys", "values", "out")),
-        *((name, ctypes.c_int64) for name in ("dtype", "q_token", "q_head", "gate_token", "gate_head")),
-        *((name, ctypes.c_int64) for name in _CACHE_STRIDES),
-        ("block_table", Indices),
-        ("table_row", ctypes.c_int64),
-        ("seq_lens", Indices),
-        ("query_start_loc", Indices),
-        *((name, ctypes.c_int64) for name in ("sequences", "heads", "kv_heads", "head_dim", "block_size", "causal")),
-        ("scale", ctypes.c_double),
-    )
-
-
-class _StoreKv(ctypes.Structure):
-    """``StoreKv`` of the C++ file."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("k", "v", "keys", "values")),
-        *((name, ctypes.c_int64) for name in ("element_bytes", "k_token", "k_head", "v_token", "v_head")),
-        *((name, ctypes.c_int64) for name in _CACHE_STRIDES),
-        ("slots", Indices),
-        *((name, ctypes.c_int64) for name in ("tokens", "kv_heads", "head_dim", "block_size")),
-    )
-
-
-@cache
-def _attention() -> Callable[[_Attention], None]:
-    return function("qnext_paged_attention", _Attention)
-
-
-@cache
-def _store_kv() -> Callable[[_StoreKv], None]:
-    return function("qnext_store_kv", _StoreKv)
+from qnext_kernels.rows import indices, packed_function
 
 
 class PagedAttentionNative(NativeBackend, CpuBackend):
@@ -78,34 +37,18 @@ class PagedAttentionNative(NativeBackend, CpuBackend):
                 q, key_cache, value_cache, block_table, seq_lens, query_start_loc, scale, gate, causal
             )
         q, gate = _rows(q), None if gate is None else _rows(gate)
-        block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+        block_table = block_table if block_table.stride()[1] == 1 else block_table.contiguous()
         seq_lens, query_start_loc = seq_lens.contiguous(), query_start_loc.contiguous()
         out = torch.empty(q.shape, dtype=q.dtype)
+        gate_place, gate_strides = (0, (0, 0)) if gate is None else (gate.data_ptr(), gate.stride()[:2])
+        _, heads, head_dim = q.shape
+        _, block_size, kv_heads, _ = key_cache.shape
         _attention()(
-            _Attention(
-                q=q.data_ptr(),
-                gate=pointer(gate),
-                keys=key_cache.data_ptr(),
-                values=value_cache.data_ptr(),
-                out=out.data_ptr(),
-                dtype=DTYPES[q.dtype],
-                q_token=q.stride(0),
-                q_head=q.stride(1),
-                gate_token=0 if gate is None else gate.stride(0),
-                gate_head=0 if gate is None else gate.stride(1),
-                **_cache_strides(key_cache, value_cache),
-                block_table=Indices.of(block_table),
-                table_row=block_table.stride(0),
-                seq_lens=Indices.of(seq_lens),
-                query_start_loc=Indices.of(query_start_loc),
-                sequences=seq_lens.shape[0],
-                heads=q.shape[1],
-                kv_heads=key_cache.shape[2],
-                head_dim=q.shape[2],
-                block_size=key_cache.shape[1],
-                causal=causal,
-                scale=scale,
-            )
+            *(q.data_ptr(), gate_place, key_cache.data_ptr(), value_cache.data_ptr(), out.data_ptr()),
+            *(DTYPES[q.dtype], *q.stride()[:2], *gate_strides),
+            *(*key_cache.stride()[:3], *value_cache.stride()[:3]),
+            *(*indices(block_table), block_table.stride()[0], *indices(seq_lens), *indices(query_start_loc)),
+            *(seq_lens.shape[0], heads, kv_heads, head_dim, block_size, causal, scale),
         )
         return out
 
@@ -114,33 +57,20 @@ class PagedAttentionNative(NativeBackend, CpuBackend):
             return super().store_kv(k, v, key_cache, value_cache, slot_mapping)
         k, v, slot_mapping = _rows(k), _rows(v), slot_mapping.contiguous()
         _store_kv()(
-            _StoreKv(
-                k=k.data_ptr(),
-                v=v.data_ptr(),
-                keys=key_cache.data_ptr(),
-                values=value_cache.data_ptr(),
-                element_bytes=k.element_size(),
-                k_token=k.stride(0),
-                k_head=k.stride(1),
-                v_token=v.stride(0),
-                v_head=v.stride(1),
-                **_cache_strides(key_cache, value_cache),
-                slots=Indices.of(slot_mapping),
-                tokens=k.shape[0],
-                kv_heads=k.shape[1],
-                head_dim=k.shape[2],
-                block_size=key_cache.shape[1],
-            )
+            *(k.data_ptr(), v.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr()),
+            *(k.element_size(), *k.stride()[:2], *v.stride()[:2]),
+            *(*key_cache.stride()[:3], *value_cache.stride()[:3]),
+            *(*indices(slot_mapping), *k.shape, key_cache.shape[1]),
         )
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride()[-1] == 1 else x.contiguous()
 
 
-def _reads(*caches: Tensor) -> bool:
-    return all(cache.stride(-1) == 1 for cache in caches)
+def _reads(key_cache: Tensor, value_cache: Tensor) -> bool:
+    return key_cache.stride()[-1] == 1 and value_cache.stride()[-1] == 1
 
 
-def _cache_strides(key_cache: Tensor, value_cache: Tensor) -> dict[str, int]:
-    return dict(zip(_CACHE_STRIDES, (*key_cache.stride()[:3], *value_cache.stride()[:3]), strict=True))
+_attention = cache(lambda: packed_function("qnext_paged_attention", "29qd"))
+_store_kv = cache(lambda: packed_function("qnext_store_kv", "21q"))
