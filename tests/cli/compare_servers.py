@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
+from typing import ClassVar
 
 import httpx
 
@@ -70,6 +71,50 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 def misbehaving(upstream: str, misbehave: Callable[[Handler, int], bool]) -> Iterator[str]:
     """The URL of a server before ``upstream``; ``misbehave`` gets each completion's number and says if it answered."""
     with serving(type("Bound", (Handler,), {"upstream": upstream, "misbehave": misbehave, "lock": Lock()})) as url:
+        yield url
+
+
+class Plain(Handler):
+    """An OpenAI-compatible server of no known make in front of a good one: text, and nothing beyond the interface."""
+
+    published = frozenset({"model", "prompt", "messages", "max_tokens", "temperature", "stream"})
+    chats_only = False
+    lists_models = True
+    shapes: ClassVar[dict[str, object]] = {}
+    """What it adds to each choice."""
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models" and self.lists_models:
+            self.send(200, json.dumps({"data": [{"id": "some-model"}]}).encode())
+        else:
+            self.send(404, b"<html>Not Found</html>")
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.chats_only and self.path == "/v1/completions":
+            self.send(404, json.dumps({"detail": "Not Found"}).encode())
+        elif unknown := sorted(request.keys() - self.published):
+            self.send(422, json.dumps({"detail": f"unexpected fields: {unknown}"}).encode())
+        else:
+            stream = request.pop("stream", False)
+            _, answer = self.fetch("POST", json.dumps(request | {"ignore_eos": True}).encode())
+            choice = json.loads(answer)["choices"][0]
+            kept = {key: choice[key] for key in ("text", "message") if key in choice}
+            if stream:
+                self.stream(kept.get("text") or kept["message"]["content"])
+            else:
+                self.send(200, json.dumps({"choices": [kept | {"finish_reason": "length"} | self.shapes]}).encode())
+
+    def stream(self, text: str) -> None:
+        """In words, with the interface's mark of the end and neither a reason to finish nor a count of tokens."""
+        pieces = [json.dumps({"choices": [{"text": word}]}) for word in text.split(" ")]
+        self.send(200, "".join(f"data: {piece}\n\n" for piece in [*pieces, "[DONE]"]).encode())
+
+
+@contextlib.contextmanager
+def plain(upstream: str, **traits: object) -> Iterator[str]:
+    """The URL of a ``Plain`` server before ``upstream``; ``traits`` are its attributes."""
+    with serving(type("Bound", (Plain,), {"upstream": upstream, **traits})) as url:
         yield url
 
 

@@ -26,8 +26,8 @@ def report() -> Report:
 def judged(report: Report, *names: str, referee: str | None = None, **options: float) -> Report:
     """The report of only these sides, judged anew."""
     report.sides = [side for side in report.sides if side.name in (names or RIGHT)]
-    report.pairs = compare_all(report.sides, **options)
     report.referee = choose_referee(report.sides, referee)
+    report.pairs = compare_all(report.sides, referee=report.referee, **options)
     conclude(report)
     return report
 
@@ -190,7 +190,20 @@ def test_side_with_only_text_is_compared_by_characters_and_its_partings_stay_unk
     pair = pair_of(judged(report), "vllm", "sglang")
     assert pair.unit is Unit.characters
     assert [(parting.position, parting.kind) for parting in pair.partings] == [(5, Kind.unknown)]
-    assert pair.agrees is False
+    assert (pair.agrees, pair.word) == (None, "undecided")
+    assert report.status is Status.incomplete
+    assert any(line.startswith("vllm and sglang, undecided: 1 of 5 continuations part") for line in report.verdict)
+
+
+def test_empty_answers_are_no_agreement(report: Report) -> None:
+    sglang = side_of(report, "sglang")
+    without_ids(sglang)
+    for answer in sglang.answers:
+        answer.texts = answer.log_probs = answer.gaps = None
+        answer.text = ""
+    pair = pair_of(judged(report), "vllm", "sglang")
+    assert (pair.agrees, pair.word) == (None, "not compared")
+    assert report.status is Status.incomplete
 
 
 def test_answer_that_ends_earlier_is_compared_as_far_as_it_goes(report: Report) -> None:

@@ -94,3 +94,11 @@ def test_answer_without_extensions_has_only_its_text(recorded: dict[str, Any]) -
     answer = read_completion(0, {"choices": [{"text": choice["text"], "finish_reason": "stop"}]})
     assert answer.text == choice["text"]
     assert (answer.ids, answer.texts, answer.log_probs, answer.gaps, answer.key) == (None, None, None, None, None)
+
+
+@pytest.mark.parametrize("log_probs", [{"content": [{"token": "a", "logprob": -1.0}]}, [], "none", {"tokens": [1]}])
+def test_log_probs_in_a_shape_of_the_servers_own_are_none(log_probs: Any) -> None:
+    answer = read_completion(0, {"choices": [{"text": "a", "logprobs": log_probs}]})
+    assert (answer.text, answer.log_probs, answer.texts) == ("a", None, None)
+    answer = read_chat(0, {"choices": [{"message": {"content": "a"}, "logprobs": {"tokens": ["a"]}}]})
+    assert (answer.text, answer.log_probs, answer.texts) == ("a", None, None)

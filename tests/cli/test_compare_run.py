@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import httpx
 import pytest
 import typer
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from qnext_plugins.cli.compare.command import compare
@@ -23,8 +25,8 @@ from qnext_plugins.cli.compare.report import Kind, Report, Side, Status, Unit
 from qnext_plugins.cli.compare.servers import Server
 from qnext_plugins.cli.compare.sides import parse_side
 from tests.checkpoints import TINY
-from tests.cli.compare_checkpoints import write_disturbed_checkpoint
-from tests.cli.compare_servers import Handler, misbehaving
+from tests.cli.compare_checkpoints import DISTURBED, write_disturbed_checkpoint
+from tests.cli.compare_servers import Handler, misbehaving, plain
 
 app = typer.Typer()
 app.command()(compare)
@@ -210,18 +212,67 @@ def test_wrong_model_name_is_said_by_the_server(tmp_path: Path, good: str) -> No
 
 def test_what_cannot_be_started_or_reached_is_said_and_the_rest_goes_on(tmp_path: Path, good: str) -> None:
     wrong = tmp_path / "no-python"
-    sides = (f"fine={good}", "nowhere=http://127.0.0.1:9", "hf:/no/such/model", "vllm:m")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    sides = (f"fine={good}", "nowhere=http://127.0.0.1:9", f"hf:{empty}", "vllm:m")
     result, report = run(tmp_path, *sides, "--python-vllm", str(wrong))
     assert result.exit_code == 2
     (nowhere,) = side_of(report, "nowhere").problems
     assert nowhere == "no server answers at http://127.0.0.1:9"
     (missing,) = side_of(report, "hf").problems
-    assert "ended with status 1" in missing
-    assert "/no/such/model" in missing
+    assert "ended with status 1: OSError" in missing
+    assert str(empty) in missing
     (python,) = side_of(report, "vllm").problems
     assert f"{wrong} is not a Python that runs" in python
     assert "--python-vllm" in python
     assert len(side_of(report, "fine").answers) == 6
+
+
+def test_server_of_unknown_make_is_compared_by_its_text_and_timed_by_its_pieces(tmp_path: Path, good: str) -> None:
+    with plain(good) as url:
+        result, report = run(tmp_path, f"odd={url}/v1", f"fine={good}", "--requests", "2")
+    assert result.exit_code == 0, result.output
+    odd = side_of(report, "odd")
+    assert (odd.kind, odd.model, odd.problems) == ("openai", "some-model", [])
+    assert odd.notes == [
+        "gives no token ids: it is compared by characters, and what it said is scored by nobody",
+        "gives no log-probabilities: where it parts nobody can say whether that is a tie",
+        "offers no way to score given tokens",
+    ]
+    (pair,) = report.pairs
+    assert (pair.unit, pair.identical, pair.deltas) == (Unit.characters, 6, None)
+    (level,) = odd.levels
+    assert (level.requests, level.counted_by, odd.drafts) == (2, "chunks", None)
+
+
+def test_text_that_parts_and_has_no_numbers_is_undecided(tmp_path: Path, good: str, disturbed: str) -> None:
+    with plain(disturbed) as url:
+        result, report = run(tmp_path, f"odd={url}", f"fine={good}", "--no-speed")
+    assert result.exit_code == 2
+    assert report.pairs[0].word == "undecided"
+    assert {parting.kind for parting in report.pairs[0].partings} == {Kind.unknown}
+    assert "nothing says whether that is a fault" in result.output
+
+
+def test_server_of_chats_only_is_asked_in_chats(tmp_path: Path, good: str) -> None:
+    with plain(good, chats_only=True) as url:
+        result, report = run(tmp_path, f"odd={url}", f"fine={good}", "--no-speed")
+        assert result.exit_code == 2
+        assert "HTTP 404: Not Found; if it serves chats only, try --chat" in side_of(report, "odd").problems[0]
+        result, report = run(tmp_path, f"odd={url}", f"fine={good}", "--no-speed", "--chat")
+    assert result.exit_code == 0, result.output
+    assert report.pairs[0].identical == 6
+
+
+def test_server_that_lists_no_model_is_asked_for_the_given_one(tmp_path: Path, good: str) -> None:
+    with plain(good, lists_models=False) as url:
+        _, report = run(tmp_path, f"odd={url}", f"fine={good}", "--no-speed")
+        (problem,) = side_of(report, "odd").problems
+        assert problem.startswith(f"{url}/v1/models names no model (/v1/models answered HTTP 404")
+        assert problem.endswith("give --model")
+        result, report = run(tmp_path, f"odd={url}", f"fine={good}", "--no-speed", "--model", "mine")
+    assert result.exit_code == 0, result.output
+    assert side_of(report, "odd").model == "mine"
 
 
 def test_one_engine_at_a_time_finds_the_same(tmp_path: Path, good: str) -> None:
@@ -272,6 +323,17 @@ def wait_for_answers(output: Path, process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in children]
 
 
+def test_checkpoint_that_lacks_a_tensor_cannot_referee(tmp_path: Path, good: str) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(TINY, checkpoint)
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors[DISTURBED]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    _, report = run(tmp_path, f"fine={good}", f"hf:{checkpoint} {FLAGS}", "--no-speed")
+    (problem,) = side_of(report, "hf").problems
+    assert f"the checkpoint lacks 1 of the model's tensors, the first is {DISTURBED}" in problem
+
+
 def test_referee_says_what_it_does_not_serve(good: str) -> None:
     def ask(path: str, **request: object) -> httpx.Response:
         return httpx.post(good + path, json=request, timeout=60, trust_env=False)
@@ -280,5 +342,8 @@ def test_referee_says_what_it_does_not_serve(good: str) -> None:
         answer = ask("/v1/completions", **request)
         assert answer.status_code == 400, request
         assert answer.json()["error"]["message"]
+    answer = ask("/v1/completions", prompt=[1, 2], temperature=0, prompt_logprobs=1, prompt_logprobs_dtype="int8")
+    assert answer.status_code == 400
+    assert "prompt_logprobs_dtype" in answer.json()["error"]["message"]
     assert ask("/v1/embeddings").status_code == 404
     assert ask("/v1/completions", prompt="a", temperature=0, max_tokens=2).status_code == 200

@@ -57,6 +57,12 @@ def test_pieces_are_counted_where_the_server_does_not_count() -> None:
     assert (timing.tokens, timing.counted) == (4, False)
 
 
+def test_mark_of_the_end_ends_a_stream_without_a_reason_to_finish() -> None:
+    with streaming([*WORDS[:-1], DONE]) as url:
+        timing = stream(url)
+    assert (timing.tokens, timing.counted) == (4, False)
+
+
 def test_requests_at_a_time_share_the_seconds() -> None:
     with streaming([*WORDS, DONE], first=FIRST) as url:
         one, _ = level(url, concurrency=1, requests=4)
@@ -86,6 +92,11 @@ def test_percentiles_and_rates_of_known_times() -> None:
         ([WORDS[0], WORDS[1]], "ended before its last piece"),
         ([WORDS[-1], DONE], "had no text"),
         ([WORDS[0], 'data: {"error": {"message": "out of\\nmemory"}}'], "out of memory"),
+        (['data: {"choices": ["text"]}'], "not as expected at choices.0"),
+        (['data: {"choices": {"text": "a"}}'], "not as expected at choices"),
+        (['data: {"choices": [{"delta": "text"}]}'], "not as expected at choices.0.delta"),
+        (['data: {"choices": [{"text": 3}]}'], "not as expected at choices.0.text"),
+        (['data: {"usage": "many"}'], "not as expected at usage"),
     ],
 )
 def test_stream_that_is_none_is_one_line(pieces: list[str], line: str) -> None:

@@ -19,7 +19,8 @@ from qnext_plugins.cli.bench.output import BenchReport, Files
 from qnext_plugins.cli.bench.tools import Level, Load, ToolError, command, progress, read_result
 from qnext_plugins.cli.compare.answers import SideError
 from qnext_plugins.cli.compare.client import Client, drafts_between
-from qnext_plugins.cli.compare.servers import Server, installed, last_error
+from qnext_plugins.cli.compare.logs import root_cause
+from qnext_plugins.cli.compare.servers import Server, installed
 from qnext_plugins.cli.compare.sides import Pythons, SideSpec
 from qnext_plugins.cli.progress import Progress, Step
 from qnext_plugins.server_process import end_group
@@ -251,7 +252,7 @@ class ServeBench:
         finally:
             self._end_tool()
         if process.returncode:
-            return f"the tool ended with status {process.returncode}: {last_error(log.read_text(errors='replace'))}"
+            return f"the tool ended with status {process.returncode}: {root_cause(log.read_text(errors='replace'))}"
         return None
 
     def _end_tool(self) -> None:

@@ -7,18 +7,23 @@ most
 
     margin = max(rounding of either dtype, 2 · (99th percentile of one side's noise + that of the other))
 
-and a *fault* otherwise. ``ROUNDING`` is the spacing of logits between 16 and 32 in bfloat16 and float16, whose heads
-round them to it; in float32, where sums reorder rather than round, a thousandth. Independent of what is written, two
-sides disagree if the mean |Δ log p| of the same given tokens exceeds a tolerance, or a single one fifty times as much.
+In float32 any other parting is a *fault*, and two sides disagree besides if the mean |Δ log p| of the same given tokens
+exceeds a tolerance, or a single one fifty times as much.
+
+In less than float32 rounding moves log-probabilities further than a tie is wide. With E the largest error of
+transformers in a side's dtype (``rounding``), the gap of two tokens on one side is no more than the errors of both
+tokens on both sides: a parting is *rounding* up to 2 · (E of one side + E of the other), and beyond that a fault. The
+sides themselves are judged by their own errors, which together are the tolerance of the pair. Without transformers to
+measure it, a parting that is no tie stays *unknown*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 
 from qnext_plugins.cli.compare.report import (
     Answer,
@@ -29,41 +34,40 @@ from qnext_plugins.cli.compare.report import (
     Pair,
     Parting,
     Place,
-    Score,
     Side,
     Unit,
 )
+from qnext_plugins.cli.compare.rounding import (
+    ROUNDING,
+    TOLERANCE,
+    UNKNOWN_TOLERANCE,
+    Measured,
+    Numbers,
+    as_generated,
+    by_key,
+    differences,
+    measure_errors,
+    precision_of,
+    rounds,
+)
 
-ROUNDING = {"float32": 1e-3, "float16": 2**-6, "bfloat16": 2**-3}
-TOLERANCE = {"float32": 1e-3}
-UNKNOWN_ROUNDING = ROUNDING["bfloat16"]
-UNKNOWN_TOLERANCE = 0.1
 SPIKE = 50
 COMMON_CHARACTERS = 60
-
-Numbers = npt.NDArray[np.float64]
-
-
-def scores_by_key(side: Side) -> dict[Key, Score]:
-    return {score.key: score for score in side.scores}
 
 
 def own_differences(side: Side) -> Numbers:
     """|Δ log p| of each token that a side generated and has then read."""
-    scores = scores_by_key(side)
-    parts = [
-        np.abs(np.subtract(answer.log_probs, scores[key].log_probs))
-        for answer in side.answers
-        if (key := answer.key) is not None and key in scores and answer.log_probs
-    ]
-    return np.concatenate(parts) if parts else np.empty(0)
+    return joined(differences(by_key(as_generated(side)), by_key(side.scores)))
 
 
 def pair_differences(a: Side, b: Side) -> dict[Key, Numbers]:
     """|Δ log p| of each token of every continuation that both have read."""
-    ours, theirs = scores_by_key(a), scores_by_key(b)
-    shared = sorted(ours.keys() & theirs.keys())
-    return {key: np.abs(np.subtract(ours[key].log_probs, theirs[key].log_probs)) for key in shared}
+    return differences(by_key(a.scores), by_key(b.scores))
+
+
+def joined(parts: Mapping[Key, Numbers]) -> Numbers:
+    """All of them in one array."""
+    return np.concatenate(list(parts.values())) if parts else np.empty(0)
 
 
 def own_noise(side: Side) -> Noise | None:
@@ -79,30 +83,77 @@ def own_noise(side: Side) -> Noise | None:
     )
 
 
-def tolerance_of(sides: Sequence[Side], given: float | None = None) -> float:
+def tolerance_of(*sides: Side, given: float | None = None) -> float:
     """The largest mean |Δ log p| that is agreement between ``sides``."""
     if given is not None:
         return given
-    return max(TOLERANCE.get(side.dtype or "", UNKNOWN_TOLERANCE) for side in sides)
+    if not rounds(*sides):
+        return TOLERANCE["float32"]
+    allowed = [side.error_reading.allowed for side in sides if side.error_reading is not None]
+    return sum(allowed) if len(allowed) == len(sides) else UNKNOWN_TOLERANCE
 
 
 def margin_of(a: Side, b: Side, given: float | None = None) -> float:
     """The largest gap of the best two tokens that leaves open which is taken; see the module's docstring."""
     if given is not None:
         return given
-    rounding = max(ROUNDING.get(side.dtype or "", UNKNOWN_ROUNDING) for side in (a, b))
+    rounding = max(ROUNDING[precision_of(side)] for side in (a, b))
     # A side that contradicts itself is broken, not noisy: its noise excuses nothing.
     noise = sum(side.noise.p99 for side in (a, b) if side.noise is not None and side.consistent)
     return max(rounding, 2 * noise)
 
 
-def compare_all(sides: Sequence[Side], *, tie_gap: float | None = None, tolerance: float | None = None) -> list[Pair]:
-    """Measure each side's noise and compare every two that answered something."""
+@dataclass(frozen=True)
+class Judge:
+    """What two sides are held to."""
+
+    margin: float
+    tolerance: float
+    strict: bool
+    """Whether a parting beyond the margin is a fault: in float32, and where the user has said what a tie is."""
+    rounding: float | None = None
+    """The largest gap that is rounding; None if not measured."""
+
+    def kind_of(self, gaps: Sequence[float | None]) -> Kind:
+        """What a parting is, by the gap on each side."""
+        known = [gap for gap in gaps if gap is not None]
+        largest, limit = max(known, default=0.0), max(self.margin, self.rounding or 0.0)
+        if largest > limit and (self.strict or self.rounding is not None):
+            return Kind.fault
+        if largest > limit or len(known) < 2:
+            return Kind.unknown
+        return Kind.tie if largest <= self.margin else Kind.rounding
+
+    @classmethod
+    def of(cls, a: Side, b: Side, measured: Measured, *, tie_gap: float | None, tolerance: float | None) -> Judge:
+        strict = tie_gap is not None or not rounds(a, b)
+        dtypes = (precision_of(a), precision_of(b))
+        known = not strict and all(dtype in measured for dtype in dtypes)
+        return cls(
+            margin=margin_of(a, b, tie_gap),
+            tolerance=tolerance_of(a, b, given=tolerance),
+            strict=strict,
+            rounding=2 * sum(measured.largest(dtype) for dtype in dtypes) if known else None,
+        )
+
+
+def compare_all(
+    sides: Sequence[Side],
+    *,
+    referee: str | None = None,
+    tie_gap: float | None = None,
+    tolerance: float | None = None,
+) -> list[Pair]:
+    """Measure each side's noise and errors and compare every two that answered something."""
+    measured = Measured.by(next((side for side in sides if side.name == referee), None))
+    measure_errors(sides, measured, tolerance)
     for side in sides:
         side.noise = own_noise(side)
-        side.consistent = None if side.noise is None else side.noise.mean <= tolerance_of([side], tolerance)
+        side.consistent = None
+        if side.noise is not None:
+            side.consistent = side.noise.mean <= tolerance_of(side, given=tolerance)
     return [
-        compare_pair(a, b, margin=margin_of(a, b, tie_gap), tolerance=tolerance_of([a, b], tolerance))
+        compare_pair(a, b, Judge.of(a, b, measured, tie_gap=tie_gap, tolerance=tolerance))
         for a, b in combinations(sides, 2)
     ]
 
@@ -129,7 +180,7 @@ def units(answer: Answer, unit: Unit) -> Sequence[int | str]:
     return sequence
 
 
-def compare_pair(a: Side, b: Side, *, margin: float, tolerance: float) -> Pair:
+def compare_pair(a: Side, b: Side, judge: Judge) -> Pair:
     """Compare two sides on the prompts that both answered."""
     ours = {answer.prompt: answer for answer in a.answers}
     theirs = {answer.prompt: answer for answer in b.answers}
@@ -138,41 +189,38 @@ def compare_pair(a: Side, b: Side, *, margin: float, tolerance: float) -> Pair:
     other_prompts = [
         n for n in shared if None not in (x := (ours[n].prompt_ids, theirs[n].prompt_ids)) and x[0] != x[1]
     ]
-    partings, tokens = [], 0
+    places, tokens = {}, 0
     for number in (n for n in shared if n not in other_prompts):
         one, two = units(ours[number], unit), units(theirs[number], unit)
         position = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), None)
         tokens += min(len(one), len(two)) if position is None else position
         if position is not None:
-            partings.append(_parting(ours[number], theirs[number], unit, position, (a, b), margin))
+            places[number] = position
     pair = Pair(
         a=a.name,
         b=b.name,
         unit=unit,
         prompts=len(shared),
-        identical=len(shared) - len(other_prompts) - len(partings),
+        identical=len(shared) - len(other_prompts) - len(places),
         tokens=tokens,
         other_prompts=other_prompts,
-        partings=partings,
-        margin=margin,
-        tolerance=tolerance,
+        partings=[_parting(ours[n], theirs[n], unit, place, (a, b), judge) for n, place in places.items()],
+        margin=judge.margin,
+        rounding=judge.rounding,
+        tolerance=judge.tolerance,
         deltas=_deltas(a, b),
         agrees=None,
         reasons=[],
     )
-    _judge(pair)
+    _conclude(pair, (a, b))
     return pair
 
 
-def _parting(one: Answer, two: Answer, unit: Unit, position: int, sides: tuple[Side, Side], margin: float) -> Parting:
+def _parting(one: Answer, two: Answer, unit: Unit, position: int, sides: tuple[Side, Side], judge: Judge) -> Parting:
     gaps = [
         None if unit is Unit.characters else _gap_at(answer, side, position)
         for answer, side in zip((one, two), sides, strict=True)
     ]
-    known = [gap for gap in gaps if gap is not None]
-    kind = Kind.tie if len(known) == 2 else Kind.unknown
-    if any(gap > margin for gap in known):
-        kind = Kind.fault
     texts = [_as_texts(answer, unit) for answer in (one, two)]
     return Parting(
         prompt=one.prompt,
@@ -184,7 +232,7 @@ def _parting(one: Answer, two: Answer, unit: Unit, position: int, sides: tuple[S
         b_next="".join(texts[1][position + 1 :])[:COMMON_CHARACTERS],
         a_gap=gaps[0],
         b_gap=gaps[1],
-        kind=kind,
+        kind=judge.kind_of(gaps),
     )
 
 
@@ -199,19 +247,19 @@ def _gap_at(answer: Answer, side: Side, position: int) -> float | None:
     """The gap of the best two tokens there, from generating, otherwise from reading the same tokens."""
     if answer.gaps and position < len(answer.gaps) and answer.gaps[position] is not None:
         return answer.gaps[position]
-    score = scores_by_key(side).get(answer.key) if answer.key else None
+    score = by_key(side.scores).get(answer.key) if answer.key else None
     return score.gaps[position] if score is not None and position < len(score.gaps) else None
 
 
 def _deltas(a: Side, b: Side) -> Deltas | None:
     """|Δ log p| of every continuation that both scored; None if there is none."""
-    differences = pair_differences(a, b)
-    if not differences:
+    found = pair_differences(a, b)
+    if not found:
         return None
-    worst = max(differences, key=lambda key: float(differences[key].max()))
-    position = int(differences[worst].argmax())
-    score = scores_by_key(a)[worst]
-    every = np.concatenate(list(differences.values()))
+    worst = max(found, key=lambda key: float(found[key].max()))
+    position = int(found[worst].argmax())
+    score = by_key(a.scores)[worst]
+    every = joined(found)
     return Deltas(
         tokens=len(every),
         mean=float(every.mean()),
@@ -224,35 +272,58 @@ def _deltas(a: Side, b: Side) -> Deltas | None:
             text=score.texts[position] if score.texts else None,
             author=score.author,
             a_log_prob=score.log_probs[position],
-            b_log_prob=scores_by_key(b)[worst].log_probs[position],
+            b_log_prob=by_key(b.scores)[worst].log_probs[position],
         ),
     )
 
 
-def _judge(pair: Pair) -> None:
+def _conclude(pair: Pair, sides: tuple[Side, Side]) -> None:
     """Set ``agrees`` and ``reasons`` from what was measured."""
-    against: list[str] = []
+    if not pair.compared:
+        return
+    against = [
+        f"{side.name} is further from float32 than rounding"
+        for side in sides
+        if not all(error.is_rounding for error in side.errors)
+    ]
     if pair.other_prompts:
         against.append(f"{len(pair.other_prompts)} prompts become different tokens (first: {pair.other_prompts[0]})")
-    if faults := pair.faults():
-        against.append(f"{len(faults)} of {pair.prompts} continuations part, {describe(faults[0], pair)}")
+    if faults := pair.partings_of(Kind.fault):
+        limit = max(pair.margin, pair.rounding or 0.0)
+        against.append(f"{_part(faults, pair)}, {describe(faults[0], pair)}, where up to {limit:.2g} is allowed")
+    within: list[str] = []
     if pair.deltas is not None:
         size = f"mean |Δ log p| {pair.deltas.mean:.2g}, largest {pair.deltas.largest:.2g}"
         if pair.deltas.mean > pair.tolerance:
-            against.append(f"{size}, where a mean of {pair.tolerance:g} is allowed")
+            against.append(f"{size}, where a mean of {pair.tolerance:.2g} is allowed")
         elif pair.deltas.largest > SPIKE * pair.tolerance:
-            against.append(f"{size}, where one of {SPIKE * pair.tolerance:g} is allowed")
+            against.append(f"{size}, where one of {SPIKE * pair.tolerance:.2g} is allowed")
         else:
-            pair.reasons.append(f"{size} over {pair.deltas.tokens} tokens")
-    if ties := len(pair.partings) - len(faults):
-        pair.reasons.append(f"{ties} ties (both gaps at most {pair.margin:.2g})")
+            within.append(f"{size} over {pair.deltas.tokens} tokens")
+    if ties := pair.partings_of(Kind.tie):
+        within.append(f"{len(ties)} ties (both gaps at most {pair.margin:.2g})")
+    if rounded := pair.partings_of(Kind.rounding):
+        within.append(
+            f"{len(rounded)} partings that rounding can explain (gaps up to {_widest(rounded):.2g}, "
+            f"where it can explain {pair.rounding:.2g})"
+        )
+    unknown = pair.partings_of(Kind.unknown)
     if pair.prompts:
-        pair.reasons.insert(0, f"{pair.identical} of {pair.prompts} continuations identical by {pair.unit}")
-        pair.agrees = not against
-    elif pair.deltas is not None:
-        pair.agrees = not against
-    if against:
-        pair.reasons = against + pair.reasons
+        within.insert(0, f"{pair.identical} of {pair.prompts} continuations identical by {pair.unit}")
+    if unknown:
+        open_ = f"{_part(unknown, pair)}, {describe(unknown[0], pair)}, and nothing says whether that is a fault"
+        within.insert(0, open_)
+    pair.agrees = False if against else None if unknown else True
+    pair.reasons = against + within
+
+
+def _part(partings: Sequence[Parting], pair: Pair) -> str:
+    return f"{len(partings)} of {pair.prompts} continuations part"
+
+
+def _widest(partings: Sequence[Parting]) -> float:
+    """The largest gap."""
+    return max(gap for parting in partings for gap in (parting.a_gap, parting.b_gap) if gap is not None)
 
 
 def describe(parting: Parting, pair: Pair) -> str:
@@ -260,5 +331,5 @@ def describe(parting: Parting, pair: Pair) -> str:
     gaps = [("no gap known" if gap is None else f"gap {gap:.2g}") for gap in (parting.a_gap, parting.b_gap)]
     return (
         f"first in prompt {parting.prompt} at {pair.unit.removesuffix('s')} {parting.position}: "
-        f"{pair.a} {parting.a!r} ({gaps[0]}), {pair.b} {parting.b!r} ({gaps[1]}), a tie up to {pair.margin:.2g}"
+        f"{pair.a} {parting.a!r} ({gaps[0]}), {pair.b} {parting.b!r} ({gaps[1]})"
     )

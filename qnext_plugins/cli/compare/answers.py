@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -33,7 +34,7 @@ class _Choice(BaseModel):
     finish_reason: str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
-    logprobs: _LogProbs | None = None
+    logprobs: Any = None
 
 
 class _Completion(BaseModel):
@@ -63,7 +64,7 @@ class _Message(BaseModel):
 class _ChatChoice(BaseModel):
     message: _Message
     finish_reason: str | None = None
-    logprobs: _ChatLogProbs | None = None
+    logprobs: Any = None
     token_ids: list[int] | None = None  # vLLM
     response_token_ids: list[int] | None = None  # SGLang
     prompt_token_ids: list[int] | None = None  # SGLang
@@ -72,6 +73,21 @@ class _ChatChoice(BaseModel):
 class _Chat(BaseModel):
     choices: list[_ChatChoice]
     prompt_token_ids: list[int] | None = None  # vLLM
+
+
+class _Usage(BaseModel):
+    completion_tokens: int | None = None
+
+
+class _Piece(BaseModel):
+    text: str | None = None
+    delta: _Message | None = None
+    finish_reason: str | None = None
+
+
+class _Event(BaseModel):
+    choices: list[_Piece] | None = None
+    usage: _Usage | None = None
 
 
 class _PromptToken(BaseModel):
@@ -106,6 +122,14 @@ def _validated(shape: type[Shape], payload: Any, what: str) -> Shape:
         raise SideError(f"{what} is not as expected at {where}: {first['msg']}") from error
 
 
+def _log_probs(shape: type[Shape], given: Any) -> Shape | None:
+    """Log-probabilities in the published shape; None where there are none, or in a shape of the server's own."""
+    try:
+        return None if given is None else shape.model_validate(given)
+    except ValidationError:
+        return None
+
+
 def _first(choices: list[Choice], what: str) -> Choice:
     if not choices:
         raise SideError(f"{what} has no choices")
@@ -128,7 +152,7 @@ def read_completion(prompt: int, payload: Any) -> Answer:
         text=choice.text,
         finish_reason=choice.finish_reason,
     )
-    given = choice.logprobs
+    given = _log_probs(_LogProbs, choice.logprobs)
     # Without a number for every token the numbers have no places.
     if given is not None and None not in given.token_logprobs:
         answer.texts = given.tokens
@@ -149,12 +173,37 @@ def read_chat(prompt: int, payload: Any) -> Answer:
         text=(message.reasoning or message.reasoning_content or "") + (message.content or ""),
         finish_reason=choice.finish_reason,
     )
-    if choice.logprobs is not None and choice.logprobs.content is not None:
-        content = choice.logprobs.content
+    given = _log_probs(_ChatLogProbs, choice.logprobs)
+    if given is not None and given.content is not None:
+        content = given.content
         answer.texts = [token.token for token in content]
         answer.log_probs = [token.logprob for token in content]
         answer.gaps = [_gap([top.logprob for top in token.top_logprobs]) for token in content]
     return _consistent(answer)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A piece of a streamed answer."""
+
+    text: str
+    finished: bool
+    tokens: int | None
+    """How many there are in all; None where it does not say it."""
+
+
+def read_event(payload: Any) -> Event:
+    """A piece of a stream of completions or of a chat; raises SideError."""
+    event = _validated(_Event, payload, "a piece of the stream")
+    texts: list[str | None] = []
+    for choice in event.choices or []:
+        delta = choice.delta or _Message()
+        texts += [choice.text, delta.content, delta.reasoning, delta.reasoning_content]
+    return Event(
+        text="".join(text for text in texts if text),
+        finished=any(choice.finish_reason for choice in event.choices or []),
+        tokens=event.usage.completion_tokens if event.usage is not None else None,
+    )
 
 
 def _consistent(answer: Answer) -> Answer:

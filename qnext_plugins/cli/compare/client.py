@@ -14,22 +14,24 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from qnext_plugins.cli.compare.answers import (
+    Event,
     RefusedError,
     Scored,
     SideError,
     read_chat,
     read_completion,
+    read_event,
     read_sglang_score,
     read_vllm_score,
 )
 from qnext_plugins.cli.compare.report import Answer, Drafts, Prompt
 
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
-# What an OpenAI-compatible server of unknown make takes: nothing beyond the published interface.
 # Who a model belongs to, as the servers say it in /v1/models, and how they are talked to.
 OWNERS = {"vllm": "vllm", "sglang": "sglang", "transformers": "hf"}
 IGNORE_EOS = {"ignore_eos": True}
 TOKEN_IDS = {"return_token_ids": True}
+# A server of unknown make gets neither: nothing beyond the published interface.
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Client:
         self.served: list[str] = []
         """The models that it names."""
         self.gives_log_probs = True
+        self.counts_tokens = True
+        """Whether it takes the request to say at the end of a stream how many tokens there were."""
 
     async def close(self) -> None:
         await self.http.aclose()
@@ -82,13 +86,18 @@ class Client:
         """Find out what kind of server it is and which model it serves; ``model`` chooses one of several."""
         async with self._errors():
             response = await self.http.get(f"{self.url}/v1/models")
+        owner = None
         try:
             cards = self._json(response)["data"]
             card, self.served = cards[0], [str(each["id"]) for each in cards]
             self.model, owner = model or str(card["id"]), card.get("owned_by")
-        except (LookupError, TypeError, AttributeError) as error:
-            raise SideError(f"{self.url}/v1/models names no model: {response.text[:80]!r}") from error
-        self.kind = OWNERS.get(owner, "openai")
+        except (SideError, LookupError, TypeError, AttributeError) as error:
+            # Some servers list nothing and still serve what they are asked for.
+            if model is None:
+                reason = str(error) if isinstance(error, SideError) else repr(response.text[:80])
+                raise SideError(f"{self.url}/v1/models names no model ({reason}): give --model") from error
+            self.model = model
+        self.kind = OWNERS.get(str(owner), "openai")
         found = await self._versions()
         dtype = found.get("dtype")
         name = "transformers" if self.kind == "hf" else self.kind
@@ -132,8 +141,11 @@ class Client:
             self.gives_log_probs = False
         return (read_chat if chat else read_completion)(number, payload)
 
-    async def score(self, prompt_ids: list[int], ids: list[int]) -> Scored:
-        """Log-probabilities and gaps of ``ids`` after ``prompt_ids``, both read at once."""
+    async def score(self, prompt_ids: list[int], ids: list[int], dtype: str | None = None) -> Scored:
+        """Log-probabilities and gaps of ``ids`` after ``prompt_ids``, both read at once.
+
+        ``dtype``: what to compute in, if not what the server runs in; only transformers offers that.
+        """
         if self.kind == "sglang":
             fields: dict[str, Any] = {
                 "input_ids": prompt_ids + ids,
@@ -144,13 +156,25 @@ class Client:
             }
             return read_sglang_score(prompt_ids, ids, await self._post("/generate", fields))
         fields = {"model": self.model, "prompt": prompt_ids + ids, "max_tokens": 1, "temperature": 0.0}
-        payload = await self._post("/v1/completions", fields | {"prompt_logprobs": 2})
+        wanted: dict[str, Any] = {"prompt_logprobs": 2} | ({"prompt_logprobs_dtype": dtype} if dtype else {})
+        payload = await self._post("/v1/completions", fields | wanted)
         return read_vllm_score(prompt_ids, ids, payload)
 
     async def stream(self, prompt: Prompt, max_tokens: int) -> Timing:
         """Stream a continuation and time it."""
+        try:
+            return await self._stream(prompt, max_tokens)
+        except RefusedError:
+            if self.kind != "openai" or not self.counts_tokens:
+                raise
+            self.counts_tokens = False
+            return await self._stream(prompt, max_tokens)
+
+    async def _stream(self, prompt: Prompt, max_tokens: int) -> Timing:
         path, fields = self._request(prompt, max_tokens)
-        fields |= {"stream": True, "stream_options": {"include_usage": True}}
+        fields["stream"] = True
+        if self.counts_tokens:
+            fields["stream_options"] = {"include_usage": True}
         start = time.perf_counter()
         first, last, pieces, tokens, finished = 0.0, 0.0, 0, None, False
         async with self._errors(), self.http.stream("POST", self.url + path, json=fields) as response:
@@ -158,13 +182,15 @@ class Client:
                 await response.aread()
                 self._json(response)
             async for event in self._events(response):
-                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-                for choice in event.get("choices") or []:
-                    finished |= bool(choice.get("finish_reason"))
-                    if _piece(choice):
-                        last = time.perf_counter() - start
-                        first = first or last
-                        pieces += 1
+                if event is None:
+                    finished = True
+                    continue
+                tokens = event.tokens or tokens
+                finished |= event.finished
+                if event.text:
+                    last = time.perf_counter() - start
+                    first = first or last
+                    pieces += 1
         if not finished:
             raise SideError(f"the stream of {path} ended before its last piece")
         if not pieces:
@@ -173,24 +199,29 @@ class Client:
             first, last, time.perf_counter() - start, pieces if tokens is None else tokens, tokens is not None
         )
 
-    async def _events(self, response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-        """The objects of a stream of server-sent events."""
+    async def _events(self, response: httpx.Response) -> AsyncIterator[Event | None]:
+        """The objects of a stream of server-sent events; None is its mark of the end."""
         async for line in response.aiter_lines():
             kind, colon, data = line.partition(":")
-            if not line or not kind or kind in ("event", "id", "retry") or data.strip() == "[DONE]":
+            if not line or not kind or kind in ("event", "id", "retry"):
+                continue
+            if data.strip() == "[DONE]":
+                yield None
                 continue
             try:
-                event = json.loads(data) if kind == "data" and colon else None
+                content = json.loads(data) if kind == "data" and colon else None
             except ValueError:
-                event = None
-            if not isinstance(event, dict):
+                content = None
+            if not isinstance(content, dict):
                 raise SideError(f"the stream has what is not an event: {line[:80]!r}")
-            if "error" in event:
-                raise SideError(f"the stream ended with an error: {_message(event)}")
-            yield event
+            if "error" in content:
+                raise SideError(f"the stream ended with an error: {_message(content)}")
+            yield read_event(content)
 
     async def counters(self) -> dict[str, float]:
         """The counters of /metrics, each summed over its labels; empty where there is no such page."""
+        if self.kind == "openai":
+            return {}
         async with self._errors():
             response = await self.http.get(f"{self.url}/metrics")
         if not response.is_success:
@@ -200,7 +231,7 @@ class Client:
             for family in text_string_to_metric_families(response.text):
                 for sample in family.samples:
                     totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-        except ValueError:
+        except (ValueError, LookupError):
             return {}
         return totals
 
@@ -229,24 +260,24 @@ class Client:
             payload = response.json()
         except ValueError as error:
             failed = "" if response.is_success else f"HTTP {response.status_code} and "
-            raise SideError(f"{path} answered {failed}what is not JSON: {response.text[:80]!r}") from error
+            told = f"{path} answered {failed}what is not JSON: {response.text[:80]!r}{self._hint(response)}"
+            raise SideError(told) from error
         if not response.is_success:
-            kind = RefusedError if response.status_code in (400, 422) else SideError
-            raise kind(f"{path} answered HTTP {response.status_code}: {_message(payload)}")
+            kind = RefusedError if response.status_code in (400, 422, 501) else SideError
+            raise kind(f"{path} answered HTTP {response.status_code}: {_message(payload)}{self._hint(response)}")
         return payload
 
-
-def _piece(choice: dict[str, Any]) -> str:
-    """The text of a streamed choice."""
-    delta = choice.get("delta") or {}
-    parts = (choice.get("text"), delta.get("content"), delta.get("reasoning"), delta.get("reasoning_content"))
-    return "".join(part for part in parts if part)
+    def _hint(self, response: httpx.Response) -> str:
+        """What to try where a server of unknown make has no such page."""
+        missing = self.kind == "openai" and response.status_code in (404, 405)
+        return "; if it serves chats only, try --chat" if missing and response.url.path == "/v1/completions" else ""
 
 
 def _message(payload: Any) -> str:
     """What an error's body says, in one line."""
     error = payload.get("error", payload) if isinstance(payload, dict) else payload
-    message = error.get("message", error) if isinstance(error, dict) else error
+    # FastAPI calls it detail.
+    message = error.get("message", error.get("detail", error)) if isinstance(error, dict) else error
     return " ".join(str(message).split())[:200]
 
 

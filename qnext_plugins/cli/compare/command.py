@@ -17,6 +17,9 @@ from qnext_plugins.cli.compare.sides import Pythons, SpecError, parse_sides
 from qnext_plugins.cli.compare.terminal import show
 from qnext_plugins.cli.progress import Progress
 
+FILE_WIDTH = 140
+"""Columns of a report that goes into a file or a pipe."""
+
 
 def compare(
     sides: Annotated[
@@ -117,7 +120,9 @@ def compare(
     with ends_on_sigterm():
         report = make(specs, options, Progress(Console(stderr=True, highlight=False)))
     _write(report, json_file, html_file)
-    show(report, Console(highlight=False))
+    console = Console(highlight=False)
+    # Where there is no terminal, rich takes 80 columns, too few for the tables.
+    show(report, console if console.is_terminal else Console(highlight=False, width=FILE_WIDTH))
     raise typer.Exit(INTERRUPTED if report.interrupted else report.status.exit_code)
 
 

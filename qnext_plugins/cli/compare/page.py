@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from qnext_plugins.cli.compare import plots
 from qnext_plugins.cli.compare.report import Report
-from qnext_plugins.cli.compare.terminal import milliseconds, number, shown_versions
+from qnext_plugins.cli.compare.terminal import error_in_words, heading, kinds_of, milliseconds, number, shown_versions
 
 
 def render_page(report: Report) -> str:
@@ -21,11 +21,13 @@ def render_page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (number, milliseconds, repr, shown, shown_versions)
+    filters = (number, milliseconds, repr, shown, shown_versions, error_in_words, heading)
     environment.filters |= {each.__name__: each for each in filters}
     delta_curves, performance = plots.delta_curves(report), plots.performance(report)
     return environment.get_template("page.html.jinja").render(
         report=report,
+        kinds=kinds_of(report.pairs),
+        measured=any(side.errors for side in report.sides),
         colours={side.name: plots.colour_of(report, side.name) for side in report.sides},
         # The plots are our own SVG, whose texts matplotlib has escaped.
         maps=[(pair, Markup(plots.agreement_map(report, pair))) for pair in report.pairs if pair.prompts],

@@ -14,13 +14,16 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from qnext_plugins.cli.compare.analysis import Numbers, own_differences, pair_differences, units
+from qnext_plugins.cli.compare.analysis import joined, own_differences, pair_differences, units
 from qnext_plugins.cli.compare.report import Kind, Level, Pair, Report, Side, Times
+from qnext_plugins.cli.compare.rounding import Measured, by_key, differences
+from qnext_plugins.cli.compare.terminal import kinds_of
 
 # Okabe and Ito's colours, which most people can tell apart.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
-ABSENT, SAME, AFTER, TIE, FAULT = range(5)
-CELLS = ("#ffffff", "#b7dfc4", "#e3e3e3", "#e69f00", "#c0143c")
+ABSENT, SAME, AFTER, TIE, ROUNDING, FAULT, UNKNOWN = range(7)
+CELLS = ("#ffffff", "#b7dfc4", "#e3e3e3", "#e69f00", "#d9c64a", "#c0143c", "#8d6cab")
+PARTED = {Kind.tie: TIE, Kind.rounding: ROUNDING, Kind.fault: FAULT, Kind.unknown: UNKNOWN}
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qnext-compare",
@@ -41,7 +44,7 @@ def colour_of(report: Report, name: str) -> str:
 
 
 def agreement_map(report: Report, pair: Pair) -> str:
-    """A row a prompt, a column a token: the same, a tie, a fault, and what comes after either."""
+    """A row a prompt, a column a token: the same, the kind of a parting, and what comes after it."""
     answers = [
         {answer.prompt: answer for answer in side.answers}
         for name in (pair.a, pair.b)
@@ -56,7 +59,7 @@ def agreement_map(report: Report, pair: Pair) -> str:
         cells[row, : lengths[number]] = FAULT if number in pair.other_prompts else SAME
         if parting := partings.get(number):
             cells[row, parting.position : lengths[number]] = AFTER
-            cells[row, parting.position] = TIE if parting.kind is Kind.tie else FAULT
+            cells[row, parting.position] = PARTED[parting.kind]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 1.1 + 0.09 * len(shared)), layout="constrained")
         axes = figure.subplots()
@@ -65,18 +68,34 @@ def agreement_map(report: Report, pair: Pair) -> str:
         axes.set_ylabel("prompt")
         every = max(1, len(shared) // 6)
         axes.set_yticks(range(0, len(shared), every), [str(number) for number in shared[::every]])
-        shown = {"same": SAME, "tie": TIE, "fault": FAULT, "after a parting": AFTER}
+        shown = {"same": SAME} | {str(kind): PARTED[kind] for kind in kinds_of([pair])} | {"after a parting": AFTER}
         handles = [Patch(color=CELLS[cell], label=label) for label, cell in shown.items()]
-        figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False)
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(shown), frameon=False)
         return _svg(figure, f"map-{pair.a}-{pair.b}")
 
 
 def delta_curves(report: Report) -> str | None:
-    """For each pair, the share of tokens whose |Δ log p| is above x; dashed, each side against itself."""
+    """The share of tokens whose |Δ log p| is above x: of each pair, of each side from float32, and from itself."""
     by_name = {side.name: side for side in report.sides}
+    measured = Measured.by(by_name.get(report.referee or ""))
     curves = [
-        (f"{pair.a} – {pair.b}", _joined(by_name[pair.a], by_name[pair.b]), COLOURS[n % len(COLOURS)], "-")
+        (
+            f"{pair.a} – {pair.b}",
+            joined(pair_differences(by_name[pair.a], by_name[pair.b])),
+            COLOURS[n % len(COLOURS)],
+            "-",
+        )
         for n, pair in enumerate(report.pairs)
+    ]
+    curves += [
+        (
+            f"{side.name} – float32",
+            joined(differences(by_key(side.scores), measured.exact)),
+            colour_of(report, side.name),
+            "--",
+        )
+        for side in report.sides
+        if side.error_reading is not None
     ]
     curves += [
         (f"{side.name}, generated – read", own_differences(side), colour_of(report, side.name), ":")
@@ -88,14 +107,15 @@ def delta_curves(report: Report) -> str | None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.6), layout="constrained")
         axes = figure.subplots()
-        for label, differences, colour, line in curves:
-            ordered = np.maximum(np.sort(differences), SMALLEST)
+        for label, values, colour, line in curves:
+            ordered = np.maximum(np.sort(values), SMALLEST)
             share = 1 - np.arange(len(ordered)) / len(ordered)
             axes.step(ordered, share, line, where="pre", label=label, color=colour, linewidth=1.6)
-        for tolerance in sorted({pair.tolerance for pair in report.pairs if pair.deltas}):
+        allowed = {side.error_reading.allowed for side in report.sides if side.error_reading is not None}
+        for tolerance in sorted(allowed or {pair.tolerance for pair in report.pairs if pair.deltas}):
             axes.axvline(tolerance, color="#888888", linewidth=1)
             axes.annotate(
-                f" allowed mean {tolerance:g}", (tolerance, 1), va="bottom", color="#555555", annotation_clip=False
+                f" allowed mean {tolerance:.2g}", (tolerance, 1), va="bottom", color="#555555", annotation_clip=False
             )
         axes.set(xscale="log", yscale="log", xlabel="|Δ log p| of a token", ylabel="share of tokens above")
         axes.grid(color="#e8e8e8")
@@ -118,11 +138,6 @@ def performance(report: Report) -> str | None:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=len(sides), frameon=False)
         return _svg(figure, "performance")
-
-
-def _joined(a: Side, b: Side) -> Numbers:
-    differences = pair_differences(a, b)
-    return np.concatenate(list(differences.values())) if differences else np.empty(0)
 
 
 def _throughput(level: Level) -> tuple[float, float | None]:

@@ -3,16 +3,19 @@
 python referee.py MODEL --port 8000 [--dtype float32] [--device cpu] [--threads 2]
 
 The part of the OpenAI interface that a comparison needs, with vLLM's extensions: greedy completions and chats with
-token ids and log-probabilities, and ``prompt_logprobs``; one request at a time, nothing streamed. The script imports
-nothing of this package: it runs in whatever environment has torch and transformers.
+token ids and log-probabilities, and ``prompt_logprobs``, which ``prompt_logprobs_dtype`` asks for in another dtype than
+the model's; one request at a time, nothing streamed. The script imports nothing of this package: it runs in whatever
+environment has torch and transformers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,26 +24,59 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BEST = 2
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class RequestError(ValueError):
     """One line about a request that cannot be served."""
 
 
+class CheckpointError(ValueError):
+    """One line about a checkpoint that cannot referee."""
+
+
 class Referee:
     """A model in transformers with its tokenizer."""
 
     def __init__(self, name: str, dtype: str, device: str) -> None:
+        """Load it; raises CheckpointError if it lacks tensors, for which transformers would take random ones."""
         self.name = name
+        self.device = device
         self.tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        self.model = model.to(device).eval()
+        self.model = self.load(dtype)
+        self.models = {self.dtype: self.model}
         self.lock = threading.Lock()
+
+    def load(self, dtype: str) -> Any:
+        model: Any
+        model, loaded = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, output_loading_info=True)
+        if missing := sorted(loaded["missing_keys"]):
+            raise CheckpointError(
+                f"{self.name}: the checkpoint lacks {len(missing)} of the model's tensors, the first is {missing[0]}"
+            )
+        return model.to(self.device).eval()
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def model_in(self, dtype: str) -> Any:
+        """The model in ``dtype``, loaded beside the others when it is first asked for; raises RequestError."""
+        if dtype not in DTYPES:
+            raise RequestError(f"prompt_logprobs_dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        if dtype not in self.models:
+            needed = self.model.num_parameters() * getattr(torch, dtype).itemsize
+            if needed > (free := free_memory(self.device)):
+                raise RequestError(
+                    f"the model in {dtype} takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+                )
+            self.models[dtype] = self.load(dtype)
+        return self.models[dtype]
 
     def about(self) -> dict[str, str]:
         return {
             "version": transformers.__version__,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": self.dtype,
         }
 
     def card(self) -> dict[str, str]:
@@ -75,9 +111,10 @@ class Referee:
         return tokens, torch.stack([logits[0] for logits in output.logits]).float().log_softmax(dim=-1)
 
     @torch.inference_mode()
-    def read(self, ids: list[int]) -> Tensor:
-        """The float32 log-probabilities [tokens - 1, vocabulary] of each token after the first."""
-        logits = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits
+    def read(self, ids: list[int], dtype: str) -> Tensor:
+        """Float32 log-probabilities [tokens - 1, vocabulary] of each token after the first; ``dtype``: the model's."""
+        model = self.model_in(dtype)
+        logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits
         return logits[0, :-1].float().log_softmax(dim=-1)
 
     def complete(self, request: dict[str, Any], *, chat: bool) -> dict[str, Any]:
@@ -90,7 +127,9 @@ class Referee:
         prompt = self.prompt_ids(request)
         with self.lock:
             ids, log_probs = self.greedy(prompt, max_tokens, ignore_eos=bool(request.get("ignore_eos")))
-            read = self.read(prompt) if request.get("prompt_logprobs") is not None and len(prompt) > 1 else None
+            read = None
+            if request.get("prompt_logprobs") is not None and len(prompt) > 1:
+                read = self.read(prompt, request.get("prompt_logprobs_dtype") or self.dtype)
         choice: dict[str, Any] = {
             "index": 0,
             "finish_reason": "length" if len(ids) == max_tokens else "stop",
@@ -136,6 +175,17 @@ class Referee:
             entry.setdefault(str(token), {"logprob": float(log_probs[position, token])})
             entries.append(entry)
         return entries
+
+
+def free_memory(device: str) -> float:
+    """Bytes that are free where the model computes; without end where that cannot be told."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return math.inf
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -184,16 +234,19 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of torch; by default one a core")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    referee = Referee(args.model, args.dtype, args.device)
+    try:
+        referee = Referee(args.model, args.dtype, args.device)
+    except CheckpointError as error:
+        parser.exit(1, f"error: {error}\n")
     handler = type("BoundHandler", (Handler,), {"referee": referee})
     server = ThreadingHTTPServer((args.host, args.port), handler)
-    print(f"transformers {transformers.__version__} serves {args.model} in {referee.model.dtype}", flush=True)
+    print(f"transformers {transformers.__version__} serves {args.model} in {referee.dtype}", flush=True)
     server.serve_forever()
 
 

@@ -30,8 +30,12 @@ class Kind(StrEnum):
     """Why two sides take different tokens."""
 
     tie = "tie"
+    """The best two tokens are as close as two orders of one sum."""
+    rounding = "rounding"
+    """They are further apart, and rounding moves log-probabilities as far."""
     fault = "fault"
     unknown = "unknown"
+    """Nothing says how far apart they are, or how far rounding moves them."""
 
 
 class Status(StrEnum):
@@ -105,6 +109,29 @@ class Noise(Entry):
     largest: float
 
 
+class Error(Entry):
+    """|Δ log p| of a side from transformers in float32, on the same given tokens."""
+
+    dtype: str
+    """What the side computes in, or is taken to."""
+    tokens: int
+    mean: float
+    largest: float
+    usual: float
+    """The mean of transformers itself in that dtype, over the same tokens."""
+    allowed: float
+    """The largest mean that is rounding."""
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.mean <= self.allowed
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times the usual error; None in float32, where there is none."""
+        return self.mean / self.usual if self.usual else None
+
+
 class Times(Entry):
     """A distribution of seconds over the requests of one level."""
 
@@ -162,6 +189,12 @@ class Side(Entry):
     """The side that this one repeats without speculation."""
     answers: list[Answer] = Field(default_factory=list)
     scores: list[Score] = Field(default_factory=list)
+    readings: dict[str, list[Score]] = Field(default_factory=dict)
+    """The scores of a referee in other dtypes than its own, by dtype."""
+    error_reading: Error | None = None
+    """Of what it says of every continuation; None where rounding was not measured."""
+    error_generating: Error | None = None
+    """Of its own continuations, as it generated them."""
     noise: Noise | None = None
     consistent: bool | None = None
     """Whether its noise is within the tolerance; None if it was not measured."""
@@ -171,6 +204,11 @@ class Side(Entry):
     """What could not be had from it, a line each."""
     notes: list[str] = Field(default_factory=list)
     """What this kind of server does not offer; nothing failed."""
+
+    @property
+    def errors(self) -> list[Error]:
+        """Those that were measured."""
+        return [error for error in (self.error_reading, self.error_generating) if error is not None]
 
 
 class Parting(Entry):
@@ -231,16 +269,30 @@ class Pair(Entry):
     partings: list[Parting] = Field(default_factory=list)
     margin: float
     """Both gaps up to this make a parting a tie."""
+    rounding: float | None = None
+    """Both gaps up to this make a parting one of rounding; None if transformers has not measured rounding."""
     tolerance: float
     """The largest mean |Δ log p| that is agreement."""
     deltas: Deltas | None = None
     agrees: bool | None
-    """None if nothing could be compared."""
+    """None if nothing could be compared, or if nothing says what the partings mean."""
     reasons: list[str]
     """Why, a sentence each."""
 
-    def faults(self) -> list[Parting]:
-        return [parting for parting in self.partings if parting.kind is not Kind.tie]
+    def partings_of(self, kind: Kind) -> list[Parting]:
+        return [parting for parting in self.partings if parting.kind is kind]
+
+    @property
+    def compared(self) -> bool:
+        """Whether there was anything to compare."""
+        return bool(self.tokens or self.partings or self.other_prompts or self.deltas)
+
+    @property
+    def word(self) -> str:
+        """The outcome in a word or two."""
+        if self.agrees is None:
+            return "undecided" if self.compared else "not compared"
+        return "agree" if self.agrees else "disagree"
 
     def has(self, name: str) -> bool:
         return name in (self.a, self.b)

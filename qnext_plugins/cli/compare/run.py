@@ -18,9 +18,11 @@ from qnext_plugins import __version__
 from qnext_plugins.cli.compare.analysis import compare_all
 from qnext_plugins.cli.compare.answers import SideError
 from qnext_plugins.cli.compare.client import Client, drafts_between
+from qnext_plugins.cli.compare.fitting import fitting
 from qnext_plugins.cli.compare.performance import MOST_FAILURES, measure
 from qnext_plugins.cli.compare.report import Key, Prompt, Report, Score, Side
-from qnext_plugins.cli.compare.servers import Server, installed
+from qnext_plugins.cli.compare.rounding import UNKNOWN, dtypes_to_read
+from qnext_plugins.cli.compare.servers import Server, has_accelerator, installed
 from qnext_plugins.cli.compare.sides import Pythons, SideSpec
 from qnext_plugins.cli.compare.verdict import choose_referee, conclude
 from qnext_plugins.cli.progress import Progress
@@ -55,9 +57,11 @@ class Options:
 class Running:
     """A side while the comparison runs."""
 
-    def __init__(self, spec: SideSpec, options: Options) -> None:
+    def __init__(self, spec: SideSpec, options: Options, beside: int) -> None:
+        """``beside``: how many sides that we start run at once."""
         self.spec = spec
         self.options = options
+        self.beside = beside
         # What a URL leads to is known only once it has answered.
         kind = spec.kind if spec.started else "openai"
         self.side = Side(name=spec.name, spec=spec.spec, kind=kind, without_drafts_of=spec.without_drafts_of)
@@ -72,7 +76,10 @@ class Running:
             return
         python = self.options.pythons.of(self.spec.kind)
         self.side.versions = await installed(self.spec, python)
-        self.server = Server(self.spec, python, self.options.output / f"{self.spec.name}.log")
+        fits = fitting(self.spec, self.beside, on_cpu=self.spec.kind != "hf" and not await has_accelerator(python))
+        if fits.line is not None:
+            self.note(fits.line)
+        self.server = Server(self.spec, python, self.options.output / f"{self.spec.name}.log", fits.flags)
         self.side.command, self.side.log = self.server.command, str(self.server.log)
 
     async def connect(self) -> None:
@@ -87,7 +94,7 @@ class Running:
         about = await self.client.about(None if self.spec.started else self.options.model)
         self.side.kind, self.side.model = about.kind, about.model
         self.side.versions |= about.versions
-        self.side.dtype = about.dtype or self.side.dtype
+        self.side.dtype = about.dtype or self.side.dtype or self.spec.dtype
         if self.server is not None:
             self.side.served_by, logged = self.server.served()
             self.side.dtype = logged or self.side.dtype
@@ -121,7 +128,9 @@ class Comparison:
     def __init__(self, specs: Iterable[SideSpec], options: Options, progress: Progress) -> None:
         self.options = options
         self.progress = progress
-        self.running = [Running(spec, options) for spec in specs]
+        specs = list(specs)
+        beside = 1 if options.one_at_a_time else sum(spec.started for spec in specs)
+        self.running = [Running(spec, options, beside) for spec in specs]
         self.interrupted = False
 
     async def run(self) -> None:
@@ -158,7 +167,8 @@ class Comparison:
         for running in self.running:
             await self._step(running, running.launch)
         for running in self.running:
-            self.progress.say(f"waiting for {running.spec.name}")
+            log = f", log: {running.side.log}" if running.side.log and not running.lost else ""
+            self.progress.say(f"waiting for {running.spec.name}{log}")
             await self._step(running, running.connect)
 
     async def _phase(self, running: Running, work: Callable[[Running, Client], Awaitable[None]]) -> None:
@@ -190,10 +200,14 @@ class Comparison:
             running.side.answers.append(await client.greedy(number, options.prompts[number], options.max_tokens))
 
         todo = {f"prompt {number}": number for number in range(len(options.prompts))}
-        await self._each(running, "greedy", todo, ask)
+        running.side.problems += await self._each(running, "greedy", todo, ask)
         running.side.answers.sort(key=lambda answer: answer.prompt)
         if any(answer.ids is None for answer in running.side.answers):
-            running.note("gives no token ids: it is compared by the text of its tokens, and they are not scored")
+            texts = all(answer.texts is not None for answer in running.side.answers)
+            by = "the texts of its tokens" if texts else "characters"
+            running.note(f"gives no token ids: it is compared by {by}, and what it said is scored by nobody")
+        elif running.side.dtype is None:
+            running.note(f"does not say what it computes in: taken for {UNKNOWN}")
         if any(answer.log_probs is None for answer in running.side.answers):
             running.note("gives no log-probabilities: where it parts nobody can say whether that is a tie")
         if options.speed and not running.lost and running.side.answers:
@@ -225,17 +239,35 @@ class Comparison:
             running.problem(f"performance: {error}")
 
     async def _read(self, running: Running, client: Client) -> None:
-        """Scores of everything that any side said."""
+        """Scores of everything that any side said; of the referee in other dtypes too, where they measure rounding."""
         if client.kind == "openai":
             running.note("offers no way to score given tokens")
             return
+        running.side.problems += await self._score(running, client, running.side.scores)
+        sides = [each.side for each in self.running]
+        if running.lost or running.spec.name != choose_referee(sides, self.options.referee):
+            return
+        readings: dict[str, list[Score]] = {}
+        for dtype in dtypes_to_read(sides, running.side):
+            failures = await self._score(running, client, readings.setdefault(dtype, []), dtype)
+            if failures:
+                running.note(f"does not measure rounding: {failures[0]}")
+                return
+        running.side.readings = readings
+
+    async def _score(
+        self, running: Running, client: Client, scores: list[Score], dtype: str | None = None
+    ) -> list[str]:
+        """Append each continuation's score, computed in ``dtype`` if not the side's own; a line for each failure."""
 
         async def read(score: Score) -> None:
-            score.log_probs, score.gaps = await client.score(score.prompt_ids, score.ids)
-            running.side.scores.append(score)
+            score.log_probs, score.gaps = await client.score(score.prompt_ids, score.ids, dtype)
+            scores.append(score)
 
-        await self._each(running, "reading", self._continuations(), read)
-        running.side.scores.sort(key=lambda score: (score.prompt, score.author))
+        what = "reading" if dtype is None else f"reading in {dtype}"
+        failures = await self._each(running, what, self._continuations(), read)
+        scores.sort(key=lambda score: (score.prompt, score.author))
+        return failures
 
     def _continuations(self) -> dict[str, Score]:
         """Every distinct continuation, not yet scored."""
@@ -257,8 +289,8 @@ class Comparison:
 
     async def _each(
         self, running: Running, what: str, todo: dict[str, Any], work: Callable[[Any], Awaitable[None]]
-    ) -> None:
-        """Do ``work`` for each of ``todo``, a few at a time; failures become lines, after three in a row it stops."""
+    ) -> list[str]:
+        """Do ``work`` for each of ``todo``, a few at a time; a line for each failure, after three in a row it stops."""
         waiting = iter(todo.items())
         failures: list[str] = []
         in_a_row = done = 0
@@ -282,14 +314,15 @@ class Comparison:
             async with asyncio.TaskGroup() as group:
                 for _ in range(max(self.options.concurrency)):
                     group.create_task(worker())
-        running.side.problems += failures
         if (left := len(todo) - done - len(failures)) > 0:
-            running.problem(f"{what}: {left} prompts were not asked after that")
+            failures.append(f"{what}: {left} prompts were not asked after that")
+        return failures
 
     def report(self) -> Report:
         """What there is by now, compared."""
         options = self.options
         sides = [running.side.model_copy(deep=True) for running in self.running]
+        referee = choose_referee(sides, options.referee)
         report = Report(
             made_at=datetime.now().astimezone().isoformat(timespec="seconds"),
             versions={"qnext-plugins": __version__, "python": platform.python_version()} | _tools(),
@@ -301,8 +334,8 @@ class Comparison:
             settings=options.settings(),
             prompts=list(options.prompts),
             sides=sides,
-            pairs=compare_all(sides, tie_gap=options.tie_gap, tolerance=options.tolerance),
-            referee=choose_referee(sides, options.referee),
+            pairs=compare_all(sides, referee=referee, tie_gap=options.tie_gap, tolerance=options.tolerance),
+            referee=referee,
             interrupted=self.interrupted,
         )
         conclude(report)

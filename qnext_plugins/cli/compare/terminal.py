@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qnext_plugins.cli.compare.report import Kind, Pair, Report, Side, Status, Times
+from qnext_plugins.cli.compare.report import Error, Kind, Pair, Report, Side, Status, Times
 
 COLOURS = {Status.agreement: "green", Status.disagreement: "red", Status.incomplete: "yellow"}
+STYLES = {Kind.tie: "green", Kind.rounding: "green", Kind.fault: "red", Kind.unknown: "yellow"}
 MOST_PARTINGS = 8
 
 
@@ -59,32 +62,54 @@ def shown_versions(side: Side) -> dict[str, str]:
 
 
 def _sides(sides: list[Side]) -> Table:
-    table = _table("Sides", "side", "what", "versions", "dtype", "answered", "noise: mean, p99")
+    measured = any(side.errors for side in sides)
+    errors = ["error: reading", "generating"] if measured else []
+    table = _table("Sides", "side", "what", "versions", "dtype", "answered", "noise: mean, p99", *errors)
     for side in sides:
         what = f"{side.kind} {side.model or side.spec}"
         versions = ", ".join(f"{name} {version}" for name, version in shown_versions(side).items())
         noise = f"{number(side.noise.mean)}, {number(side.noise.p99)}" if side.noise else "–"
         row = (side.name, what, versions, side.dtype or "unknown", str(len(side.answers)), noise)
-        table.add_row(*map(escape, row))
+        told = [error_in_words(each) for each in (side.error_reading, side.error_generating)] if measured else []
+        table.add_row(*map(escape, (*row, *told)))
     return table
+
+
+def error_in_words(error: Error | None) -> str:
+    """The error and how many times that of transformers it is."""
+    if error is None:
+        return "–"
+    return number(error.mean) + (f" ({error.ratio:.2g}×)" if error.ratio is not None else "")
 
 
 def _pairs(pairs: list[Pair]) -> Table:
-    table = _table("Agreement", "pair", "", "identical", "ties", "faults", "mean |Δ log p|", "largest", "a tie up to")
-    words = {True: "[green]agree[/green]", False: "[red]disagree[/red]", None: "[yellow]not compared[/yellow]"}
+    kinds = kinds_of(pairs)
+    columns = ("pair", "", "identical", *map(heading, kinds), "mean |Δ log p|", "largest", "a tie up to")
+    table = _table("Agreement", *columns, *(["rounding up to"] if Kind.rounding in kinds else []))
+    colours = {True: "green", False: "red", None: "yellow"}
     for pair in pairs:
-        faults = len(pair.faults())
         table.add_row(
             escape(f"{pair.a} – {pair.b}"),
-            words[pair.agrees],
+            f"[{colours[pair.agrees]}]{pair.word}[/]",
             f"{pair.identical} of {pair.prompts}",
-            str(len(pair.partings) - faults),
-            str(faults),
+            *(str(len(pair.partings_of(kind))) for kind in kinds),
             number(pair.deltas.mean if pair.deltas else None),
             number(pair.deltas.largest if pair.deltas else None),
             number(pair.margin),
+            *([number(pair.rounding)] if Kind.rounding in kinds else []),
         )
     return table
+
+
+def kinds_of(pairs: Sequence[Pair]) -> list[Kind]:
+    """The kinds of partings to count: ties and faults always, the others where there are any."""
+    found = {parting.kind for pair in pairs for parting in pair.partings}
+    return [kind for kind in Kind if kind in found or kind in (Kind.tie, Kind.fault)]
+
+
+def heading(kind: Kind) -> str:
+    """A column of partings of this kind."""
+    return {Kind.tie: "ties", Kind.fault: "faults"}.get(kind, str(kind))
 
 
 def _partings(pair: Pair) -> Table:
@@ -92,7 +117,7 @@ def _partings(pair: Pair) -> Table:
     columns = ("prompt", "at", "after", a, b, f"gap in {a}", f"gap in {b}", "")
     table = _table(f"Where {a} and {b} part", *columns)
     for parting in pair.partings[:MOST_PARTINGS]:
-        style = "green" if parting.kind is Kind.tie else "red"
+        style = STYLES[parting.kind]
         table.add_row(
             str(parting.prompt),
             str(parting.position),

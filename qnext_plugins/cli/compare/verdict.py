@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qnext_plugins.cli.compare.report import Level, Pair, Report, Side, Status
+from qnext_plugins.cli.compare.rounding import rounds
 
 
 def choose_referee(sides: Sequence[Side], wanted: str | None) -> str | None:
@@ -19,10 +20,12 @@ def choose_referee(sides: Sequence[Side], wanted: str | None) -> str | None:
 def conclude(report: Report) -> None:
     """Set ``status`` and ``verdict`` from the sides and pairs."""
     inconsistent = [side for side in report.sides if side.consistent is False]
-    compared = [pair for pair in report.pairs if pair.agrees is not None]
-    disagree = [pair for pair in compared if not pair.agrees]
+    wrong = [side for side in report.sides if not all(error.is_rounding for error in side.errors)]
+    compared = [pair for pair in report.pairs if pair.compared]
+    disagree = [pair for pair in compared if pair.agrees is False]
+    undecided = [pair for pair in report.pairs if pair.agrees is None]
     missing = [f"{side.name}: {problem}" for side in report.sides for problem in side.problems]
-    missing += [f"{pair.a} and {pair.b} could not be compared." for pair in report.pairs if pair.agrees is None]
+    missing += [f"{pair.a} and {pair.b} could not be compared." for pair in undecided if not pair.compared]
     lines = [_blame(report, disagree)] if disagree else []
     lines += [
         f"{side.name} contradicts itself: reading its own tokens changes their log-probability by "
@@ -30,24 +33,57 @@ def conclude(report: Report) -> None:
         for side in inconsistent
         if side.noise is not None
     ]
-    lines += [
-        f"{pair.a} and {pair.b} {'agree' if pair.agrees else 'disagree'}: {'; '.join(pair.reasons)}."
-        for pair in compared
-    ]
+    lines += [line for side in report.sides for line in _errors(side, report.referee)]
+    lines += [f"{pair.a} and {pair.b}{_outcome(pair)}: {'; '.join(pair.reasons)}." for pair in compared]
+    lines += _unmeasured(report)
     lines += _speed(report.sides) + _drafts(report.sides)
     if missing:
         lines.append(f"Not everything could be done: {len(missing)} problems, the first: {missing[0]}")
     if report.interrupted:
         lines.append("The comparison was interrupted; this is what there was by then.")
-    if disagree or inconsistent:
+    if disagree or inconsistent or wrong:
         report.status = Status.disagreement
     else:
-        complete = bool(compared) and not missing and not report.interrupted
+        complete = bool(compared) and not undecided and not missing and not report.interrupted
         report.status = Status.agreement if complete else Status.incomplete
     if report.status is Status.agreement and report.pairs:
         everyone = ", ".join(side.name for side in report.sides)
-        lines.insert(0, f"All agree: {everyone}.")
+        rounding = " within rounding" if any(side.errors for side in report.sides) else ""
+        lines.insert(0, f"All agree{rounding}: {everyone}.")
     report.verdict = lines
+
+
+def _outcome(pair: Pair) -> str:
+    return {True: " agree", False: " disagree", None: ", undecided"}[pair.agrees]
+
+
+def _errors(side: Side, referee: str | None) -> list[str]:
+    """How far a side is from float32, beside how far transformers itself is."""
+    lines = []
+    for error, what in ((side.error_reading, "reading"), (side.error_generating, "generating")):
+        # Reading is told in any case, of the referee itself nothing: it is its own measure.
+        if error is None or side.name == referee or (what == "generating" and error.is_rounding):
+            continue
+        against = "against float32" if what == "reading" else "while generating"
+        times = "" if error.ratio is None else f" {error.ratio:.2g} times transformers' own in {error.dtype}:"
+        means = f"mean |Δ log p| {error.mean:.2g} and {error.usual:.2g} over {error.tokens} tokens"
+        judged = f"rounding ({means})" if error.is_rounding else f"a fault ({means}; {error.allowed:.2g} is allowed)"
+        lines.append(f"{side.name}'s error {against} is{times} {judged}.")
+    return lines
+
+
+def _unmeasured(report: Report) -> list[str]:
+    """What an agreement in less than float32 is worth without transformers to measure rounding."""
+    sides = {side.name: side for side in report.sides}
+    pairs = [
+        pair for pair in report.pairs if pair.deltas and pair.rounding is None and rounds(sides[pair.a], sides[pair.b])
+    ]
+    if not pairs:
+        return []
+    return [
+        f"Nothing measured how much rounding there is: a mean |Δ log p| up to {pairs[0].tolerance:.2g} passes for it, "
+        "and smaller faults are not seen. Add hf:MODEL as a side, or take --dtype float32."
+    ]
 
 
 def _blame(report: Report, disagree: Sequence[Pair]) -> str:
