@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from qnext_kernels import (
+    OPERATIONS,
     experts,
     linear,
     pack_experts_,
     pack_weight_,
-    selected_backends,
     unpack_experts_,
     unpack_weight_,
     use_huge_pages,
@@ -59,7 +59,9 @@ def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable
         packable: whether nothing but this layer reads its weight (a head may be tied to the embedding).
     """
     method = ours.get(type(layer.quant_method))
-    if method is not None and selected_backends(layer.weight.device, layer.weight.dtype)["linear"] == "native":
+    weight = layer.weight
+    on_cpu = weight.device.type == "cpu"  # on a GPU the engine's own serve, whatever QNEXT_BACKEND forces on the others
+    if method is not None and on_cpu and OPERATIONS["linear"].select(weight.device, weight.dtype).name == "native":
         layer.quant_method = method()
         layer.packable, layer.packed = packable, False
         use_huge_pages(layer.weight)

@@ -7,7 +7,7 @@ a call and can say why it declined the others.
 """
 
 from qnext_kernels.causal_conv1d import causal_conv1d_decode, causal_conv1d_prefill, causal_conv1d_verify
-from qnext_kernels.dispatch import OPERATIONS, explain, force_backend, selected_backends
+from qnext_kernels.dispatch import OPERATIONS, explain, force_backend, selected_backends, without_kernels
 from qnext_kernels.gated_attention import qk_norm_rope_gate, sigmoid_gate
 from qnext_kernels.gated_delta_rule import (
     gated_delta_rule_decode,
@@ -47,4 +47,5 @@ __all__ = [
     "unpack_experts_",
     "unpack_weight_",
     "use_huge_pages",
+    "without_kernels",
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -172,9 +172,22 @@ def force_backend(value: str) -> Iterator[None]:
         _forced.update(previous)
 
 
-def selected_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """For every operation, the name of the backend that serves such tensors; raises BackendError as ``select`` does."""
-    return {name: operation.select(device, dtype).name for name, operation in OPERATIONS.items()}
+def selected_backends(device: torch.device, dtype: torch.dtype, but: Collection[str] = ()) -> dict[str, str]:
+    """For every operation, ``but`` some, the name of the backend that serves such tensors.
+
+    Raises:
+        BackendError: as :meth:`Operation.select` does.
+    """
+    return {name: operation.select(device, dtype).name for name, operation in OPERATIONS.items() if name not in but}
+
+
+def without_kernels(device_type: str) -> list[str]:
+    """The operations that nothing but the reference serves on devices of a type; touches no device."""
+    return [
+        name
+        for name, operation in OPERATIONS.items()
+        if not any(device_type in backend.devices for backend in operation.backends if backend.devices is not None)
+    ]
 
 
 def explain(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, str | None]]:

@@ -34,11 +34,20 @@ class TritonBackend(Backend):
             return f"needs a floating-point dtype, got {dtype}"
         if dtype not in DTYPES:
             return f"computes in {', '.join(map(str, DTYPES))}, got {dtype}"
-        if not _installed():
-            return "triton is not installed"
-        if device.type == "cpu" and interpreting():
-            return None
-        return super().supports(device, dtype) or _unsuitable(device.index)
+        return why_missing(device.type, device.index)
+
+
+# Not traced by torch.compile, in whose graphs the answer is a constant.
+@torch.compiler.assume_constant_result
+def why_missing(device_type: str, index: int | None) -> str | None:
+    """None where Triton serves this device, else the reason."""
+    if not _installed():
+        return "triton is not installed"
+    if device_type == "cpu" and interpreting():
+        return None
+    if device_type not in TritonBackend.devices:
+        return f"runs on {'/'.join(TritonBackend.devices)}, not on {device_type}"
+    return _unsuitable(index)
 
 
 @cache

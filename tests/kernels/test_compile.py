@@ -34,11 +34,10 @@ def layer(x: Tensor, residual: Tensor, positions: Tensor, weights: dict[str, Ten
     return total, q, k, v, gate, routed, silu_and_mul(routed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["native", "cpu"])
-def test_operations_compile_to_one_graph_for_every_number_of_tokens_and_agree_with_eager(backend: str) -> None:
+def layer_weights() -> dict[str, Tensor]:
+    """Random weights of :func:`layer`."""
     angles = torch.arange(64)[:, None] * 0.1 ** torch.arange(4)
-    weights = {
+    return {
         "norm": torch.randn(HIDDEN),
         "qkv": torch.randn(HIDDEN, 2 * (HEADS + KV_HEADS) * HEAD_DIM) * HIDDEN**-0.5,
         "q_norm": torch.randn(HEAD_DIM),
@@ -49,16 +48,27 @@ def test_operations_compile_to_one_graph_for_every_number_of_tokens_and_agree_wi
         "w13": torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN) * HIDDEN**-0.5,
         "w2": torch.randn(EXPERTS, HIDDEN, INTERMEDIATE) * INTERMEDIATE**-0.5,
     }
-    counter = CompileCounterWithBackend("inductor")
+
+
+def expect_one_graph(backends: str, compiler: str) -> None:
+    """Compile :func:`layer` for any number of tokens, and compare with eager mode, on forced backends."""
+    weights = layer_weights()
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for tokens in (3, 17, 40):
         x, residual, positions = torch.randn(tokens, HIDDEN), torch.randn(tokens, HIDDEN), torch.randint(64, (tokens,))
         for tensor in (x, residual, positions):
             torch._dynamo.mark_dynamic(tensor, 0)
-        with force_backend(backend):
+        with force_backend(backends):
             expected = layer(x, residual, positions, weights)
             actual = compiled(x, residual, positions, weights)
         for ours, eager in zip(actual, expected, strict=True):
             # The chain's longest reductions one behind the other, on both sides.
             assert_close(ours, eager, {torch.float32: 2 * (3 * HIDDEN + HEAD_DIM + INTERMEDIATE)})
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["native", "cpu"])
+def test_operations_compile_to_one_graph_for_every_number_of_tokens_and_agree_with_eager(backend: str) -> None:
+    expect_one_graph(backend, "inductor")

@@ -13,6 +13,7 @@ import pytest
 import vllm
 
 import qnext_vllm
+from qnext_vllm.gated_delta_net import VLLMS_OPERATOR
 from qnext_vllm.host_kernels import HOST_KERNELS
 
 PACKAGE = Path(qnext_vllm.__file__).parent
@@ -93,9 +94,10 @@ FIELDS: dict[str, set[str]] = {
         "non_spec_token_indx",
         "num_accepted_tokens",
     },
-    "vllm.forward_context.ForwardContext": {"attn_metadata", "no_compile_layers"},
+    "vllm.forward_context.ForwardContext": {"attn_metadata", "no_compile_layers", "additional_kwargs"},
     "vllm.config.CacheConfig": {"mamba_ssm_cache_dtype", "mamba_cache_dtype"},
-    "vllm.config.CompilationConfig": {"static_forward_context"},
+    "vllm.config.CompilationConfig": {"static_forward_context", "splitting_ops"},
+    "vllm.config.KernelConfig": {"moe_backend"},
     "vllm.config.ParallelConfig": {
         "tensor_parallel_size",
         "pipeline_parallel_size",
@@ -125,7 +127,7 @@ ATTRIBUTES: dict[str, set[str]] = {
     "vllm.model_executor.layers.mamba.mamba_utils.MambaStateDtypeCalculator": {"gated_delta_net_state_dtype"},
     "vllm.model_executor.layers.mamba.mamba_utils.MambaStateCopyFuncCalculator": {"gated_delta_net_state_copy_func"},
     "vllm.model_executor.layers.fused_moe.routed_experts.RoutedExperts": {"_get_quant_method", "expert_map"},
-    "vllm.model_executor.layers.fused_moe.oracle.unquantized.UnquantizedMoeBackend": {"CPU"},
+    "vllm.model_executor.layers.fused_moe.oracle.unquantized.UnquantizedMoeBackend": {"OOT"},
     "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP", "VerifyAndUpdateConfig"},
     "vllm.model_executor.models.config.VerifyAndUpdateConfig": {"verify_and_update_config"},
     "vllm.model_executor.models.registry.ModelRegistry": {"register_model"},
@@ -137,7 +139,14 @@ ATTRIBUTES: dict[str, set[str]] = {
     "vllm.v1.sample.rejection_sampler": {"apply_top_k_top_p"},
     "vllm.triton_utils.dispatcher": {"KernelOverride"},
     "vllm.utils.cpu_resource_utils": {"get_visible_memory_node"},
-    "vllm.platforms.current_platform": {"is_cpu", "device_name"},
+    "vllm.platforms.current_platform": {
+        "is_cpu",
+        "is_cuda",
+        "is_cuda_alike",
+        "device_name",
+        "get_device_capability",
+    },
+    "vllm.platforms.interface.DeviceCapability": {"major", "as_version_str"},
 }
 
 
@@ -232,3 +241,23 @@ def test_the_sampler_reads_the_generators_of_the_batch_itself() -> None:
 def test_the_mode_is_switched_on_by_the_name_that_we_replace() -> None:
     switch = inspect.getsource(resolve("vllm.model_executor.determinism.batch_invariant.init_batch_invariance"))
     assert "enable_batch_invariant_mode()" in switch
+
+
+def test_vllm_splits_its_graphs_at_the_operator_that_ours_stands_for() -> None:
+    namespace, _, name = VLLMS_OPERATOR.partition("::")
+    importlib.import_module("vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn")
+    assert hasattr(getattr(resolve("torch.ops"), namespace), name)
+    assert VLLMS_OPERATOR in resolve("vllm.config.CompilationConfig")._attention_ops
+
+
+def test_experts_of_an_out_of_tree_backend_are_not_padded() -> None:
+    round_up = resolve(
+        "vllm.model_executor.layers.fused_moe.oracle.unquantized.unquantized_round_up_hidden_size_and_intermediate_size"
+    )
+    backend = resolve("vllm.model_executor.layers.fused_moe.oracle.unquantized.UnquantizedMoeBackend")
+    assert round_up(backend.OOT, 72, 24) == (72, 24)
+
+
+def test_every_forward_pass_has_a_context_of_its_own() -> None:
+    create = inspect.getsource(resolve("vllm.forward_context.create_forward_context"))
+    assert "additional_kwargs=additional_kwargs or {}" in create

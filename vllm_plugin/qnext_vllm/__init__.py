@@ -8,6 +8,7 @@ in place (``QNEXT_STRICT=1`` makes that an error, and so does ``QNEXT_DETERMINIS
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 logger = logging.getLogger("vllm.qnext")
 
@@ -16,6 +17,8 @@ ARCHITECTURES = {
     "Qwen3NextForCausalLM": "qnext_vllm.model:Qwen3NextForCausalLM",
     "Qwen3NextMTP": "qnext_vllm.mtp:Qwen3NextMTP",
 }
+VLLMS_OWN_ON_GPUS = ("linear", "paged_attention")
+"""Operations that vLLM's own code serves on a GPU."""
 
 
 class UnsupportedEngineError(RuntimeError):
@@ -28,8 +31,6 @@ def register() -> None:
     Raises:
         UnsupportedEngineError: only with ``QNEXT_STRICT=1``.
     """
-    from qnext_plugins.strict import strict
-
     try:
         from qnext_plugins.settings import Settings
 
@@ -51,9 +52,20 @@ def register() -> None:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
     if reason is not None:
-        if strict():
-            raise UnsupportedEngineError(f"qnext-plugins: {reason}")
-        logger.warning("qnext-plugins leaves vLLM's own Qwen3-Next in place: %s", reason)
+        step_back("Qwen3-Next", reason)
+
+
+def step_back(what: str, reason: str) -> None:
+    """Say in one line that vLLM's own ``what`` stays in place.
+
+    Raises:
+        UnsupportedEngineError: only with ``QNEXT_STRICT=1``.
+    """
+    from qnext_plugins.strict import strict
+
+    if strict():
+        raise UnsupportedEngineError(f"qnext-plugins: {reason}")
+    logger.warning("qnext-plugins leaves vLLM's own %s in place: %s", what, reason)
 
 
 def refusal() -> str | None:
@@ -64,6 +76,27 @@ def refusal() -> str | None:
 
     if not SpecifierSet(SUPPORTED_VLLM).contains(vllm.__version__, prereleases=True):
         return f"vLLM {vllm.__version__} is not supported (supported: {SUPPORTED_VLLM})"
-    if not current_platform.is_cpu():
-        return f"this release has kernels for CPUs only, and the platform is {current_platform.device_name}"
+    return None if current_platform.is_cpu() else gpu_refusal(current_platform)
+
+
+def gpu_refusal(platform: Any) -> str | None:
+    """Return why no GPU of vLLM's ``platform`` is served, or None; no device is touched, as this process may fork."""
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    from qnext_kernels import without_kernels
+    from qnext_kernels.dispatch import is_deterministic
+    from qnext_plugins.settings import Settings
+
+    if not platform.is_cuda_alike():
+        return f"it serves CPUs and GPUs of NVIDIA and AMD, and the platform is {platform.device_name}"
+    if is_deterministic() or envs.VLLM_BATCH_INVARIANT:
+        return "the deterministic mode is served on CPUs only"
+    if not HAS_TRITON:
+        return "vLLM finds no Triton that works on this machine"
+    if platform.is_cuda() and (capability := platform.get_device_capability()) is not None and capability.major < 8:
+        return f"it needs compute capability 8.0, and this GPU has {capability.as_version_str()}"
+    slow = [name for name in without_kernels("cuda") if name not in VLLMS_OWN_ON_GPUS]
+    if slow and not Settings().backend:
+        return f"it has no GPU kernels for {', '.join(slow)} (QNEXT_BACKEND=reference tries it, slowly)"
     return None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext_kernels import paged_attention, selected_backends, store_kv
+from qnext_kernels import OPERATIONS, paged_attention, store_kv
 from qnext_vllm import vllm_api as api
 
 
@@ -62,7 +62,7 @@ class QnextAttentionBackend(api.CPUAttentionBackend):
 def attention_backend(cache_dtype: str, dtype: torch.dtype, device: torch.device) -> type[QnextAttentionBackend] | None:
     """Our backend where our kernel serves and the cache holds what the model computes with, else None: vLLM's own."""
     stores_model_dtype = cache_dtype == "auto" or getattr(torch, cache_dtype, None) == dtype
-    serves = selected_backends(device, dtype)["paged_attention"] == "native"
+    serves = device.type == "cpu" and OPERATIONS["paged_attention"].select(device, dtype).name == "native"
     return QnextAttentionBackend if stores_model_dtype and serves else None
 
 

@@ -16,8 +16,12 @@ THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def register_config_hook() -> None:
-    """Have vLLM call :func:`bind_threads` when it checks the configuration of a Qwen3-Next."""
+    """Have vLLM call :func:`bind_threads` when it checks the configuration of a Qwen3-Next on a CPU."""
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
 
     class Qwen3NextForCausalLMConfig(VerifyAndUpdateConfig):
         @staticmethod

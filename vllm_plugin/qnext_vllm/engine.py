@@ -9,7 +9,7 @@ from qnext_plugins.model import Qwen3NextConfig
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_vllm import vllm_api as api
 from qnext_vllm.attention import attention_backend
-from qnext_vllm.experts import QnextRoutedExperts, route
+from qnext_vllm.experts import experts_options
 from qnext_vllm.gated_delta_net import GatedDeltaNetState
 from qnext_vllm.linear import on_our_kernel
 
@@ -97,10 +97,9 @@ class VllmEngine:
             quant_config=self.quant_config,
             prefix=prefix,
             shared_experts=shared_expert,
-            custom_routing_function=route,
             enable_eplb=parallel.enable_eplb,
             num_redundant_experts=parallel.eplb_config.num_redundant_experts,
-            routed_experts_cls=QnextRoutedExperts,
+            **experts_options(self.vllm_config),
         )
 
     def _linear(self, prefix: str, *, bias: bool = False) -> dict:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qnext_kernels import topk_softmax
+from qnext_kernels import OPERATIONS, topk_softmax
 from qnext_plugins.packed_methods import PackedExperts
+from qnext_plugins.settings import Settings
+from qnext_vllm import step_back
 from qnext_vllm import vllm_api as api
 
 
@@ -22,9 +26,10 @@ class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
     is_monolithic = False
 
     def __init__(self, moe: Any) -> None:
-        # Not the parent's __init__: it looks for an in-tree kernel and raises where there is none.
+        # Not the parent's __init__: it looks for an in-tree kernel, and raises on a CPU where there is none. The
+        # backend only says that sizes need no padding.
         api.FusedMoEMethodBase.__init__(self, moe)
-        self.unquantized_backend = api.UnquantizedMoeBackend.CPU
+        self.unquantized_backend = api.UnquantizedMoeBackend.OOT
         self.experts_cls = None
         self.supports_pre_processed_weights = True
 
@@ -51,3 +56,40 @@ class QnextRoutedExperts(api.RoutedExperts):
             if type(method) is not api.UnquantizedFusedMoEMethod:
                 return method
         return QnextMoEMethod(moe_config)
+
+
+def experts_options(vllm_config: api.VllmConfig) -> dict[str, Any]:
+    """What makes vLLM's experts ours; nothing, with one line, where they stay vLLM's own.
+
+    Raises:
+        UnsupportedEngineError: with ``QNEXT_STRICT=1`` they would stay vLLM's own.
+    """
+    reason = obstacle(vllm_config)
+    if reason is not None:
+        _say_once(reason)
+        return {}
+    return {"custom_routing_function": route, "routed_experts_cls": QnextRoutedExperts}
+
+
+def obstacle(vllm_config: api.VllmConfig) -> str | None:
+    """Why the experts stay vLLM's own on a GPU, its routing with them, or None; on a CPU ours serve around vLLM's."""
+    device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
+    if device.type == "cpu":
+        return None
+    backend, parallel = vllm_config.kernel_config.moe_backend, vllm_config.parallel_config
+    if vllm_config.quant_config is not None:
+        return f"their weights are quantized ({vllm_config.model_config.quantization})"
+    if backend != "auto":
+        return f"--moe-backend {backend} is asked for"
+    if vllm_config.lora_config is not None:
+        return "LoRA adapters reach into vLLM's kernels"
+    if parallel.data_parallel_size > 1:
+        return "data parallelism sends their tokens between the ranks"
+    if OPERATIONS["moe"].select(device, dtype).name == "reference" and not Settings().backend:
+        return f"only the reference serves them in {dtype}"
+    return None
+
+
+@cache
+def _say_once(reason: str) -> None:
+    step_back("experts", reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -97,6 +99,7 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
         if prefix in layers:
             raise ValueError(f"duplicate layer name {prefix}")
         layers[prefix] = self
+        split_where_vllm_does(vllm_config.compilation_config)
 
     @property
     def mamba_type(self) -> api.MambaAttentionBackendEnum:
@@ -114,13 +117,14 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
     def forward(
         self, mixed_qkv: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor
     ) -> Tensor:
-        return torch.ops.qnext.vllm_gated_delta_net(
-            mixed_qkv, a, b, conv_weight, A_log, dt_bias, list(self._shapes[1][:2]), self.prefix
-        )
+        # Made here, in a CUDA graph: the graph behind the operator reads this very memory at each replay.
+        out = mixed_qkv.new_empty(mixed_qkv.shape[0], *self._shapes[1][:2])
+        torch.ops.qnext.vllm_gated_delta_net(mixed_qkv, a, b, conv_weight, A_log, dt_bias, out, self.prefix)
+        return out
 
     def run(
         self,
-        metadata: api.GDNAttentionMetadata,
+        batch: RecurrentBatch,
         mixed_qkv: Tensor,
         a: Tensor,
         b: Tensor,
@@ -129,16 +133,37 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
         dt_bias: Tensor,
     ) -> Tensor:
         """Run this batch on this layer's slots."""
-        # The layers of a cache group share their metadata, so its translation is kept on it.
-        batch = getattr(metadata, "_qnext_batch", None)
-        if batch is None:
-            batch = metadata._qnext_batch = recurrent_batch(metadata)
         conv_state, state = self.kv_cache
         if not api.is_conv_state_dim_first():
             conv_state = conv_state.transpose(1, 2)
         return gated_delta_net_core(mixed_qkv, a, b, conv_weight, A_log, dt_bias, StatePools(conv_state, state), batch)
 
 
+def batch_of(context: api.ForwardContext, metadata: api.GDNAttentionMetadata) -> RecurrentBatch:
+    """``metadata`` translated, once in a forward pass for all layers that share it.
+
+    It is kept with the pass and not with the metadata, which may outlive it: the translation must be among what a CUDA
+    graph captures, so that a replay translates what the metadata's tensors hold by then.
+    """
+    batches = context.additional_kwargs.setdefault("qnext_batches", {})
+    if id(metadata) not in batches:
+        batches[id(metadata)] = recurrent_batch(metadata)
+    return batches[id(metadata)]
+
+
+OPERATOR = "qnext::vllm_gated_delta_net"
+VLLMS_OPERATOR = "vllm::qwen_gdn_attention_core"
+"""What our operator stands for in vLLM's own model."""
+
+
+def split_where_vllm_does(compilation_config: Any) -> None:
+    """Have vLLM split its graphs at our operator where it splits them at its own: it then runs between CUDA graphs."""
+    splitting = compilation_config.splitting_ops or []
+    if VLLMS_OPERATOR in splitting and OPERATOR not in splitting:
+        splitting.append(OPERATOR)
+
+
+@api.eager_break_during_capture
 def _core(
     mixed_qkv: Tensor,
     a: Tensor,
@@ -146,34 +171,23 @@ def _core(
     conv_weight: Tensor,
     A_log: Tensor,
     dt_bias: Tensor,
-    head_shape: list[int],
+    out: Tensor,
     layer_name: str,
-) -> Tensor:
+) -> None:
     context = api.get_forward_context()
-    if context.attn_metadata is None:  # a profiling run has no states
-        return mixed_qkv.new_zeros(mixed_qkv.shape[0], *head_shape)
+    metadata = (context.attn_metadata or {}).get(layer_name)
+    if metadata is None:  # a profiling run has no states
+        out.zero_()
+        return
     layer = context.no_compile_layers[layer_name]
-    return layer.run(context.attn_metadata[layer_name], mixed_qkv, a, b, conv_weight, A_log, dt_bias)
-
-
-def _core_fake(
-    mixed_qkv: Tensor,
-    a: Tensor,
-    b: Tensor,
-    conv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    head_shape: list[int],
-    layer_name: str,
-) -> Tensor:
-    return mixed_qkv.new_empty(mixed_qkv.shape[0], *head_shape)
+    out.copy_(layer.run(batch_of(context, metadata), mixed_qkv, a, b, conv_weight, A_log, dt_bias))
 
 
 # Opaque to torch.compile: the batch's metadata and the slots come from vLLM's forward context.
 _library = torch.library.Library("qnext", "FRAGMENT")
 _library.define(
     "vllm_gated_delta_net(Tensor mixed_qkv, Tensor a, Tensor b, Tensor conv_weight, Tensor A_log, Tensor dt_bias, "
-    "SymInt[] head_shape, str layer_name) -> Tensor"
+    "Tensor(a!) out, str layer_name) -> ()"
 )
 _library.impl("vllm_gated_delta_net", _core, "CompositeExplicitAutograd")
-torch.library.register_fake("qnext::vllm_gated_delta_net", _core_fake, lib=_library)
+torch.library.register_fake(OPERATOR, lambda *args: None, lib=_library)

@@ -12,7 +12,11 @@ from typing import Any
 
 @cache
 def withhold_generators() -> None:
-    """Wrap the sampling of vLLM's model runner for CPUs."""
+    """Wrap the sampling of vLLM's model runner for CPUs; on a GPU, where generators have an offset, nothing is done."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     original = CPUModelRunner.sample_tokens

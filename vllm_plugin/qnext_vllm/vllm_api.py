@@ -5,6 +5,7 @@
 engine update broke.
 """
 
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import (
@@ -12,7 +13,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -73,6 +74,7 @@ __all__ = [
     "CPUAttentionBackendImpl",
     "ColumnParallelLinear",
     "EagleModelMixin",
+    "ForwardContext",
     "FusedMoEFactory",
     "FusedMoEMethodBase",
     "GDNAttentionBackend",
@@ -104,6 +106,7 @@ __all__ = [
     "VllmConfig",
     "VocabParallelEmbedding",
     "WeightsMapper",
+    "eager_break_during_capture",
     "extract_layer_index",
     "get_current_vllm_config",
     "get_forward_context",

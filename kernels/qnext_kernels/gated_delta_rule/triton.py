@@ -17,8 +17,9 @@ class TritonGatedDeltaRule(TritonBackend):
     decode and verify, as on a CPU. The promises of the operation hold because everything token by token is one kernel,
     block sizes never depend on the batch, and the state is rounded behind every chunk as a split prefill rounds it.
 
-    Nothing is read on the host and every grid follows from shapes, so that a CUDA graph can capture each call. Outputs
-    of tokens that belong to no sequence are undefined. Pools must be contiguous within a slot.
+    Nothing is read on the host and every grid follows from shapes, so that a CUDA graph can capture each call. A graph
+    pads its batch: tokens behind the last sequence have zero outputs in a verify, and undefined ones in a prefill,
+    which no graph captures. Pools must be contiguous within a slot.
 
     The tests compile it for GPUs of NVIDIA and AMD and run it in Triton's interpreter; it has not run on a GPU yet.
     """
@@ -74,7 +75,7 @@ class TritonGatedDeltaRule(TritonBackend):
             _expect_contiguous_slots("step_state", steps[0], 2)
             steps = steps[0], steps[1].contiguous()
         tokens = *map(rows, (q, k, v, a, b)), A_log.contiguous(), dt_bias.contiguous()
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        out = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
         with torch.cuda.device_of(v):
             where = query_start_loc.contiguous(), accepted.contiguous()
             run_recurrent(tokens, out, state, slots.contiguous(), *where, steps)

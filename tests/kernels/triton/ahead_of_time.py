@@ -16,6 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from qnext_kernels import triton_support
+
 SHARED_MEMORY = {
     "sm_80": 163 << 10,
     "sm_90": 227 << 10,
@@ -62,8 +64,11 @@ class Driver:
 
 @contextmanager
 def compiling_for(name: str) -> Iterator[list[Compiled]]:
-    """Compile each launch for the target instead of running it; the list grows with every kernel that is not in it."""
-    run, active = JITFunction.run, triton.runtime.driver._active
+    """Compile each launch for the target instead of running it; the list grows with every kernel that is not in it.
+
+    Triton serves tensors on the meta device meanwhile: they cannot be read, as those of a GPU should not be.
+    """
+    run, active, why_missing = JITFunction.run, triton.runtime.driver._active, triton_support.why_missing
     compiled: dict[str, Compiled] = {}
     found: list[Compiled] = []
 
@@ -76,10 +81,12 @@ def compiling_for(name: str) -> Iterator[list[Compiled]]:
 
     triton.runtime.driver.set_active(Driver(name))
     JITFunction.run = compile_only
+    triton_support.why_missing = lambda kind, index: None if kind == "meta" else why_missing(kind, index)
     try:
         yield found
     finally:
         JITFunction.run = run
+        triton_support.why_missing = why_missing
         triton.runtime.driver._active = active
 
 

@@ -8,6 +8,8 @@ of a load or store must lie in one of the kernel's arguments.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +22,9 @@ import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter as stock
 from triton.runtime.jit import JITFunction
+
+import qnext_kernels
+from qnext_kernels import OPERATIONS
 
 Array = NDArray[Any]
 COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
@@ -41,6 +46,17 @@ def tf32_of(x: Array) -> Array:
     """Float32 rounded to ten bits of mantissa, ties to even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Every module with Triton kernels, imported."""
+    names = [module.name for module in pkgutil.walk_packages(qnext_kernels.__path__, "qnext_kernels.")]
+    return [importlib.import_module(name) for name in names if name.rpartition(".")[2].startswith("triton_")]
+
+
+def operations_on_triton() -> list[str]:
+    """The operations that have a Triton backend."""
+    return [name for name, it in OPERATIONS.items() if "triton" in (backend.name for backend in it.backends)]
 
 
 @contextmanager

@@ -125,6 +125,18 @@ def test_verify_agrees_with_float64(shape: Shape, dtype: torch.dtype, state_dtyp
     assert only_written(pool, before, bytes_before, written)
 
 
+def test_padding_behind_the_last_sequence_of_a_verify_has_zero_outputs() -> None:
+    # As in a CUDA graph for more sequences than there are; only a GPU's offsets may end before the last token.
+    shape, lengths, padding = SHAPES[0], [2, 1, 0, 0], 3
+    tokens, gates = random_tokens(shape, sum(lengths) + padding, torch.float32), random_gates(shape)
+    pool = random_state(shape, torch.float32).repeat(2 * len(lengths), 1, 1, 1)
+    slots, accepted = torch.arange(len(pool)).view(-1, 2), torch.ones(len(lengths), dtype=torch.int32)
+    slots[2:] = -1
+    out = TritonGatedDeltaRule().verify(*tokens, *gates, pool, slots, start_offsets(lengths), accepted)
+    assert out[: sum(lengths)].any(dim=2).all()
+    assert not out[sum(lengths) :].any()
+
+
 @cases
 def test_decode_agrees_with_float64(shape: Shape, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     tokens, gates = random_tokens(shape, 6, dtype), random_gates(shape)

@@ -70,6 +70,15 @@ def test_without_a_gpu_or_without_triton_the_reason_says_so(monkeypatch: pytest.
     assert TritonGatedDeltaRule().supports(GPU, torch.float16) == "triton is not installed"
 
 
+def test_asking_is_a_constant_in_a_graph_of_torch_compile() -> None:
+    backend = TritonGatedDeltaRule()
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        return x - 1 if backend.supports(x.device, x.dtype) is None else x + 1
+
+    assert torch.compile(ask, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
+
+
 def test_serving_on_a_cpu_imports_no_kernel() -> None:
     script = (
         "import sys, torch, qnext_kernels as k\n"

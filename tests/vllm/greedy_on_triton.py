@@ -1,0 +1,34 @@
+"""`python -m tests.vllm.greedy_on_triton CHECKPOINT DRAFTS`: an engine's greedy tokens, on Triton and without, as JSON.
+
+The engine must run in this very process (VLLM_ENABLE_V1_MULTIPROCESSING=0), where Triton's interpreter reaches it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from qnext_kernels import force_backend
+from tests.kernels.triton.interpreter import interpreted, kernel_modules, operations_on_triton
+from tests.vllm.engines import engine
+
+PROMPTS = ((7, 3, 11), tuple(range(20, 91)), (5,))
+"""Below a chunk of the delta rule, above one, and a single token."""
+MAX_TOKENS = 4
+
+
+def main(checkpoint: Path, drafts: int) -> None:
+    triton = ",".join(f"{name}=triton" for name in operations_on_triton())
+    options = {"drafts": drafts, "max_num_batched_tokens": 96, "max_num_seqs": 4}
+    with interpreted(*kernel_modules()), force_backend(triton), engine(checkpoint, **options) as running:
+        interpreted_tokens = running.greedy(PROMPTS, MAX_TOKENS)
+        running.llm.reset_prefix_cache()
+        with force_backend(triton.replace("=triton", "=native")):
+            native_tokens = running.greedy(PROMPTS, MAX_TOKENS)
+        accepted = running.drafts().accepted if drafts else 0
+    print(json.dumps({"triton": interpreted_tokens, "native": native_tokens, "accepted": accepted}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

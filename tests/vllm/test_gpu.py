@@ -1,0 +1,328 @@
+"""What can be known of a GPU without one: who serves, and that CUDA graphs capture and split where they must."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from vllm import triton_utils
+from vllm.compilation.backends import split_graph
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, LoRAConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata, GDNAttentionMetadataBuilder
+
+import qnext_vllm
+from qnext_kernels import triton_support, without_kernels
+from qnext_kernels.dispatch import OPERATIONS, Operation, deterministic
+from qnext_kernels.triton_support import TritonBackend
+from qnext_plugins.model import Qwen3NextConfig
+from qnext_vllm import UnsupportedEngineError, experts, gpu_refusal
+from qnext_vllm.gated_delta_net import OPERATOR, GatedDeltaNetState, batch_of, recurrent_batch
+from tests.checkpoints import TINY
+from tests.kernels.triton.ahead_of_time import compiling_for
+
+DRAFTS, REQUESTS = 2, 4
+CPU = torch.device("cpu")
+
+
+class Gpu(Platform):
+    """vLLM's platform for a GPU of NVIDIA, as far as the plugin asks it."""
+
+    _enum = PlatformEnum.CUDA
+    device_name = "cuda"
+
+    @classmethod
+    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+        return DeviceCapability(9, 0)
+
+
+class OldGpu(Gpu):
+    @classmethod
+    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+        return DeviceCapability(7, 5)
+
+
+class RocmGpu(OldGpu):
+    """Compute capabilities are NVIDIA's."""
+
+    _enum = PlatformEnum.ROCM
+
+
+class Tpu(Platform):
+    _enum = PlatformEnum.TPU
+    device_name = "tpu"
+
+
+@pytest.fixture
+def all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM finds Triton, and every operation has a Triton backend."""
+    monkeypatch.setattr(triton_utils, "HAS_TRITON", True)
+    for name in set(without_kernels("cuda")) - set(qnext_vllm.VLLMS_OWN_ON_GPUS):
+        monkeypatch.setitem(OPERATIONS, name, Operation(name, [TritonBackend(), *OPERATIONS[name].backends]))
+
+
+@pytest.mark.usefixtures("all_kernels")
+@pytest.mark.parametrize("platform", [Gpu, RocmGpu])
+def test_a_gpu_is_served(platform: type[Platform]) -> None:
+    assert gpu_refusal(platform()) is None
+
+
+@pytest.mark.usefixtures("all_kernels")
+def test_what_is_not_served_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "tpu" in (gpu_refusal(Tpu()) or "")
+    assert gpu_refusal(OldGpu()) == "it needs compute capability 8.0, and this GPU has 7.5"
+    with deterministic():
+        assert gpu_refusal(Gpu()) == "the deterministic mode is served on CPUs only"
+    monkeypatch.setattr(triton_utils, "HAS_TRITON", False)
+    assert gpu_refusal(Gpu()) == "vLLM finds no Triton that works on this machine"
+
+
+@pytest.mark.usefixtures("all_kernels")
+def test_an_operation_without_a_gpu_kernel_is_named_unless_a_backend_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    only_on_cpus = [backend for backend in OPERATIONS["moe"].backends if backend.devices != ("cuda",)]
+    monkeypatch.setitem(OPERATIONS, "moe", Operation("moe", only_on_cpus))
+    assert gpu_refusal(Gpu()) == "it has no GPU kernels for moe (QNEXT_BACKEND=reference tries it, slowly)"
+    monkeypatch.setenv("QNEXT_BACKEND", "reference")
+    assert gpu_refusal(Gpu()) is None
+
+
+def vllm_config(**options: Any) -> VllmConfig:
+    """A real configuration, of the tiny checkpoint."""
+    return EngineArgs(
+        str(TINY), dtype="bfloat16", max_model_len=128, max_num_seqs=8, enable_prefix_caching=False, **options
+    ).create_engine_config()
+
+
+@pytest.fixture(params=[0, DRAFTS])
+def config(request: pytest.FixtureRequest) -> VllmConfig:
+    """With and without speculation, and with full and piecewise CUDA graphs."""
+    speculation = {"method": "qwen3_next_mtp", "num_speculative_tokens": request.param} if request.param else None
+    found = vllm_config(speculative_config=speculation)
+    compilation = CompilationConfig(mode=CompilationMode.VLLM_COMPILE)
+    compilation.set_splitting_ops_for_v1(all2all_backend="allgather_reducescatter")
+    compilation.cudagraph_mode, compilation.max_cudagraph_capture_size = CUDAGraphMode.FULL_AND_PIECEWISE, 16
+    found.compilation_config = compilation
+    return found
+
+
+@pytest.fixture
+def layer(config: VllmConfig) -> GatedDeltaNetState:
+    """The states of one layer, on no device."""
+    qwen = Qwen3NextConfig.from_hf(config.model_config.hf_text_config)
+    return GatedDeltaNetState(qwen, config, prefix="model.layers.0.linear_attn")
+
+
+@pytest.fixture
+def builder(config: VllmConfig, layer: GatedDeltaNetState) -> GDNAttentionMetadataBuilder:
+    return GDNAttentionMetadataBuilder(layer.get_kv_cache_spec(config), [layer.prefix], config, CPU)
+
+
+def batch(
+    lengths: list[int], contexts: list[int], blocks: Tensor, prefilling: tuple[int, ...] = ()
+) -> CommonAttentionMetadata:
+    """vLLM's description of a batch: new and known tokens of each request, its blocks of states, who is prefilling."""
+    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    known = torch.tensor(lengths) + torch.tensor(contexts)
+    return CommonAttentionMetadata(
+        query_start_loc=offsets,
+        query_start_loc_cpu=offsets.clone(),
+        seq_lens=known.int(),
+        seq_lens_cpu_upper_bound=known.int(),
+        num_reqs=len(lengths),
+        num_actual_tokens=int(offsets[-1]),
+        max_query_len=max(lengths),
+        max_seq_len=int(known.max()),
+        block_table_tensor=blocks,
+        slot_mapping=torch.empty(0, dtype=torch.int64),
+        is_prefilling=torch.tensor([n in prefilling for n in range(len(lengths))]),
+    )
+
+
+def captured(builder: GDNAttentionMetadataBuilder) -> GDNAttentionMetadata:
+    """What vLLM captures a graph for four requests with."""
+    blocks = torch.zeros(REQUESTS, builder.num_spec + 1, dtype=torch.int32)
+    length = builder.num_spec + 1
+    return builder.build_for_cudagraph_capture(batch([length] * REQUESTS, [0] * REQUESTS, blocks))
+
+
+def step_of_two(builder: GDNAttentionMetadataBuilder) -> GDNAttentionMetadata:
+    """A step of two requests, padded to the four of the graph."""
+    columns = builder.num_spec + 1
+    blocks = torch.zeros(REQUESTS, columns, dtype=torch.int32)
+    blocks[:2] = torch.arange(1, 2 * columns + 1, dtype=torch.int32).view(2, columns)
+    common = batch([columns, columns, 0, 0], [30, 40, 0, 0], blocks)
+    if not builder.num_spec:
+        return builder.build(0, common)
+    accepted, drafts = torch.tensor([1, 3, 1, 1]).int(), torch.tensor([DRAFTS, DRAFTS, -1, -1]).int()
+    return builder.build(0, common, accepted, drafts)
+
+
+def test_a_replay_translates_what_the_next_step_wrote(builder: GDNAttentionMetadataBuilder) -> None:
+    graph = captured(builder)
+    step_of_two(builder)
+    replayed = recurrent_batch(graph)
+    if not builder.num_spec:
+        assert replayed.decode is not None
+        assert replayed.decode.slots.tolist() == [1, 2, -1, -1]
+        return
+    assert replayed.verify is not None
+    assert replayed.verify.slots.tolist() == [[1, 2, 3], [4, 5, 6], [-1] * 3, [-1] * 3]
+    assert replayed.verify.query_start_loc.tolist() == [0, 3, 6, 6, 6]
+    assert replayed.verify.num_accepted_tokens.tolist() == [1, 3, 1, 1]
+
+
+def test_a_forward_pass_translates_once_and_the_next_one_anew(
+    builder: GDNAttentionMetadataBuilder, config: VllmConfig
+) -> None:
+    metadata = captured(builder)
+    found = []
+    for _ in range(2):
+        with set_forward_context({"a layer": metadata}, config):
+            found.append(batch_of(get_forward_context(), metadata))
+            assert batch_of(get_forward_context(), metadata) is found[-1]
+    assert found[0] is not found[1]
+
+
+class Between(nn.Module):
+    """Something for a graph on either side of the core."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, mixed_qkv: Tensor, *rest: Tensor) -> Tensor:
+        return self.core(mixed_qkv * 2, *rest) + 1
+
+
+def inputs(layer: GatedDeltaNetState, tokens: int, device: str) -> tuple[Tensor, ...]:
+    """Arguments of a layer, where they come from projections of more columns."""
+    (_, channels), (value_heads, _, _) = layer.get_state_shape()
+    gates = torch.empty(tokens, 2 * value_heads, dtype=torch.bfloat16, device=device)
+    mixed_qkv = torch.empty(tokens, channels, dtype=torch.bfloat16, device=device)
+    weight = torch.empty(channels, 4, dtype=torch.bfloat16, device=device)
+    A_log, dt_bias = torch.empty(2, value_heads, device=device)
+    return mixed_qkv, *gates.chunk(2, dim=1), weight, A_log, dt_bias
+
+
+def test_graphs_split_at_the_core_and_own_the_memory_that_it_writes(
+    config: VllmConfig, layer: GatedDeltaNetState
+) -> None:
+    splitting = config.compilation_config.splitting_ops
+    assert splitting is not None
+    assert OPERATOR in splitting
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    with set_forward_context(None, config):
+        torch.compile(Between(layer), backend=keep, fullgraph=True)(*inputs(layer, 3, "cpu"))
+    _, pieces = split_graph(graphs[0], splitting)
+    assert [piece.is_splitting_graph for piece in pieces] == [False, True, False]
+    nodes = list(pieces[1].graph.graph.nodes)
+    assert [str(node.target) for node in nodes if node.op == "call_function"] == ["qnext.vllm_gated_delta_net"]
+    assert nodes[-1].all_input_nodes == [], "what this piece made would lie elsewhere at every replay of the next one"
+
+
+def test_a_graph_that_vllm_keeps_whole_is_not_split(config: VllmConfig) -> None:
+    config.compilation_config.splitting_ops = []
+    qwen = Qwen3NextConfig.from_hf(config.model_config.hf_text_config)
+    GatedDeltaNetState(qwen, config, prefix="another")
+    assert config.compilation_config.splitting_ops == []
+
+
+def on_no_device(metadata: GDNAttentionMetadata) -> GDNAttentionMetadata:
+    """The same with tensors that cannot be read."""
+    values = ((field.name, getattr(metadata, field.name)) for field in dataclasses.fields(metadata))
+    return dataclasses.replace(metadata, **{n: v.to("meta") for n, v in values if isinstance(v, Tensor)})
+
+
+def prefill_beside(builder: GDNAttentionMetadataBuilder) -> GDNAttentionMetadata:
+    """A prefill of 70 tokens behind a request that decodes, or that verifies."""
+    columns = builder.num_spec + 1
+    blocks = torch.arange(1, 2 * columns + 1, dtype=torch.int32).view(2, columns)
+    common = batch([columns, 70], [30, 0], blocks, prefilling=(1,))
+    drafts = torch.tensor([DRAFTS, -1], dtype=torch.int32)
+    return builder.build(0, common, torch.ones(2).int(), drafts) if builder.num_spec else builder.build(0, common)
+
+
+@pytest.mark.skipif(
+    bool({"causal_conv1d", "gated_delta_rule"} & set(without_kernels("cuda"))), reason="an operation has no GPU kernel"
+)
+@pytest.mark.parametrize("make", [captured, step_of_two, prefill_beside])
+def test_a_layer_launches_its_kernels_without_reading_a_tensor(
+    make: Any, config: VllmConfig, layer: GatedDeltaNetState, builder: GDNAttentionMetadataBuilder
+) -> None:
+    metadata = on_no_device(make(builder))
+    layer.bind_kv_cache(
+        torch.empty(9, 1, 1, layer.get_kv_cache_spec(config).page_size_bytes, dtype=torch.int8, device="meta")
+    )
+    tokens = int(make(builder).num_actual_tokens)
+    with compiling_for("sm_90") as compiled, set_forward_context({layer.prefix: metadata}, config):
+        out = layer(*inputs(layer, tokens, "meta"))
+    assert out.shape == (tokens, *layer.get_state_shape()[1][:2])
+    assert compiled
+
+
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    """What the plugin logs."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    qnext_vllm.logger.addHandler(handler)
+    experts._say_once.cache_clear()
+    yield messages
+    qnext_vllm.logger.removeHandler(handler)
+    experts._say_once.cache_clear()
+
+
+@pytest.fixture
+def gpu_config(monkeypatch: pytest.MonkeyPatch, all_kernels: None) -> VllmConfig:
+    """A configuration as it is on a GPU that our kernels serve."""
+    monkeypatch.setattr(triton_support, "why_missing", lambda device_type, index: None)
+    found = vllm_config()
+    found.device_config.device = torch.device("cuda")
+    return found
+
+
+def test_the_experts_are_ours_on_a_gpu(gpu_config: VllmConfig, lines: list[str]) -> None:
+    options = experts.experts_options(gpu_config)
+    assert options == {"custom_routing_function": experts.route, "routed_experts_cls": experts.QnextRoutedExperts}
+    assert not lines
+
+
+def test_quantized_experts_stay_vllms_own_with_one_line(
+    gpu_config: VllmConfig, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_config.quant_config, gpu_config.model_config.quantization = Fp8Config(), "fp8"
+    assert experts.experts_options(gpu_config) == experts.experts_options(gpu_config) == {}
+    assert lines == ["qnext-plugins leaves vLLM's own experts in place: their weights are quantized (fp8)"]
+    monkeypatch.setenv("QNEXT_STRICT", "1")
+    experts._say_once.cache_clear()
+    with pytest.raises(UnsupportedEngineError, match="quantized"):
+        experts.experts_options(gpu_config)
+
+
+def test_what_only_vllms_experts_do_keeps_them(gpu_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_config.kernel_config, "moe_backend", "flashinfer_cutlass")
+        assert experts.obstacle(gpu_config) == "--moe-backend flashinfer_cutlass is asked for"
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_config.parallel_config, "data_parallel_size", 2)
+        assert "data parallelism" in (experts.obstacle(gpu_config) or "")
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_config, "lora_config", LoRAConfig())
+        assert "LoRA" in (experts.obstacle(gpu_config) or "")
+    monkeypatch.setattr(triton_support, "why_missing", lambda device_type, index: "no")
+    assert experts.obstacle(gpu_config) == "only the reference serves them in torch.bfloat16"
