@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+from triton.runtime.interpreter import GridExecutor
 
 from qnext_kernels import force_backend
 from tests.kernels.triton.interpreter import interpreted, kernel_modules, operations_on_triton
@@ -18,16 +21,32 @@ PROMPTS = ((7, 3, 11), tuple(range(20, 91)), (5,))
 MAX_TOKENS = 4
 
 
+def recorded_launches() -> set[str]:
+    """The names of the kernels that the interpreter runs from now on."""
+    names: set[str] = set()
+    run = GridExecutor.__call__
+
+    def call(self: Any, *args: Any, **options: Any) -> None:
+        names.add(self.fn.__name__)
+        run(self, *args, **options)
+
+    GridExecutor.__call__ = call
+    return names
+
+
 def main(checkpoint: Path, drafts: int) -> None:
     triton = ",".join(f"{name}=triton" for name in operations_on_triton())
     options = {"drafts": drafts, "max_num_batched_tokens": 96, "max_num_seqs": 4}
     with interpreted(*kernel_modules()), force_backend(triton), engine(checkpoint, **options) as running:
+        launched = recorded_launches()
         interpreted_tokens = running.greedy(PROMPTS, MAX_TOKENS)
+        kernels = sorted(launched)
         running.llm.reset_prefix_cache()
         with force_backend(triton.replace("=triton", "=native")):
             native_tokens = running.greedy(PROMPTS, MAX_TOKENS)
         accepted = running.drafts().accepted if drafts else 0
-    print(json.dumps({"triton": interpreted_tokens, "native": native_tokens, "accepted": accepted}))
+    assert kernels == sorted(launched), "the second run was not without Triton"
+    print(json.dumps({"triton": interpreted_tokens, "native": native_tokens, "accepted": accepted, "kernels": kernels}))
 
 
 if __name__ == "__main__":
