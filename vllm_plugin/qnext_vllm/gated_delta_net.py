@@ -46,7 +46,9 @@ def recurrent_batch(metadata: api.GDNAttentionMetadata) -> RecurrentBatch:
         decode_tokens = metadata.num_decode_tokens
         batch = RecurrentBatch()
         if decodes:
-            batch.decode = Segment(slice(0, decode_tokens), slots(metadata.non_spec_state_indices_tensor[:decodes]))
+            # One token each; requests that vLLM has padded the batch with come last and have none.
+            blocks = metadata.non_spec_state_indices_tensor[:decode_tokens]
+            batch.decode = Segment(slice(0, decode_tokens), slots(blocks))
         if prefills:
             rows = slice(decodes, decodes + prefills)
             batch.prefill = Segment(
