@@ -1,25 +1,70 @@
-"""Routing and SwiGLU's middle in Triton, one launch each."""
+"""The mixture of experts in Triton: sorting the choices, two grouped products with SwiGLU in the first, and a sum."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from qnext_kernels.moe.reference import ReferenceBackend
+from qnext_kernels.dispatch import is_deterministic
 from qnext_kernels.operators import operator
-from qnext_kernels.triton_support import TritonBackend
+from qnext_kernels.triton_support import TritonBackend, aligned_rows, current_target
 
 
-class TritonMoe(TritonBackend, ReferenceBackend):
-    """Everything between the matrix products is float32 and is rounded once."""
+class TritonMoe(TritonBackend):
+    """Products of weights in bfloat16, float16 or float32, and of weights in FP8, with sums in float32.
 
-    name = "triton"
+    Three launches for one token, four up to some fifty and five for more. With FP8, activations are quantized in two
+    more. Nothing is read on the host and every grid follows from shapes, so that a CUDA graph can capture each call.
+    What is rounded: the product behind SwiGLU and the result of each expert, to the dtype of ``x``.
+
+    Every sum runs in one order, and an element's does not depend on which rows it shares a block with. How many rows a
+    block has depends on the number of tokens, and with it the instruction that multiplies; so in the deterministic
+    mode it does not, and a token's bits depend on nothing but that token.
+
+    The tests compile it for GPUs of NVIDIA and AMD and run it in Triton's interpreter; it has not run on a GPU yet.
+    """
+
+    batch_invariant = True
 
     def topk_softmax(self, router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
         return triton_topk_softmax(router_logits, top_k, renormalize)
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         return triton_silu_and_mul(x)
+
+    def experts(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        return self.experts_with_shared(x, w13, w2, topk_weights, topk_ids, None)
+
+    def experts_with_shared(
+        self,
+        x: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> Tensor:
+        from qnext_kernels.moe.configurations import Shape, choose
+        from qnext_kernels.moe.triton_experts import Call, Shared, Weights, matrices
+
+        if x.numel() == 0:
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+        tokens, top_k = topk_ids.shape
+        target = current_target()
+        shape = Shape(*w2.shape, top_k, str(w2.dtype).removeprefix("torch."))
+        config = choose(shape, tokens, target, gpu_name(x), deterministic=is_deterministic())
+        extra = None
+        if shared is not None:
+            extra = Shared(Weights(*map(matrices, shared[:2])), shared[2].contiguous())
+        x, topk_weights, topk_ids = aligned_rows(x), topk_weights.contiguous(), topk_ids.contiguous()
+        with torch.cuda.device_of(x):
+            call = Call(x, Weights(matrices(w13), matrices(w2)), extra, topk_weights, topk_ids, config, target)
+            return call.sum(call.down(call.up(x)))
+
+
+def gpu_name(x: Tensor) -> str | None:
+    """The name of the GPU that a tensor lies on, None where Triton interprets."""
+    return torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else None
 
 
 def _empty_choice(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,378 @@
+"""The routed experts and the shared one: two grouped matrix products and a sum, in a launch each.
+
+A program of a product takes a block of pairs (token, choice) of one expert, from :mod:`.triton_align`, and some of its
+columns. The shared expert is one more expert, of separate tensors, that every token chooses: its blocks are the first.
+Sums over the hidden and the middle size run in float32 and in one order; the sum over a token's experts runs in the
+order of its choices. Weights in FP8 (:mod:`.triton_fp8`) run through the same kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qnext_kernels.moe.configurations import FP8_GROUP, Configuration, Product
+from qnext_kernels.moe.triton_align import align, most_blocks
+from qnext_kernels.triton_support import ALIGNMENT, Target, power_of_two
+
+
+@triton.jit
+def find_block(  # type: ignore[no-untyped-def]
+    block, ids, table, most_blocks, tokens, shared_blocks, E: tl.constexpr, ROWS: tl.constexpr, DIRECT: tl.constexpr
+):
+    """The expert of a block (E: the shared one, −1: none), its first place and the place behind its last.
+
+    A place is one of the sorted order, of the shared expert a token.
+    """
+    routed = block - shared_blocks
+    is_routed = routed >= 0
+    expert = tl.load((ids if DIRECT else table) + routed, mask=is_routed, other=-1).to(tl.int32)
+    if DIRECT:
+        expert = tl.where((expert >= 0) & (expert < E), expert, -1)
+        first, end = routed, routed + 1
+    else:
+        first = tl.load(table + most_blocks + routed, mask=is_routed, other=0)
+        end = tl.load(table + 2 * most_blocks + routed, mask=is_routed, other=0)
+    first = tl.where(is_routed, first, block * ROWS)
+    end = tl.where(is_routed, end, tl.minimum(first + ROWS, tokens))
+    return tl.where(is_routed, expert, E), first, end
+
+
+@triton.jit
+def pairs_at(places, inside, order, DIRECT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The pairs at places of the sorted order."""
+    if DIRECT:
+        return places
+    return tl.load(order + places, mask=inside, other=0)
+
+
+@triton.jit
+def e4m3_value(bits):  # type: ignore[no-untyped-def]
+    """The bfloat16 numbers that uint8 stores as e4m3; the bits of NaN give ±480."""
+    magnitude = (bits & 0x7F).to(tl.int32)
+    # The exponent's bias is 7 there and 127 here; below the smallest exponent the mantissa counts by 2⁻⁹.
+    normal = ((magnitude + (120 << 3)) << 20).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+    return tl.where(bits >= 128, -value, value).to(tl.bfloat16)
+
+
+@triton.jit
+def weighted_sum(  # type: ignore[no-untyped-def]
+    a, a_rows, a_inside, a_scales, b, b_rows, b_inside, b_scales,
+    SIZE: tl.constexpr, size, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, DECODE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a bᵀ in float32, [ROWS, COLUMNS]: DEPTH elements of the sum after DEPTH elements, from the first.
+
+    Args:
+        a, b: where rows 0 begin; a_rows [ROWS], b_rows [COLUMNS]: where each row begins behind that, int64.
+        a_inside, b_inside: which rows there are; others are zeros.
+        a_scales [ROWS], b_scales [COLUMNS]: pointers to the scales of the first GROUP elements of each row; the next
+            ones are behind them. Not read where GROUP is 0.
+        SIZE: elements of the sum, 0 where they are ``size``, known only to the program.
+    """
+    index = tl.arange(0, DEPTH)
+    a_pointers = a + a_rows[:, None] + index[None, :]
+    b_pointers = b + b_rows[None, :] + index[:, None]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, SIZE if SIZE > 0 else size, DEPTH):
+        a_mask, b_mask = a_inside[:, None], b_inside[None, :]
+        if SIZE == 0 or SIZE % DEPTH != 0:
+            a_mask = a_mask & (k + index[None, :] < (SIZE if SIZE > 0 else size))
+            b_mask = b_mask & (k + index[:, None] < (SIZE if SIZE > 0 else size))
+        left = tl.load(a_pointers + k, mask=a_mask, other=0.0)
+        if DECODE:
+            right = e4m3_value(tl.load(b_pointers + k, mask=b_mask, other=0))
+        else:
+            right = tl.load(b_pointers + k, mask=b_mask, other=0.0)
+        if GROUP > 0:
+            part = tl.dot(left, right, out_dtype=tl.float32)
+            left_scale = tl.load(a_scales + k // GROUP, mask=a_inside, other=0.0)
+            right_scale = tl.load(b_scales + k // GROUP, mask=b_inside, other=0.0)
+            total += part * (left_scale[:, None] * right_scale[None, :])
+        else:
+            total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=tl.float32)
+    return total
+
+
+@triton.jit(do_not_specialize=["most_blocks", "tokens", "shared_blocks"])
+def up_kernel(  # type: ignore[no-untyped-def]
+    x, x_scale, w13, w13_scale, shared_w13, shared_w13_scale, ids, order, table, middle,
+    x_token, w13_expert, scale_expert, most_blocks, tokens, shared_blocks,
+    D: tl.constexpr, I: tl.constexpr, SHARED_I: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr,
+    DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """middle = SiLU(gate x) · up x for a block of pairs and COLUMNS of the middle size, rounded once.
+
+    Even columns of the product are those of the gate and odd ones those of up, so that a thread has both.
+
+    Grid: (shared_blocks + blocks) · ceil(max(I, SHARED_I) / COLUMNS), the columns of a block next to each other, which
+    share its rows. A program without a block ends at once.
+
+    Bytes of a block: 2 I D weights, once from memory for all blocks of an expert, and ROWS · D activations. Operations:
+    4 ROWS · I · D.
+
+    Args:
+        x: [T, D], rows ``x_token`` elements apart. w13: [E, 2·I, D], an expert ``w13_expert`` elements from the next,
+            contiguous otherwise. shared_w13: contiguous [2·SHARED_I, D], not read where SHARED_I is 0.
+        x_scale: contiguous [T, ceil(D / GROUP)]; w13_scale: [E, 2·ceil(I / GROUP), ceil(D / GROUP)], an expert
+            ``scale_expert`` elements from the next; shared_w13_scale: as that of an expert. Not read where GROUP is 0.
+        ids: contiguous [T, top_k], read where DIRECT: then pair n is block n and nothing is sorted. Else order and
+            table, of :class:`qnext_kernels.moe.triton_align.Blocks`.
+        middle: [T·top_k + T, max(I, SHARED_I)], written: the rows of pairs by place, then those of the shared expert.
+        DECODE: w13 is uint8 with the bits of e4m3.
+    """
+    WIDTH: tl.constexpr = max(I, SHARED_I)
+    TILES: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0)
+    tile = program % TILES
+    expert, first, end = find_block(program // TILES, ids, table, most_blocks, tokens, shared_blocks, E, ROWS, DIRECT)
+    if expert < 0:
+        return
+    is_shared = expert == E
+    size = tl.where(is_shared, SHARED_I, I) if SHARED_I > 0 else I
+    w = tl.where(is_shared, shared_w13, w13 + expert.to(tl.int64) * w13_expert)
+    scale = tl.where(is_shared, shared_w13_scale, w13_scale + expert.to(tl.int64) * scale_expert)
+
+    places = first + tl.arange(0, ROWS)
+    inside = places < end
+    token = tl.where(is_shared, places, pairs_at(places, inside & (expert < E), order, DIRECT) // TOP_K)
+    columns = tile * COLUMNS + tl.arange(0, 2 * COLUMNS) // 2
+    is_up = tl.arange(0, 2 * COLUMNS) % 2
+    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP if GROUP > 0 else 0
+    blocks_of_scales = (size + GROUP - 1) // GROUP if GROUP > 0 else 0
+    scale_row = is_up * blocks_of_scales + (columns // GROUP if GROUP > 0 else 0)
+    both = weighted_sum(
+        x, token.to(tl.int64) * x_token, inside, x_scale + token.to(tl.int64) * GROUPS,
+        w, (is_up * size + columns).to(tl.int64) * D, columns < size, scale + scale_row * GROUPS,
+        D, D, DEPTH, ROWS, 2 * COLUMNS, GROUP, DECODE, PRECISION,
+    )  # fmt: skip
+    gate, up = tl.split(tl.reshape(both, [ROWS, COLUMNS, 2]))
+    activated = gate / (1.0 + tl.exp(-gate)) * up
+    row = places.to(tl.int64) + tl.where(is_shared, tokens.to(tl.int64) * TOP_K, 0)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    place = middle + row[:, None] * WIDTH + column[None, :]
+    tl.store(place, activated.to(middle.dtype.element_ty), mask=inside[:, None] & (column[None, :] < size))
+
+
+@triton.jit(do_not_specialize=["most_blocks", "tokens", "shared_blocks"])
+def down_kernel(  # type: ignore[no-untyped-def]
+    middle, middle_scale, w2, w2_scale, shared_w2, shared_w2_scale, ids, order, table, results,
+    w2_expert, scale_expert, most_blocks, tokens, shared_blocks,
+    D: tl.constexpr, I: tl.constexpr, SHARED_I: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr,
+    DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """results = down · middle for a block of pairs and COLUMNS of the hidden size, rounded.
+
+    Grid: (shared_blocks + blocks) · ceil(D / COLUMNS), otherwise as :func:`up_kernel`.
+
+    Bytes of a block: I · D weights, once from memory for all blocks of an expert, ROWS · I of ``middle`` and ROWS · D
+    written. Operations: 2 ROWS · I · D.
+
+    Args:
+        middle: of :func:`up_kernel`, or quantized; middle_scale: [T·top_k + T, ceil(max(I, SHARED_I) / GROUP)].
+        w2: [E, D, I], an expert ``w2_expert`` elements from the next; shared_w2: contiguous [D, SHARED_I].
+        w2_scale: [E, ceil(D / GROUP), ceil(I / GROUP)], an expert ``scale_expert`` elements from the next.
+        results: [T·top_k + T, D], written: of every pair that has an expert, by pair, then of the shared expert.
+    """
+    WIDTH: tl.constexpr = max(I, SHARED_I)
+    TILES: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0)
+    tile = program % TILES
+    expert, first, end = find_block(program // TILES, ids, table, most_blocks, tokens, shared_blocks, E, ROWS, DIRECT)
+    if expert < 0:
+        return
+    is_shared = expert == E
+    size = tl.where(is_shared, SHARED_I, I) if SHARED_I > 0 else I
+    w = tl.where(is_shared, shared_w2, w2 + expert.to(tl.int64) * w2_expert)
+    scale = tl.where(is_shared, shared_w2_scale, w2_scale + expert.to(tl.int64) * scale_expert)
+
+    places = first + tl.arange(0, ROWS)
+    inside = places < end
+    pair = pairs_at(places, inside & (expert < E), order, DIRECT)
+    behind = tokens.to(tl.int64) * TOP_K
+    row = tl.where(is_shared, places + behind, places)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    GROUPS: tl.constexpr = (WIDTH + GROUP - 1) // GROUP if GROUP > 0 else 0
+    w_groups = (size + GROUP - 1) // GROUP if GROUP > 0 else 0
+    scale_row = columns // GROUP if GROUP > 0 else columns * 0
+    SIZE: tl.constexpr = I if SHARED_I == 0 or SHARED_I == I else 0
+    product = weighted_sum(
+        middle, row * WIDTH, inside, middle_scale + row * GROUPS,
+        w, columns.to(tl.int64) * size, columns < D, scale + scale_row * w_groups,
+        SIZE, size, DEPTH, ROWS, COLUMNS, GROUP, DECODE, PRECISION,
+    )  # fmt: skip
+    target = tl.where(is_shared, places + behind, pair)
+    place = results + target[:, None] * D + columns[None, :]
+    tl.store(place, product.to(results.dtype.element_ty), mask=inside[:, None] & (columns[None, :] < D))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def sum_kernel(  # type: ignore[no-untyped-def]
+    results, weights, ids, x, gate, out, x_token, tokens,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """out = Σ_j weights_j · results_j in the order of a token's choices, then sigmoid(x · gate) · the shared expert's.
+
+    Grid: T. Bytes: (TOP_K + 1) D read and D written; with a shared expert D more for x.
+
+    Args:
+        results: of :func:`down_kernel`; weights, ids: contiguous [T, TOP_K]; x: [T, D], rows ``x_token`` elements
+            apart; gate: contiguous [D]; out: contiguous [T, D], written.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, BLOCK_D)
+    inside = index < D
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for j in tl.static_range(TOP_K):
+        pair = token * TOP_K + j
+        expert = tl.load(ids + pair)
+        chosen = (expert >= 0) & (expert < E)
+        result = tl.load(results + pair * D + index, mask=inside & chosen, other=0.0).to(tl.float32)
+        total += tl.load(weights + pair, mask=chosen, other=0.0) * result
+    if SHARED:
+        hidden = tl.load(x + token * x_token + index, mask=inside, other=0.0).to(tl.float32)
+        row = tl.load(gate + index, mask=inside, other=0.0).to(tl.float32)
+        strength = 1.0 / (1.0 + tl.exp(-tl.sum(hidden * row, axis=0)))
+        result = tl.load(results + (tokens.to(tl.int64) * TOP_K + token) * D + index, mask=inside, other=0.0)
+        total += strength * result.to(tl.float32)
+    tl.store(out + token * D + index, total.to(out.dtype.element_ty), mask=inside)
+
+
+class Weights(NamedTuple):
+    """Both projections of all experts of a kind, and their scales where they are in FP8."""
+
+    w13: Tensor
+    w2: Tensor
+    w13_scale: Tensor | None = None
+    w2_scale: Tensor | None = None
+
+
+class Shared(NamedTuple):
+    """The shared expert, its projections as one expert's, and its gate [D]."""
+
+    weights: Weights
+    gate: Tensor
+
+
+class Call:
+    """The three launches over tensors whose last dimensions have unit stride, and what they have in common."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        routed: Weights,
+        shared: Shared | None,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        config: Configuration,
+        target: Target,
+        *,
+        decode: bool = False,
+    ) -> None:
+        """Sort the choices into blocks.
+
+        Args:
+            x: [T, D] of any float dtype of Triton, the dtype of the result.
+            routed, shared: as :func:`up_kernel` and :func:`down_kernel` take them.
+            topk_weights, topk_ids: contiguous [T, top_k].
+            config: of this call.
+            decode: the weights are uint8 with the bits of e4m3, and the products run in bfloat16.
+        """
+        tokens, top_k = topk_ids.shape
+        num_experts, hidden, middle = routed.w2.shape
+        self.x, self.routed, self.shared = x, routed, shared
+        self.topk_weights, self.topk_ids, self.config = topk_weights, topk_ids, config
+        self.shared_middle = 0 if shared is None else shared.weights.w2.shape[1]
+        self.width = max(middle, self.shared_middle)
+        self.rows = tokens * top_k + (0 if shared is None else tokens)
+        direct = tokens == 1
+        self.shared_blocks = 0 if shared is None else triton.cdiv(tokens, config.rows)
+        if direct:
+            routed_blocks = top_k
+            self.order = self.table = topk_ids
+        else:
+            blocks = align(topk_ids, num_experts, config.rows)
+            routed_blocks = most_blocks(topk_ids.numel(), num_experts, config.rows)
+            self.order, self.table = blocks.order, blocks.table
+        self.blocks, self.routed_blocks = self.shared_blocks + routed_blocks, routed_blocks
+        self.common: dict[str, Any] = {
+            "D": hidden,
+            "I": middle,
+            "SHARED_I": self.shared_middle,
+            "E": num_experts,
+            "TOP_K": top_k,
+            "ROWS": config.rows,
+            "GROUP": 0 if routed.w13_scale is None else FP8_GROUP,
+            "DECODE": decode,
+            "DIRECT": direct,
+            "PRECISION": target.precision(x.dtype),
+            "enable_fp_fusion": True,
+        }
+
+    def up(self, x: Tensor, x_scale: Tensor | None = None) -> Tensor:
+        """Launch :func:`up_kernel`; the result is in the dtype of the result of the call."""
+        middle = self.x.new_empty(self.rows, self.width)
+        w13, scale = self.routed.w13, _or(self.routed.w13_scale, x)
+        shared = self.routed if self.shared is None else self.shared.weights
+        product = self.config.up
+        up_kernel[(self.blocks * triton.cdiv(self.width, product.columns),)](
+            x, _or(x_scale, x), w13, scale, shared.w13, _or(shared.w13_scale, x),
+            self.topk_ids, self.order, self.table, middle,
+            x.stride(0), w13.stride(0), scale.stride(0), self.routed_blocks, self.x.shape[0], self.shared_blocks,
+            **self.common, **_launch(product),
+        )  # fmt: skip
+        return middle
+
+    def down(self, middle: Tensor, middle_scale: Tensor | None = None) -> Tensor:
+        """Launch :func:`down_kernel`; the result is in the dtype of the result of the call."""
+        results = self.x.new_empty(self.rows, self.x.shape[1])
+        w2, scale = self.routed.w2, _or(self.routed.w2_scale, middle)
+        shared = self.routed if self.shared is None else self.shared.weights
+        product = self.config.down
+        down_kernel[(self.blocks * triton.cdiv(self.x.shape[1], product.columns),)](
+            middle, _or(middle_scale, middle), w2, scale, shared.w2, _or(shared.w2_scale, middle),
+            self.topk_ids, self.order, self.table, results,
+            w2.stride(0), scale.stride(0), self.routed_blocks, self.x.shape[0], self.shared_blocks,
+            **self.common, **_launch(product),
+        )  # fmt: skip
+        return results
+
+    def sum(self, results: Tensor) -> Tensor:
+        """Launch :func:`sum_kernel`."""
+        tokens, hidden = self.x.shape
+        out = self.x.new_empty(tokens, hidden)
+        block = power_of_two(hidden)
+        sum_kernel[(tokens,)](
+            results, self.topk_weights, self.topk_ids, self.x, self.x if self.shared is None else self.shared.gate,
+            out, self.x.stride(0), tokens,
+            D=hidden, BLOCK_D=block, E=self.common["E"], TOP_K=self.common["TOP_K"], SHARED=self.shared is not None,
+            num_warps=max(1, min(8, block // 256)), num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+        return out
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A tensor, or another in the place of one that the kernel does not read."""
+    return other if tensor is None else tensor
+
+
+def _launch(product: Product) -> dict[str, int]:
+    return {
+        "COLUMNS": product.columns,
+        "DEPTH": product.depth,
+        "num_warps": product.warps,
+        "num_stages": product.stages,
+    }
+
+
+def matrices(weight: Tensor) -> Tensor:
+    """Weights [..., N, K] whose matrices are contiguous and begin at aligned addresses, copied where they are not."""
+    fits = weight.stride()[-2:] == (weight.shape[-1], 1) and weight.data_ptr() % ALIGNMENT == 0
+    return weight if fits else weight.clone(memory_format=torch.contiguous_format)
