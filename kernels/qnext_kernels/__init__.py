@@ -17,7 +17,7 @@ from qnext_kernels.gated_delta_rule import (
 from qnext_kernels.gated_norm import gated_rms_norm
 from qnext_kernels.linear import linear, pack_weight_, unpack_weight_
 from qnext_kernels.memory import use_huge_pages
-from qnext_kernels.moe import experts, pack_experts_, silu_and_mul, topk_softmax, unpack_experts_
+from qnext_kernels.moe import experts, experts_fp8, pack_experts_, silu_and_mul, topk_softmax, unpack_experts_
 from qnext_kernels.paged_attention import paged_attention, store_kv
 from qnext_kernels.rms_norm import rms_norm
 
@@ -27,6 +27,7 @@ __all__ = [
     "causal_conv1d_prefill",
     "causal_conv1d_verify",
     "experts",
+    "experts_fp8",
     "explain",
     "force_backend",
     "gated_delta_rule_decode",

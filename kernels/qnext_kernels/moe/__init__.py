@@ -6,6 +6,8 @@ between two linears of the engine, scaled by :func:`qnext_kernels.sigmoid_gate` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,10 @@ from qnext_kernels.linear import expect_reads_packed, pack_weight_, unpack_weigh
 from qnext_kernels.linear.native import packable
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.moe.native import MoeNative
-from qnext_kernels.moe.reference import ReferenceBackend
+from qnext_kernels.moe.reference import FP8_GROUP, ReferenceBackend
 from qnext_kernels.moe.triton import TritonMoe
 
+FP8 = torch.float8_e4m3fn
 operation = Operation("moe", [MoeNative(), CpuBackend(), TritonMoe(), ReferenceBackend()])
 
 
@@ -60,8 +63,18 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return operation.select(x.device, x.dtype).silu_and_mul(x)
 
 
-def experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool = False) -> Tensor:
+def experts(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    packed: bool = False,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
     """Σ_j topk_weights[t, j] · down_e(SiLU(gate_e x_t) · up_e x_t) over the chosen experts e = topk_ids[t, j].
+
+    With a shared expert, + sigmoid(g · x_t) · down(SiLU(gate x_t) · up x_t) of that (``Qwen3NextSparseMoeBlock``).
 
     Args:
         x: [T, D], any float dtype.
@@ -69,7 +82,8 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: 
         w2: [E, D, I], the down projections, in the dtype of ``x``.
         topk_weights: [T, top_k] float32.
         topk_ids: [T, top_k] int32 or int64; −1 (an expert of another rank) is skipped.
-        packed: whether :func:`pack_experts_` has packed the weights.
+        packed: whether :func:`pack_experts_` has packed the weights; not with a shared expert.
+        shared: of the shared expert, w13 [2·S, D], w2 [D, S] and its gate g [D], in the dtype of ``x``; or None.
 
     Returns:
         [T, D] in the dtype of ``x``; a token's sum over its experts runs in float32, in an order that depends on
@@ -79,7 +93,48 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: 
         ValueError, TypeError, IndexError: an argument does not fit.
         BackendError: the backend that serves does not read packed weights.
     """
-    return torch.ops.qnext.experts(x, w13, w2, topk_weights, topk_ids, packed)
+    if shared is None:
+        return torch.ops.qnext.experts(x, w13, w2, topk_weights, topk_ids, packed)
+    if packed:
+        raise ValueError("packed: expected False because shared is given, got True")
+    return torch.ops.qnext.experts_with_shared(x, w13, w2, topk_weights, topk_ids, shared)
+
+
+def experts_fp8(
+    x: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """:func:`experts` over block-wise FP8 weights (transformers' fine-grained FP8, the ``-FP8`` checkpoints).
+
+    Activations, x and what comes out of SwiGLU, are quantized on the way: each group of 128 columns of a token is
+    divided by its largest magnitude over 448 and rounded to e4m3. Products of e4m3 are summed up by groups, and
+    multiplied with the scales of both groups, in float32.
+
+    Args:
+        x: [T, D], any float dtype.
+        w13: [E, 2·I, D] float8_e4m3fn, each expert's gate projection, then its up projection.
+        w13_scale: [E, 2·ceil(I / 128), ceil(D / 128)] float32, ``weight_scale_inv`` of the gate projection, then of the
+            up projection: what a block of 128 rows and 128 columns is multiplied with.
+        w2: [E, D, I] float8_e4m3fn, the down projections.
+        w2_scale: [E, ceil(D / 128), ceil(I / 128)] float32.
+        topk_weights: [T, top_k] float32.
+        topk_ids: [T, top_k] int32 or int64; −1 (an expert of another rank) is skipped.
+        shared: of the shared expert, w13 [2·S, D], w13_scale, w2 [D, S], w2_scale as those of one expert, and its gate
+            [D] in the dtype of ``x``; or None.
+
+    Returns:
+        [T, D] in the dtype of ``x``, summed up as by :func:`experts`.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument does not fit.
+    """
+    return torch.ops.qnext.experts_fp8(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, shared or ())
 
 
 def pack_experts_(w13: Tensor, w2: Tensor) -> bool:
@@ -104,19 +159,7 @@ def unpack_experts_(w13: Tensor, w2: Tensor) -> None:
 
 
 def _experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool) -> Tensor:
-    expect_shape("x", x, (None, None))
-    expect_floating("x", x)
-    expect_shape("w13", w13, (None, None, x.shape[1]))
-    expect_dtype("w13", w13, (x.dtype,))
-    num_experts, double, hidden = w13.shape
-    if double % 2:
-        raise ValueError(f"w13: expected an even number of rows an expert, gate then up, got {double}")
-    expect_shape("w2", w2, (num_experts, hidden, double // 2))
-    expect_dtype("w2", w2, (x.dtype,))
-    expect_shape("topk_weights", topk_weights, (x.shape[0], None))
-    expect_dtype("topk_weights", topk_weights, (torch.float32,))
-    expect_shape("topk_ids", topk_ids, topk_weights.shape)
-    expect_indices("topk_ids", topk_ids, -1, num_experts)
+    _expect_experts(x, w13, w2, topk_weights, topk_ids, x.dtype)
     backend = operation.select(x.device, x.dtype)
     if packed:
         expect_reads_packed(backend)
@@ -124,12 +167,89 @@ def _experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids:
     return backend.experts(x, w13, w2, topk_weights, topk_ids)
 
 
-def _experts_fake(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool) -> Tensor:
+def _experts_with_shared(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    shared: Sequence[Tensor],
+) -> Tensor:
+    _expect_experts(x, w13, w2, topk_weights, topk_ids, x.dtype)
+    shared_w13, shared_w2, gate = shared
+    _expect_shared(x, shared_w13, shared_w2, gate, x.dtype)
+    backend = operation.select(x.device, x.dtype)
+    return backend.experts_with_shared(x, w13, w2, topk_weights, topk_ids, tuple(shared))
+
+
+def _experts_fp8(
+    x: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    shared: Sequence[Tensor],
+) -> Tensor:
+    _expect_experts(x, w13, w2, topk_weights, topk_ids, FP8)
+    _expect_scales("", w13, w13_scale, w2, w2_scale)
+    if shared:
+        shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, gate = shared
+        _expect_shared(x, shared_w13, shared_w2, gate, FP8)
+        _expect_scales("shared_", shared_w13, shared_w13_scale, shared_w2, shared_w2_scale)
+    backend = operation.select(x.device, x.dtype)
+    return backend.experts_fp8(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, tuple(shared) or None)
+
+
+def _expect_experts(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, dtype: torch.dtype
+) -> None:
+    expect_shape("x", x, (None, None))
+    expect_floating("x", x)
+    expect_shape("w13", w13, (None, None, x.shape[1]))
+    expect_dtype("w13", w13, (dtype,))
+    num_experts, double, hidden = w13.shape
+    if double % 2:
+        raise ValueError(f"w13: expected an even number of rows an expert, gate then up, got {double}")
+    expect_shape("w2", w2, (num_experts, hidden, double // 2))
+    expect_dtype("w2", w2, (dtype,))
+    expect_shape("topk_weights", topk_weights, (x.shape[0], None))
+    expect_dtype("topk_weights", topk_weights, (torch.float32,))
+    expect_shape("topk_ids", topk_ids, topk_weights.shape)
+    expect_indices("topk_ids", topk_ids, -1, num_experts)
+
+
+def _expect_shared(x: Tensor, w13: Tensor, w2: Tensor, gate: Tensor, dtype: torch.dtype) -> None:
+    hidden = x.shape[1]
+    expect_shape("shared_w13", w13, (None, hidden))
+    expect_dtype("shared_w13", w13, (dtype,))
+    if w13.shape[0] % 2:
+        raise ValueError(f"shared_w13: expected an even number of rows, gate then up, got {w13.shape[0]}")
+    expect_shape("shared_w2", w2, (hidden, w13.shape[0] // 2))
+    expect_dtype("shared_w2", w2, (dtype,))
+    expect_shape("shared_gate", gate, (hidden,))
+    expect_dtype("shared_gate", gate, (x.dtype,))
+
+
+def _expect_scales(prefix: str, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> None:
+    *leading, hidden, middle = (-(-size // FP8_GROUP) if n >= w2.dim() - 2 else size for n, size in enumerate(w2.shape))
+    for name, scale, shape in (
+        ("w13_scale", w13_scale, (*leading, 2 * middle, hidden)),
+        ("w2_scale", w2_scale, (*leading, hidden, middle)),
+    ):
+        expect_shape(prefix + name, scale, shape)
+        expect_dtype(prefix + name, scale, (torch.float32,))
+
+
+def _like_x(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-# One opaque operator: which tokens go to which expert is data that torch.compile must not trace.
+# Opaque operators: which tokens go to which expert is data that torch.compile must not trace.
 _library = torch.library.Library("qnext", "FRAGMENT")
-_library.define("experts(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, bool packed) -> Tensor")
-_library.impl("experts", _experts, "CompositeExplicitAutograd")
-torch.library.register_fake("qnext::experts", _experts_fake, lib=_library)
+for _function in (_experts, _experts_with_shared, _experts_fp8):
+    _name = _function.__name__.removeprefix("_")
+    _library.define(torch.library.infer_schema(_function, op_name=_name, mutates_args=()))
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qnext::{_name}", _like_x, lib=_library)

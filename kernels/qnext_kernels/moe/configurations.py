@@ -22,11 +22,10 @@ from typing import NamedTuple
 
 import torch
 
+from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_kernels.triton_support import Target, power_of_two
 
 TUNED = Path(__file__).parent / "tuned"
-FP8_GROUP = 128
-"""Rows and columns of FP8 weights, and columns of activations, that share a scale."""
 
 
 class Product(NamedTuple):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qnext_kernels.dispatch import Backend, refuse_if_deterministic
-from qnext_kernels.elementwise import silu
+from qnext_kernels.elementwise import sigmoid, silu
+from qnext_kernels.moe.reference import dequantize_blocks, dequantize_groups, dequantize_w13, quantize_groups
 
 
 class CpuBackend(Backend):
@@ -32,22 +35,84 @@ class CpuBackend(Backend):
 
     def experts(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         refuse_if_deterministic("moe", "PyTorch's linear")
-        num_tokens, top_k = topk_ids.shape
-        ids = topk_ids.reshape(-1).long()
-        order = ids.argsort(stable=True)
-        counts = torch.bincount(ids + 1, minlength=w13.shape[0] + 1).tolist()
-        results = x.new_zeros(num_tokens * top_k, x.shape[1])
-        start = counts[0]
-        for e, count in enumerate(counts[1:]):
-            if count:
-                rows = order[start : start + count]
-                middle = self.silu_and_mul(F.linear(x[rows // top_k], w13[e]))
-                results[rows] = F.linear(middle, w2[e])
-                start += count
-        results = results.view(num_tokens, top_k, x.shape[1])
-        # A skipped expert has no result; its weight may be anything.
-        topk_weights = torch.where(topk_ids >= 0, topk_weights, 0)
-        total = torch.zeros(x.shape, dtype=torch.float32)
-        for j in range(top_k):
-            total += results[:, j].float() * topk_weights[:, j, None]
+
+        def expert(e: int, tokens: Tensor) -> Tensor:
+            return F.linear(self.silu_and_mul(F.linear(x[tokens], w13[e])), w2[e])
+
+        return _weighted_sum(x, topk_weights, topk_ids, w13.shape[0], expert).to(x.dtype)
+
+    def experts_with_shared(
+        self,
+        x: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        shared_w13, shared_w2, gate = shared
+        routed = self.experts(x, w13, w2, topk_weights, topk_ids)
+        strength = sigmoid(self.gate_logits(x, gate).float())
+        # One expert that every token chooses.
+        zeros = torch.zeros_like(strength, dtype=torch.int32)
+        return routed + self.experts(x, shared_w13[None], shared_w2[None], strength, zeros)
+
+    def gate_logits(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x · gate for each token, [T, 1]."""
+        return F.linear(x, gate[None])
+
+    def experts_fp8(
+        self,
+        x: Tensor,
+        w13: Tensor,
+        w13_scale: Tensor,
+        w2: Tensor,
+        w2_scale: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+    ) -> Tensor:
+        refuse_if_deterministic("moe", "PyTorch's linear")
+        hidden = _requantized(x)
+
+        def swiglu(hidden: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> Tensor:
+            both = F.linear(hidden, dequantize_w13(w13, w13_scale, torch.float32))
+            middle = _requantized(self.silu_and_mul(both).to(x.dtype))
+            return F.linear(middle, dequantize_blocks(w2, w2_scale, torch.float32))
+
+        def expert(e: int, tokens: Tensor) -> Tensor:
+            return swiglu(hidden[tokens], w13[e], w13_scale[e], w2[e], w2_scale[e])
+
+        total = _weighted_sum(hidden, topk_weights, topk_ids, w13.shape[0], expert)
+        if shared is not None:
+            total += sigmoid(F.linear(x.float(), shared[4].float()[None])) * swiglu(hidden, *shared[:4])
         return total.to(x.dtype)
+
+
+def _requantized(x: Tensor) -> Tensor:
+    """What is left of activations behind their quantization, in float32."""
+    return dequantize_groups(*quantize_groups(x), torch.float32)
+
+
+def _weighted_sum(
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, num_experts: int, expert: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """Σ_j topk_weights[t, j] · expert(e, tokens)[t] in float32, an expert's tokens together."""
+    num_tokens, top_k = topk_ids.shape
+    ids = topk_ids.reshape(-1).long()
+    order = ids.argsort(stable=True)
+    counts = torch.bincount(ids + 1, minlength=num_experts + 1).tolist()
+    results = x.new_zeros(num_tokens * top_k, x.shape[1])
+    start = counts[0]
+    for e, count in enumerate(counts[1:]):
+        if count:
+            rows = order[start : start + count]
+            results[rows] = expert(e, rows // top_k)
+            start += count
+    results = results.view(num_tokens, top_k, x.shape[1])
+    # A skipped expert has no result; its weight may be anything.
+    topk_weights = torch.where(topk_ids >= 0, topk_weights, 0)
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    for j in range(top_k):
+        total += results[:, j].float() * topk_weights[:, j, None]
+    return total

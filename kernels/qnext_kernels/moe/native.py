@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qnext_kernels.linear.native import LinearNative
 from qnext_kernels.moe import elementwise_native
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, NativeBackend
@@ -31,6 +32,9 @@ class MoeNative(NativeBackend, CpuBackend):
 
     def experts_packed(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         return self._run(x, w13, w2, topk_weights, topk_ids, packed=True)
+
+    def gate_logits(self, x: Tensor, gate: Tensor) -> Tensor:
+        return LinearNative().linear(x, gate[None], None)
 
     def _run(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool) -> Tensor:
         x = x if x.stride()[1] == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""The mixture of experts in Triton: sorting the choices, two grouped products with SwiGLU in the first, and a sum."""
+"""The mixture of experts in Triton: routing, sorting the choices, two grouped products with SwiGLU in the first, a sum."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.dispatch import is_deterministic
+from qnext_kernels.moe.configurations import Configuration, Shape, choose
 from qnext_kernels.operators import operator
-from qnext_kernels.triton_support import TritonBackend, aligned_rows, current_target
+from qnext_kernels.triton_support import Target, TritonBackend, aligned_rows, current_target
 
 
 class TritonMoe(TritonBackend):
@@ -44,15 +45,12 @@ class TritonMoe(TritonBackend):
         topk_ids: Tensor,
         shared: tuple[Tensor, Tensor, Tensor] | None,
     ) -> Tensor:
-        from qnext_kernels.moe.configurations import Shape, choose
         from qnext_kernels.moe.triton_experts import Call, Shared, Weights, matrices
 
         if x.numel() == 0:
             return torch.empty_like(x, memory_format=torch.contiguous_format)
-        tokens, top_k = topk_ids.shape
         target = current_target()
-        shape = Shape(*w2.shape, top_k, str(w2.dtype).removeprefix("torch."))
-        config = choose(shape, tokens, target, gpu_name(x), deterministic=is_deterministic())
+        config = configuration(x, w2, topk_ids, target)
         extra = None
         if shared is not None:
             extra = Shared(Weights(*map(matrices, shared[:2])), shared[2].contiguous())
@@ -60,6 +58,42 @@ class TritonMoe(TritonBackend):
         with torch.cuda.device_of(x):
             call = Call(x, Weights(matrices(w13), matrices(w2)), extra, topk_weights, topk_ids, config, target)
             return call.sum(call.down(call.up(x)))
+
+    def experts_fp8(
+        self,
+        x: Tensor,
+        w13: Tensor,
+        w13_scale: Tensor,
+        w2: Tensor,
+        w2_scale: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+    ) -> Tensor:
+        from qnext_kernels.moe.triton_experts import Shared, Weights, matrices
+        from qnext_kernels.moe.triton_fp8 import run_fp8
+
+        if x.numel() == 0:
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+        target = current_target()
+        config = configuration(x, w2, topk_ids, target)
+        routed = Weights(matrices(w13), matrices(w2), matrices(w13_scale), matrices(w2_scale))
+        extra = None
+        if shared is not None:
+            up, up_scale, down, down_scale, gate = shared
+            weights = Weights(matrices(up), matrices(down), matrices(up_scale), matrices(down_scale))
+            extra = Shared(weights, gate.contiguous())
+        with torch.cuda.device_of(x):
+            tokens = aligned_rows(x), topk_weights.contiguous(), topk_ids.contiguous()
+            return run_fp8(tokens[0], routed, extra, *tokens[1:], config, target)
+
+
+def configuration(x: Tensor, w2: Tensor, topk_ids: Tensor, target: Target) -> Configuration:
+    """The configuration of a call: measured on this GPU, or by rule."""
+    tokens, top_k = topk_ids.shape
+    num_experts, hidden, middle = w2.shape
+    shape = Shape(num_experts, hidden, middle, top_k, str(w2.dtype).removeprefix("torch."))
+    return choose(shape, tokens, target, gpu_name(x), deterministic=is_deterministic())
 
 
 def gpu_name(x: Tensor) -> str | None:

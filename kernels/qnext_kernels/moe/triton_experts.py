@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qnext_kernels.moe.configurations import FP8_GROUP, Configuration, Product
+from qnext_kernels.moe.configurations import Configuration, Product
+from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_kernels.moe.triton_align import align, most_blocks
 from qnext_kernels.triton_support import ALIGNMENT, Target, power_of_two
 
@@ -103,7 +104,7 @@ def weighted_sum(  # type: ignore[no-untyped-def]
 def up_kernel(  # type: ignore[no-untyped-def]
     x, x_scale, w13, w13_scale, shared_w13, shared_w13_scale, ids, order, table, middle,
     x_token, w13_expert, scale_expert, most_blocks, tokens, shared_blocks,
-    D: tl.constexpr, I: tl.constexpr, SHARED_I: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
+    D: tl.constexpr, MIDDLE: tl.constexpr, SHARED_MIDDLE: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr,
     DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -111,23 +112,24 @@ def up_kernel(  # type: ignore[no-untyped-def]
 
     Even columns of the product are those of the gate and odd ones those of up, so that a thread has both.
 
-    Grid: (shared_blocks + blocks) · ceil(max(I, SHARED_I) / COLUMNS), the columns of a block next to each other, which
-    share its rows. A program without a block ends at once.
+    Grid: (shared_blocks + blocks) · ceil(max(MIDDLE, SHARED_MIDDLE) / COLUMNS), the columns of a block next to each
+    other, which share its rows. A program without a block ends at once.
 
-    Bytes of a block: 2 I D weights, once from memory for all blocks of an expert, and ROWS · D activations. Operations:
-    4 ROWS · I · D.
+    Bytes of a block: 2 MIDDLE · D weights, once from memory for all blocks of an expert, and ROWS · D activations.
+    Operations: 4 ROWS · MIDDLE · D.
 
     Args:
-        x: [T, D], rows ``x_token`` elements apart. w13: [E, 2·I, D], an expert ``w13_expert`` elements from the next,
-            contiguous otherwise. shared_w13: contiguous [2·SHARED_I, D], not read where SHARED_I is 0.
-        x_scale: contiguous [T, ceil(D / GROUP)]; w13_scale: [E, 2·ceil(I / GROUP), ceil(D / GROUP)], an expert
+        x: [T, D], rows ``x_token`` elements apart. w13: [E, 2·MIDDLE, D], an expert ``w13_expert`` elements from the
+            next, contiguous otherwise. shared_w13: contiguous [2·SHARED_MIDDLE, D], not read where that is 0.
+        x_scale: contiguous [T, ceil(D / GROUP)]; w13_scale: [E, 2·ceil(MIDDLE / GROUP), ceil(D / GROUP)], an expert
             ``scale_expert`` elements from the next; shared_w13_scale: as that of an expert. Not read where GROUP is 0.
         ids: contiguous [T, top_k], read where DIRECT: then pair n is block n and nothing is sorted. Else order and
             table, of :class:`qnext_kernels.moe.triton_align.Blocks`.
-        middle: [T·top_k + T, max(I, SHARED_I)], written: the rows of pairs by place, then those of the shared expert.
+        middle: [T·top_k + T, max(MIDDLE, SHARED_MIDDLE)], written: the rows of pairs by place, then those of the
+            shared expert by token; zeros behind the narrower of both.
         DECODE: w13 is uint8 with the bits of e4m3.
     """
-    WIDTH: tl.constexpr = max(I, SHARED_I)
+    WIDTH: tl.constexpr = max(MIDDLE, SHARED_MIDDLE)
     TILES: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     tile = program % TILES
@@ -135,7 +137,7 @@ def up_kernel(  # type: ignore[no-untyped-def]
     if expert < 0:
         return
     is_shared = expert == E
-    size = tl.where(is_shared, SHARED_I, I) if SHARED_I > 0 else I
+    size = tl.where(is_shared, SHARED_MIDDLE, MIDDLE) if SHARED_MIDDLE > 0 else MIDDLE
     w = tl.where(is_shared, shared_w13, w13 + expert.to(tl.int64) * w13_expert)
     scale = tl.where(is_shared, shared_w13_scale, w13_scale + expert.to(tl.int64) * scale_expert)
 
@@ -157,14 +159,14 @@ def up_kernel(  # type: ignore[no-untyped-def]
     row = places.to(tl.int64) + tl.where(is_shared, tokens.to(tl.int64) * TOP_K, 0)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     place = middle + row[:, None] * WIDTH + column[None, :]
-    tl.store(place, activated.to(middle.dtype.element_ty), mask=inside[:, None] & (column[None, :] < size))
+    tl.store(place, activated.to(middle.dtype.element_ty), mask=inside[:, None] & (column[None, :] < WIDTH))
 
 
 @triton.jit(do_not_specialize=["most_blocks", "tokens", "shared_blocks"])
 def down_kernel(  # type: ignore[no-untyped-def]
     middle, middle_scale, w2, w2_scale, shared_w2, shared_w2_scale, ids, order, table, results,
     w2_expert, scale_expert, most_blocks, tokens, shared_blocks,
-    D: tl.constexpr, I: tl.constexpr, SHARED_I: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
+    D: tl.constexpr, MIDDLE: tl.constexpr, SHARED_MIDDLE: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr,
     DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -172,16 +174,16 @@ def down_kernel(  # type: ignore[no-untyped-def]
 
     Grid: (shared_blocks + blocks) · ceil(D / COLUMNS), otherwise as :func:`up_kernel`.
 
-    Bytes of a block: I · D weights, once from memory for all blocks of an expert, ROWS · I of ``middle`` and ROWS · D
-    written. Operations: 2 ROWS · I · D.
+    Bytes of a block: MIDDLE · D weights, once from memory for all blocks of an expert, ROWS · MIDDLE of ``middle`` and
+    ROWS · D written. Operations: 2 ROWS · MIDDLE · D.
 
     Args:
-        middle: of :func:`up_kernel`, or quantized; middle_scale: [T·top_k + T, ceil(max(I, SHARED_I) / GROUP)].
-        w2: [E, D, I], an expert ``w2_expert`` elements from the next; shared_w2: contiguous [D, SHARED_I].
-        w2_scale: [E, ceil(D / GROUP), ceil(I / GROUP)], an expert ``scale_expert`` elements from the next.
+        middle: of :func:`up_kernel`, or quantized, with middle_scale, contiguous, one for GROUP columns of a row.
+        w2: [E, D, MIDDLE], an expert ``w2_expert`` elements from the next; shared_w2: contiguous [D, SHARED_MIDDLE].
+        w2_scale: [E, ceil(D / GROUP), ceil(MIDDLE / GROUP)], an expert ``scale_expert`` elements from the next.
         results: [T·top_k + T, D], written: of every pair that has an expert, by pair, then of the shared expert.
     """
-    WIDTH: tl.constexpr = max(I, SHARED_I)
+    WIDTH: tl.constexpr = max(MIDDLE, SHARED_MIDDLE)
     TILES: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     tile = program % TILES
@@ -189,7 +191,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
     if expert < 0:
         return
     is_shared = expert == E
-    size = tl.where(is_shared, SHARED_I, I) if SHARED_I > 0 else I
+    size = tl.where(is_shared, SHARED_MIDDLE, MIDDLE) if SHARED_MIDDLE > 0 else MIDDLE
     w = tl.where(is_shared, shared_w2, w2 + expert.to(tl.int64) * w2_expert)
     scale = tl.where(is_shared, shared_w2_scale, w2_scale + expert.to(tl.int64) * scale_expert)
 
@@ -202,7 +204,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
     GROUPS: tl.constexpr = (WIDTH + GROUP - 1) // GROUP if GROUP > 0 else 0
     w_groups = (size + GROUP - 1) // GROUP if GROUP > 0 else 0
     scale_row = columns // GROUP if GROUP > 0 else columns * 0
-    SIZE: tl.constexpr = I if SHARED_I == 0 or SHARED_I == I else 0
+    SIZE: tl.constexpr = MIDDLE if SHARED_MIDDLE == 0 or SHARED_MIDDLE == MIDDLE else 0
     product = weighted_sum(
         middle, row * WIDTH, inside, middle_scale + row * GROUPS,
         w, columns.to(tl.int64) * size, columns < D, scale + scale_row * w_groups,
@@ -304,8 +306,8 @@ class Call:
         self.blocks, self.routed_blocks = self.shared_blocks + routed_blocks, routed_blocks
         self.common: dict[str, Any] = {
             "D": hidden,
-            "I": middle,
-            "SHARED_I": self.shared_middle,
+            "MIDDLE": middle,
+            "SHARED_MIDDLE": self.shared_middle,
             "E": num_experts,
             "TOP_K": top_k,
             "ROWS": config.rows,

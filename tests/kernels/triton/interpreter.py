@@ -2,8 +2,8 @@
 
 As it comes, the interpreter cuts bits off to round to bfloat16, adds bfloat16 as the integers that store them, and
 gives a comparison the dtype of what it compares. Here casts round to nearest even, products in tf32 round their
-factors, a comparison is a bool, and other arithmetic in bfloat16 is an error (kernels compute in float32). Every lane
-of a load or store must lie in one of the kernel's arguments.
+factors, a comparison is a bool, and other arithmetic in bfloat16 or e4m3 is an error (kernels compute in float32).
+Casts to e4m3 round as a GPU does. Every lane of a load or store must lie in one of the kernel's arguments.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from numpy.typing import NDArray
@@ -40,6 +41,17 @@ def bfloat16_of(x: Array) -> Array:
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+def float32_of_e4m3(bits: Array) -> Array:
+    """The values of e4m3 numbers that are stored as uint8."""
+    return torch.from_numpy(np.array(bits, np.uint8)).view(torch.float8_e4m3fn).float().numpy()
+
+
+def e4m3_of(x: Array) -> Array:
+    """Float32 rounded to the nearest e4m3, ties to even, as uint8; what is beyond the largest becomes that."""
+    values = torch.from_numpy(np.array(x, np.float32)).clamp(-448, 448)
+    return values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 def tf32_of(x: Array) -> Array:
@@ -130,11 +142,15 @@ def _correct_arithmetic(builder: Any) -> None:
     cast, binary, unary, ternary = builder.cast_impl, builder.binary_op, builder.unary_op, builder.ternary_op
 
     def cast_impl(self: Any, source: Any, to: Any) -> Any:
-        if tl.bfloat16 not in (source.dtype.scalar, to.scalar):
+        if not {tl.bfloat16, tl.float8e4nv} & {source.dtype.scalar, to.scalar}:
             return cast(self, source, to)
         values = _values(source)
-        data = bfloat16_of(values) if to.scalar == tl.bfloat16 else values.astype(stock._get_np_dtype(to.scalar))
+        round_to = {tl.bfloat16: bfloat16_of, tl.float8e4nv: e4m3_of}.get(to.scalar)
+        data = values.astype(stock._get_np_dtype(to.scalar)) if round_to is None else round_to(values)
         return stock.TensorHandle(data, to.scalar)
+
+    def create_fp_to_fp(self: Any, source: Any, to: Any, rounding_mode: Any) -> Any:
+        return cast_impl(self, source, to)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: int) -> Any:
         x, y = _values(a), _values(b)
@@ -143,8 +159,10 @@ def _correct_arithmetic(builder: Any) -> None:
         return stock.TensorHandle(np.matmul(x, y) + d.data, d.dtype.scalar)
 
     def refuse(*handles: Any) -> None:
-        if any(handle.dtype.scalar == tl.bfloat16 for handle in handles):
-            raise NotImplementedError("arithmetic in bfloat16")
+        for handle in handles:
+            if handle.dtype.scalar in (tl.bfloat16, tl.float8e4nv):
+                name = {tl.bfloat16: "bfloat16", tl.float8e4nv: "e4m3"}[handle.dtype.scalar]
+                raise NotImplementedError(f"arithmetic in {name}")
 
     def binary_op(self: Any, x: Any, y: Any, op: Any) -> Any:
         refuse(x, y)
@@ -160,12 +178,14 @@ def _correct_arithmetic(builder: Any) -> None:
             refuse(x, y, z)
         return ternary(self, x, y, z, op)
 
-    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
     builder.binary_op, builder.unary_op, builder.ternary_op = binary_op, unary_op, ternary_op
 
 
 def _values(handle: Any) -> Array:
-    return float32_of(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data.astype(np.float32)
+    if handle.dtype.scalar == tl.bfloat16:
+        return float32_of(handle.data)
+    return float32_of_e4m3(handle.data) if handle.dtype.scalar == tl.float8e4nv else handle.data.astype(np.float32)
 
 
 def _check_memory(builder: Any) -> None:

@@ -1,0 +1,104 @@
+"""Experts of block-wise FP8 weights: activations quantized by groups, products in e4m3, scales on their partial sums.
+
+Where the GPU does not multiply e4m3 (NVIDIA below compute capability 8.9, AMD's gfx942, whose e4m3 is another), weights
+are read as the same bytes and decoded in registers, and activations lie in bfloat16, rounded to values of e4m3. Both
+are exact, so the products are those of e4m3.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qnext_kernels.moe.configurations import Configuration
+from qnext_kernels.moe.reference import FP8_GROUP, FP8_MAX, FP8_TINY
+from qnext_kernels.moe.triton_experts import Call, Shared, Weights
+from qnext_kernels.triton_support import Target, interpreting, power_of_two
+
+GROUPS_AT_ONCE = 16
+
+
+@triton.jit
+def rounded_to_e4m3(x):  # type: ignore[no-untyped-def]
+    """Float32 within ±448 rounded to the nearest value of e4m3, ties to even, as float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    # Below 2⁻⁶ values are 2⁻⁹ apart, as float32 is where it is added to 1.5 · 2¹⁴.
+    small = (x + 24576.0) - 24576.0
+    return tl.where(tl.abs(x) < 0.015625, small, normal)
+
+
+@triton.jit(do_not_specialize=["groups"])
+def quantize_kernel(  # type: ignore[no-untyped-def]
+    x, quantized, scales, x_row, groups, SIZE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    AT_ONCE: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    """Divide each group of GROUP columns by its largest magnitude over 448 and round to e4m3.
+
+    Grid: ceil(groups / AT_ONCE). Bytes: x once, half of that written.
+
+    Args:
+        x: [rows, SIZE], rows ``x_row`` elements apart.
+        quantized: contiguous [rows, SIZE], written: e4m3, or bfloat16 where DECODE.
+        scales: contiguous [rows, GROUPS] float32, written.
+        groups: rows · GROUPS.
+    """
+    group = (tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)).to(tl.int64)
+    row = group // GROUPS
+    columns = (group % GROUPS * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+    inside = (group < groups)[:, None] & (columns < SIZE)
+    values = tl.load(x + row[:, None] * x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(values), axis=1), TINY), LARGEST)
+    values = tl.div_rn(values, scale[:, None] + tl.zeros([AT_ONCE, GROUP], tl.float32))
+    values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
+    if DECODE:
+        values = rounded_to_e4m3(values)
+    tl.store(quantized + row[:, None] * SIZE + columns, values.to(quantized.dtype.element_ty), mask=inside)
+    tl.store(scales + group, scale, mask=group < groups)
+
+
+def multiplies_e4m3() -> bool:
+    """Whether the current GPU has products of e4m3; an interpreter has."""
+    if interpreting():
+        return True
+    gpu = triton.runtime.driver.active.get_current_target()
+    return gpu.arch >= 89 if gpu.backend == "cuda" else gpu.arch == "gfx950"
+
+
+def quantize(x: Tensor, decode: bool) -> tuple[Tensor, Tensor]:
+    """Launch :func:`quantize_kernel` over [rows, SIZE]; returns what it writes."""
+    rows, size = x.shape
+    count = triton.cdiv(size, FP8_GROUP)
+    quantized = x.new_empty(rows, size, dtype=torch.bfloat16 if decode else torch.float8_e4m3fn)
+    scales = x.new_empty(rows, count, dtype=torch.float32)
+    at_once = min(GROUPS_AT_ONCE, power_of_two(rows * count))
+    quantize_kernel[(triton.cdiv(rows * count, at_once),)](
+        x, quantized, scales, x.stride(0), rows * count, SIZE=size, GROUPS=count, GROUP=FP8_GROUP, AT_ONCE=at_once,
+        LARGEST=FP8_MAX, TINY=FP8_TINY, DECODE=decode, num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return quantized, scales
+
+
+def run_fp8(
+    x: Tensor,
+    routed: Weights,
+    shared: Shared | None,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    config: Configuration,
+    target: Target,
+) -> Tensor:
+    """The experts over weights in float8_e4m3fn; arguments as those of :class:`Call`."""
+    decode = not multiplies_e4m3()
+    if decode:
+        routed = _as_bytes(routed)
+        shared = None if shared is None else shared._replace(weights=_as_bytes(shared.weights))
+    call = Call(x, routed, shared, topk_weights, topk_ids, config, target, decode=decode)
+    middle = call.up(*quantize(x, decode))
+    return call.sum(call.down(*quantize(middle, decode)))
+
+
+def _as_bytes(weights: Weights) -> Weights:
+    return weights._replace(w13=weights.w13.view(torch.uint8), w2=weights.w2.view(torch.uint8))
