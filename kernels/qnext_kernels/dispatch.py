@@ -1,9 +1,11 @@
 """Which backend serves a call, and why not the others.
 
-A backend is a small class with :meth:`Backend.supports`, which returns ``None`` or the reason it declines. An operation
-lists its backends fastest first; the first one that supports the call serves it. ``QNEXT_BACKEND`` forces a choice, for
-every operation (``QNEXT_BACKEND=reference``) or for one (``QNEXT_BACKEND=cpu,gated_delta_rule=reference``). A forced
-backend that cannot serve is an error that carries its reason.
+A backend is a small class with :meth:`Backend.supports` and :meth:`Backend.supports_call`, which return ``None`` or the
+reason it declines. An operation lists its backends fastest first; the first one that supports the call serves it,
+unless the table of measured backends (:mod:`qnext_kernels.backend_table`) names another for this GPU and shape.
+``QNEXT_BACKEND`` forces a choice, for every operation (``QNEXT_BACKEND=reference``) or for one
+(``QNEXT_BACKEND=cpu,gated_delta_rule=reference``). A forced backend that cannot serve is an error that carries its
+reason.
 
 In the deterministic mode (``QNEXT_DETERMINISTIC=1``) only backends that are :attr:`Backend.batch_invariant` serve.
 """
@@ -13,11 +15,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-BACKEND_NAMES = ("reference", "cpu", "native", "triton", "flashinfer")
+from qnext_kernels import backend_table
+
+BACKEND_NAMES = ("reference", "cpu", "native", "triton", "flashinfer", "flash_qla")
 OPERATION_NAMES = (
     "causal_conv1d",
     "gated_attention",
@@ -34,6 +39,23 @@ class BackendError(RuntimeError):
     """A forced backend does not exist or cannot serve the call."""
 
 
+class Call(NamedTuple):
+    """What an operation knows of a call before a backend is picked: sizes, dtypes and which arguments there are.
+
+    Operations make none on a CPU, where backends serve every call and a step of decode has no time to spare.
+    """
+
+    method: str
+    """Of the backend, which is about to be called."""
+    tokens: int
+    shape: tuple[int, ...]
+    """Sizes that all calls of one layer share, as the operation lists them."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """Of further tensors, as the operation lists them."""
+    features: tuple[str, ...] = ()
+    """What the call asks for beyond the ordinary, in the operation's words."""
+
+
 class Backend:
     """One implementation of one operation."""
 
@@ -46,10 +68,14 @@ class Backend:
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return None if it can serve tensors of this device and activation dtype, else the reason why not."""
-        if self.devices is not None and device.type not in self.devices:
-            return f"runs on {'/'.join(self.devices)}, not on {device.type}"
         if not dtype.is_floating_point:
             return f"needs a floating-point dtype, got {dtype}"
+        if self.devices is not None and device.type not in self.devices:
+            return f"runs on {'/'.join(self.devices)}, not on {device.type}"
+        return None
+
+    def supports_call(self, device: torch.device, dtype: torch.dtype, call: Call) -> str | None:
+        """Return None if it can serve such a call, on a device and dtype that it supports, else the reason why not."""
         return None
 
 
@@ -61,47 +87,72 @@ class Operation:
         self.name = name
         self.backends = tuple(backends)
         self._serving_on_cpu: dict[tuple[torch.dtype, bool], Backend] = {}
+        self._led_by = {
+            first.name: (first, *(backend for backend in backends if backend is not first)) for first in backends
+        }
         OPERATIONS[name] = self
 
-    def select(self, device: torch.device, dtype: torch.dtype) -> Any:
+    def select(self, device: torch.device, dtype: torch.dtype, call: Call | None = None) -> Any:
         """Return the backend that serves tensors of this device and dtype; its methods are those of the reference.
+
+        Args:
+            device, dtype: of the activations.
+            call: what is known of the call; None asks only about device and dtype.
 
         Raises:
             BackendError: a forced backend is missing or declines, or none supports the call.
         """
         forced = _forced.get(self.name, _forced.get("*"))
-        if forced is not None or device != _CPU or torch.compiler.is_compiling():
-            return self._choose(device, dtype, forced)
+        if forced is not None or device != _CPU or call is not None or torch.compiler.is_compiling():
+            return self._choose(device, dtype, call, forced)
         # Asking every backend anew would cost a decode on a CPU more than it computes in some operations.
         case = dtype, _deterministic
         if case not in self._serving_on_cpu:
-            self._serving_on_cpu[case] = self._choose(device, dtype, forced)
+            self._serving_on_cpu[case] = self._choose(device, dtype, None, None)
         return self._serving_on_cpu[case]
 
-    def _choose(self, device: torch.device, dtype: torch.dtype, forced: str | None) -> Backend:
+    def _choose(self, device: torch.device, dtype: torch.dtype, call: Call | None, forced: str | None) -> Backend:
         reasons = ""
-        for backend in self.backends:
+        for backend in self.backends if forced is not None or call is None else self._in_order(device, dtype, call):
             if forced is not None and backend.name != forced:
                 continue
-            reason = reason_to_decline(backend, device, dtype)
+            reason = reason_to_decline(backend, device, dtype, call)
             if reason is None:
                 return backend
             reasons += f"; {backend.name}: {reason}"
         if forced is not None and not reasons:
             have = ", ".join(backend.name for backend in self.backends)
             raise BackendError(f"{self.name} has no backend {forced!r} (it has {have}); see QNEXT_BACKEND")
-        raise BackendError(f"no backend serves {self.name} on {device} with {dtype}{reasons}")
+        method = "" if call is None else f".{call.method}"
+        raise BackendError(f"no backend serves {self.name}{method} on {device} with {dtype}{reasons}")
+
+    def _in_order(self, device: torch.device, dtype: torch.dtype, call: Call) -> Sequence[Backend]:
+        """The backends, first the one that the table names. A graph of torch.compile is for any number of tokens."""
+        if device.type != "cuda" or torch.compiler.is_compiling() or not (measured := measured_backends()).lines:
+            return self.backends
+        key = self.name, call.method, dtype, call.shape
+        first = measured.fastest(backend_table.device_names(device.index), key, call.tokens)
+        return self._led_by.get(first or "", self.backends)
+
+
+@cache
+def measured_backends() -> backend_table.Table:
+    """The table of measured backends; raises TableError where its file is broken."""
+    return backend_table.read(backend_table.PATH, OPERATION_NAMES, BACKEND_NAMES)
 
 
 OPERATIONS: dict[str, Operation] = {}
 _CPU = torch.device("cpu")
 
 
-def reason_to_decline(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return None if ``backend`` may serve such tensors in the present mode, else the reason why not."""
+def reason_to_decline(
+    backend: Backend, device: torch.device, dtype: torch.dtype, call: Call | None = None
+) -> str | None:
+    """Return None if ``backend`` may serve such tensors, or such a call, in the present mode, else why not."""
     if _deterministic and not backend.batch_invariant:
         return "is not batch invariant, as the deterministic mode requires"
-    return backend.supports(device, dtype)
+    reason = backend.supports(device, dtype)
+    return reason if reason is not None or call is None else backend.supports_call(device, dtype, call)
 
 
 _deterministic = os.environ.get("QNEXT_DETERMINISTIC", "").lower() not in ("", "0", "false", "f", "no", "n", "off")

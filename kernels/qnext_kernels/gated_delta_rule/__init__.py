@@ -12,6 +12,7 @@ For one value head with state S (value dim × key dim, the key dim last; Gated D
 A value head h reads key head h // (HV / H). Gating, norm and scale are part of the operation. Three promises hold
 bitwise: verify over T tokens equals T decodes; a sequence's result does not depend on what else is in the batch; a
 prefill split at multiples of :data:`CHUNK_SIZE` equals the unsplit one (in the deterministic mode split anywhere).
+They are those of our own backends; FlashInfer and FlashQLA, which serve where they are asked for, do not keep them.
 
 Common arguments:
 
@@ -37,8 +38,10 @@ from qnext_kernels.checks import (
     expect_snapshots,
     longest_sequence,
 )
-from qnext_kernels.dispatch import Operation, refuse_if_deterministic
+from qnext_kernels.dispatch import Call, Operation, refuse_if_deterministic
 from qnext_kernels.gated_delta_rule.cpu import CpuBackend
+from qnext_kernels.gated_delta_rule.flash_qla import FlashQlaGatedDeltaRule
+from qnext_kernels.gated_delta_rule.flashinfer import FlashInferGatedDeltaRule
 from qnext_kernels.gated_delta_rule.native import GatedDeltaRuleNative
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, ReferenceBackend
 from qnext_kernels.gated_delta_rule.triton import TritonGatedDeltaRule
@@ -46,7 +49,15 @@ from qnext_kernels.gated_delta_rule.triton import TritonGatedDeltaRule
 __all__ = ["CHUNK_SIZE", "gated_delta_rule_decode", "gated_delta_rule_prefill", "gated_delta_rule_verify"]
 
 operation = Operation(
-    "gated_delta_rule", [GatedDeltaRuleNative(), CpuBackend(), TritonGatedDeltaRule(), ReferenceBackend()]
+    "gated_delta_rule",
+    [
+        GatedDeltaRuleNative(),
+        CpuBackend(),
+        TritonGatedDeltaRule(),
+        FlashInferGatedDeltaRule(),
+        FlashQlaGatedDeltaRule(),
+        ReferenceBackend(),
+    ],
 )
 
 
@@ -94,7 +105,8 @@ def gated_delta_rule_prefill(
     snapshots = expect_both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
     if snapshots is not None:
         expect_snapshots(*snapshots, query_start_loc, state.shape[0], multiple_of=CHUNK_SIZE)
-    backend = operation.select(v.device, v.dtype)
+    call = _call("prefill", q, v, a, state, () if snapshots is None else ("snapshots",))
+    backend = operation.select(v.device, v.dtype, call)
     return backend.prefill(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, has_initial_state, snapshots)
 
 
@@ -157,7 +169,8 @@ def gated_delta_rule_verify(
             f"query_start_loc: expected at most {most} tokens a sequence (one a {place}), "
             f"got {query_start_loc.tolist()}"
         )
-    backend = operation.select(v.device, v.dtype)
+    call = _call("verify", q, v, a, state, () if steps is None else ("step pool",))
+    backend = operation.select(v.device, v.dtype, call)
     return backend.verify(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, num_accepted_tokens, steps)
 
 
@@ -187,7 +200,17 @@ def gated_delta_rule_decode(
     _check(q, k, v, a, b, A_log, dt_bias, state, None)
     expect_shape("slots", slots, (v.shape[0],))
     expect_indices("slots", slots, -1, state.shape[0])
-    return operation.select(v.device, v.dtype).decode(q, k, v, a, b, A_log, dt_bias, state, slots)
+    backend = operation.select(v.device, v.dtype, _call("decode", q, v, a, state))
+    return backend.decode(q, k, v, a, b, A_log, dt_bias, state, slots)
+
+
+def _call(method: str, q: Tensor, v: Tensor, a: Tensor, state: Tensor, features: tuple[str, ...] = ()) -> Call | None:
+    """Shape: key heads, value heads, key dim, value dim; dtypes: those of states and of a."""
+    if v.is_cpu:
+        return None
+    num_tokens, num_value_heads, value_dim = v.shape
+    shape = (q.shape[1], num_value_heads, q.shape[2], value_dim)
+    return Call(method, num_tokens, shape, (state.dtype, a.dtype), features)
 
 
 def _check(

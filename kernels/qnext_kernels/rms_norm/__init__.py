@@ -8,13 +8,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from qnext_kernels.checks import expect_dtype, expect_floating, expect_shape
-from qnext_kernels.dispatch import Operation
+from qnext_kernels.dispatch import Call, Operation
 from qnext_kernels.rms_norm.cpu import CpuBackend
+from qnext_kernels.rms_norm.flashinfer import FlashInferRmsNorm
 from qnext_kernels.rms_norm.native import RmsNormNative
 from qnext_kernels.rms_norm.reference import ReferenceBackend
 from qnext_kernels.rms_norm.triton import TritonRmsNorm
 
-operation = Operation("rms_norm", [RmsNormNative(), CpuBackend(), TritonRmsNorm(), ReferenceBackend()])
+operation = Operation(
+    "rms_norm", [RmsNormNative(), CpuBackend(), TritonRmsNorm(), FlashInferRmsNorm(), ReferenceBackend()]
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -38,4 +41,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if residual is not None:
         expect_shape("residual", residual, x.shape)
         expect_dtype("residual", residual, (x.dtype,))
-    return operation.select(x.device, x.dtype).rms_norm(x, weight, eps, residual)
+    return operation.select(x.device, x.dtype, _call(x, weight)).rms_norm(x, weight, eps, residual)
+
+
+def _call(x: Tensor, weight: Tensor) -> Call | None:
+    """Shape: D; dtypes: that of the weight."""
+    if x.is_cpu:
+        return None
+    width = x.shape[-1]
+    return Call("rms_norm", x.numel() // max(width, 1), (width,), (weight.dtype,))

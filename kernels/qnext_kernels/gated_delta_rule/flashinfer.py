@@ -1,0 +1,133 @@
+"""The gated delta rule in FlashInfer: prefill by ``chunk_gated_delta_rule``, decode in place in the pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qnext_kernels.dispatch import Call
+from qnext_kernels.flashinfer_support import FlashInferBackend
+from qnext_kernels.gated_delta_rule.packed_prefill import packed_prefill
+from qnext_kernels.triton_support import aligned_rows
+
+HEAD_DIM = 128
+SMALLEST_DECAY = 1e-30
+"""A token that forgets more than float32 can tell still has a finite logarithm, which the kernels take."""
+
+
+class FlashInferGatedDeltaRule(FlashInferBackend):
+    """States in float32 and head dimensions of 128; q and k are rounded once more behind their norm in a prefill.
+
+    It keeps slots, padding and the layout of states, but not the bitwise promises: a prefill that is split, or decoded
+    on, has not the bits of one that is not.
+    """
+
+    def supports_call(self, device: torch.device, dtype: torch.dtype, call: Call) -> str | None:
+        _, _, key_dim, value_dim = call.shape
+        state_dtype, gate_dtype = call.dtypes
+        if call.method == "verify":
+            return "its kernel writes a state for every token: for slot −1, outside the pool"
+        if call.features:
+            return f"has no {' and no '.join(call.features)}"
+        if (key_dim, value_dim) != (HEAD_DIM, HEAD_DIM):
+            return f"needs head dimensions of {HEAD_DIM} and {HEAD_DIM}, got {key_dim} and {value_dim}"
+        if state_dtype != torch.float32:
+            return f"keeps padding out of slot 0, and states exact, in torch.float32 alone, got {state_dtype}"
+        if call.method == "decode":
+            if dtype != torch.bfloat16:
+                return f"decodes in torch.bfloat16, got {dtype}"
+            if gate_dtype != torch.bfloat16:
+                return f"needs a and b in torch.bfloat16, got {gate_dtype}"
+        return _why_no_prefill(device.index) if call.method == "prefill" else None
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+        query_start_loc: Tensor,
+        has_initial: Tensor,
+        snapshots: None = None,
+    ) -> Tensor:
+        from flashinfer.gdn_prefill import chunk_gated_delta_rule
+
+        def chunked(
+            q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial: Tensor, query_start_loc: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            out, final = chunk_gated_delta_rule(
+                *map(aligned_rows, (q, k, v)),
+                g=decay(g),
+                beta=beta,
+                scale=q.shape[2] ** -0.5,
+                initial_state=initial,
+                output_final_state=True,
+                cu_seqlens=query_start_loc,
+                use_qk_l2norm_in_kernel=True,
+                output=torch.empty_like(v),
+                output_state=torch.empty_like(initial),
+            )
+            return out, final
+
+        tokens = q, k, v, a, b, A_log, dt_bias
+        return packed_prefill(chunked, *tokens, state, slots, query_start_loc, has_initial)
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose
+
+        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        if v.numel() == 0:
+            return out
+        q, k, v, a, b = one_token_each(q, k, v, a, b)
+        with torch.cuda.device_of(v):
+            gated_delta_rule_decode_pretranspose(
+                q=q,
+                k=k,
+                v=v,
+                state=None,
+                A_log=A_log.float().contiguous(),
+                a=a,
+                dt_bias=dt_bias.float().contiguous(),
+                b=b,
+                scale=q.shape[3] ** -0.5,
+                output=out[:, None],
+                use_qk_l2norm=True,
+                initial_state=state,
+                initial_state_indices=aligned_rows(slots.int()),
+                backend="flashinfer",  # "auto" may take a kernel that does not say what it does with slot −1
+            )
+        return out
+
+
+def _why_no_prefill(index: int | None) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    cuda = int((torch.version.cuda or "0").partition(".")[0])
+    if major == 10 and cuda < 13:
+        return f"needs CUDA 13 for a prefill on compute capability {major}.{minor}, got {torch.version.cuda}"
+    return None if major in (9, 10, 12) else f"has no prefill for compute capability {major}.{minor}"
+
+
+def decay(g: Tensor) -> Tensor:
+    """exp(g), as ``chunk_gated_delta_rule`` wants it: not its logarithm, and never zero."""
+    return torch.exp(g).clamp(min=SMALLEST_DECAY)
+
+
+def one_token_each(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """Tokens [N, …] as sequences of one token [N, 1, …]: views where rows have unit stride and an aligned address."""
+    return tuple(aligned_rows(x)[:, None] for x in (q, k, v, a, b))

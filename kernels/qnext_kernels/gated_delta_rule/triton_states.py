@@ -1,0 +1,103 @@
+"""States between a pool of slots and one behind another, for libraries that know no slots."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+"""Elements that a program copies: 32 a thread of four warps."""
+
+
+@triton.jit
+def load_kernel(  # type: ignore[no-untyped-def]
+    pool, packed, slots, has_initial, pool_slot, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """packed[n] = pool[slots[n]] in float32; zero where there is no slot or no state yet.
+
+    Grid: N · ceil(SIZE / BLOCK). Bytes: a state read and a float32 state written for each sequence.
+
+    Args:
+        pool: a slot is ``pool_slot`` elements from the next; packed: contiguous [N, SIZE] float32.
+        slots, has_initial: [N].
+    """
+    BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    n = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    at = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slots + n).to(tl.int64)
+    known = (slot >= 0) & (tl.load(has_initial + n) != 0)
+    state = tl.load(pool + slot * pool_slot + at, mask=(at < SIZE) & known, other=0.0)
+    tl.store(packed + n * SIZE + at, state.to(tl.float32), mask=at < SIZE)
+
+
+@triton.jit
+def save_kernel(  # type: ignore[no-untyped-def]
+    packed, pool, slots, query_start_loc, pool_slot, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """pool[slots[n]] = packed[n]; nothing where there is no slot or the sequence has no token.
+
+    Grid and bytes: those of :func:`load_kernel`.
+    """
+    BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    n = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    at = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slots + n).to(tl.int64)
+    written = (slot >= 0) & (tl.load(query_start_loc + n) < tl.load(query_start_loc + n + 1))
+    state = tl.load(packed + n * SIZE + at, mask=(at < SIZE) & written, other=0.0)
+    tl.store(pool + slot * pool_slot + at, state.to(pool.dtype.element_ty), mask=(at < SIZE) & written)
+
+
+@triton.jit
+def clear_kernel(out, slots, query_start_loc, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Zero the outputs of sequences without a slot.
+
+    Grid: N · ceil(SIZE / BLOCK), each over all tokens of its sequence: padding is rare, and there is no other work.
+
+    Args:
+        out: contiguous [T, SIZE].
+    """
+    BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    n = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    at = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    zero = tl.zeros((BLOCK,), dtype=out.dtype.element_ty)
+    start = tl.load(query_start_loc + n).to(tl.int64)
+    end = tl.where(tl.load(slots + n) < 0, tl.load(query_start_loc + n + 1).to(tl.int64), start)
+    for t in range((end - start).to(tl.int32)):
+        tl.store(out + (start + t) * SIZE + at, zero, mask=at < SIZE)
+
+
+def load_states(state: Tensor, slots: Tensor, has_initial: Tensor) -> Tensor:
+    """The states that N sequences start from.
+
+    Args:
+        state: [slots, HV, V, K] pool, contiguous within a slot.
+        slots: [N] contiguous; −1: none.
+        has_initial: [N] contiguous bool; where False the state is zero.
+
+    Returns:
+        [N, HV, V, K] float32.
+    """
+    packed = torch.empty((len(slots), *state.shape[1:]), dtype=torch.float32, device=state.device)
+    size = state[0].numel()
+    load_kernel[(len(slots) * triton.cdiv(size, BLOCK),)](
+        state, packed, slots, has_initial, state.stride(0), SIZE=size, BLOCK=BLOCK, enable_fp_fusion=True
+    )
+    return packed
+
+
+def save_states(packed: Tensor, state: Tensor, slots: Tensor, query_start_loc: Tensor) -> None:
+    """Put states [N, HV, V, K] into their slots, rounded to the dtype of the pool, where a sequence has tokens."""
+    size = state[0].numel()
+    save_kernel[(len(slots) * triton.cdiv(size, BLOCK),)](
+        packed, state, slots, query_start_loc, state.stride(0), SIZE=size, BLOCK=BLOCK, enable_fp_fusion=True
+    )
+
+
+def clear_skipped(out: Tensor, slots: Tensor, query_start_loc: Tensor) -> None:
+    """Zero the outputs, contiguous [T, HV, V], of sequences with slot −1."""
+    size = out.shape[1] * out.shape[2]
+    clear_kernel[(len(slots) * triton.cdiv(size, BLOCK),)](
+        out, slots, query_start_loc, SIZE=size, BLOCK=BLOCK, enable_fp_fusion=True
+    )
