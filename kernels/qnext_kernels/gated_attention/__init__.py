@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.checks import expect_dtype, expect_floating, expect_indices, expect_shape
-from qnext_kernels.dispatch import Call, Operation
+from qnext_kernels.dispatch import Operation
 from qnext_kernels.gated_attention.cpu import CpuBackend
-from qnext_kernels.gated_attention.flashinfer import FlashInferGatedAttention
 from qnext_kernels.gated_attention.native import GatedAttentionNative
 from qnext_kernels.gated_attention.reference import ReferenceBackend
 from qnext_kernels.gated_attention.triton import TritonGatedAttention
 
 operation = Operation(
-    "gated_attention",
-    [GatedAttentionNative(), CpuBackend(), TritonGatedAttention(), FlashInferGatedAttention(), ReferenceBackend()],
+    "gated_attention", [GatedAttentionNative(), CpuBackend(), TritonGatedAttention(), ReferenceBackend()]
 )
 
 
@@ -63,11 +61,7 @@ def qk_norm_rope_gate(
     expect_dtype("positions", positions, (torch.int32, torch.int64))
     if cos_sin.shape[1] > head_dim or cos_sin.shape[1] % 2:
         raise ValueError(f"cos_sin: expected an even rotary_dim of at most {head_dim}, got {cos_sin.shape[1]}")
-    call = None
-    if not qkv.is_cpu:
-        shape = (num_heads, num_kv_heads, head_dim, cos_sin.shape[1])
-        call = Call("qk_norm_rope_gate", qkv.shape[0], shape, (q_weight.dtype, k_weight.dtype, cos_sin.dtype))
-    backend = operation.select(qkv.device, qkv.dtype, call)
+    backend = operation.select(qkv.device, qkv.dtype)
     if not isinstance(backend, GatedAttentionNative):  # whose kernel checks what it reads
         expect_indices("positions", positions, 0, cos_sin.shape[0])
     return backend.qk_norm_rope_gate(qkv, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads, eps)
@@ -90,8 +84,4 @@ def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
     if gate.shape != x.shape:
         expect_shape("gate", gate, (*x.shape[:-1], 1))
     expect_floating("gate", gate)
-    call = None
-    if not x.is_cpu:
-        width = x.shape[-1]
-        call = Call("sigmoid_gate", x.numel() // max(width, 1), (width,))
-    return operation.select(x.device, x.dtype, call).sigmoid_gate(x, gate)
+    return operation.select(x.device, x.dtype).sigmoid_gate(x, gate)

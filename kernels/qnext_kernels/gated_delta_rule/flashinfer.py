@@ -61,7 +61,9 @@ class FlashInferGatedDeltaRule(FlashInferBackend):
             q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial: Tensor, query_start_loc: Tensor
         ) -> tuple[Tensor, Tensor]:
             out, final = chunk_gated_delta_rule(
-                *map(aligned_rows, (q, k, v)),
+                q=aligned_rows(q),
+                k=aligned_rows(k),
+                v=aligned_rows(v),
                 g=decay(g),
                 beta=beta,
                 scale=q.shape[2] ** -0.5,

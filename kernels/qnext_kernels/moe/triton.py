@@ -1,4 +1,4 @@
-"""The mixture of experts in Triton: routing, sorting the choices, two grouped products with SwiGLU in the first, a sum."""
+"""The mixture of experts in Triton: routing, sorting the choices, two grouped products with SwiGLU between, a sum."""
 
 from __future__ import annotations
 
