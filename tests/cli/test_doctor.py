@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from qnext_kernels import OPERATIONS, force_backend
-from qnext_plugins.cli.doctor import Finding, Status, Subject, ok
+from qnext_kernels import OPERATIONS, backend_table, dispatch, force_backend
+from qnext_kernels.backend_table import Measured, Table, TableError
+from qnext_plugins.cli.doctor import Finding, Status, Subject, kernels, ok
 from qnext_plugins.cli.doctor import checkpoint_checks as checks
 from qnext_plugins.cli.doctor.environment import companions, settings
 from qnext_plugins.cli.doctor.findings import run_checks
-from qnext_plugins.cli.doctor.kernels import deterministic_mode, judge_determinism
+from qnext_plugins.cli.doctor.kernels import deterministic_mode, judge_determinism, measured_backends
 from qnext_plugins.cli.doctor.machine import check_binding, cpu_flags, judge_threads, parse_cores
 from qnext_plugins.cli.doctor.report import Threads
 from qnext_vllm.doctor import model_length, openmp_preload, quantization
@@ -427,3 +429,36 @@ def test_an_operation_without_a_batch_invariant_kernel_is_named() -> None:
     assert finding.status == Status.FAILURE
     assert finding.message == "QNEXT_DETERMINISTIC=1 cannot be served: no batch-invariant kernel for linear"
     assert "unset QNEXT_DETERMINISTIC" in str(finding.fix)
+
+
+def test_what_was_measured_on_the_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = ("gated_delta_rule", "prefill", torch.bfloat16, (16, 32, 128, 128))
+    lines = [Measured("NVIDIA H200", key, 2048, "triton", 0.3), Measured("NVIDIA H200", key, 8192, "flashinfer", 0.9)]
+    monkeypatch.setattr(dispatch, "measured_backends", lambda: Table(lines))
+    assert measured_backends(Subject()) is None
+    monkeypatch.setattr(kernels, "device_type", lambda: "cuda")
+    monkeypatch.setattr(backend_table, "device_names", lambda index: ("NVIDIA H200", "sm_90"))
+    told = measured_backends(Subject())
+    assert told is not None
+    assert (told.status, told.message) == (
+        "ok",
+        "measured as the fastest on NVIDIA H200: gated_delta_rule.prefill 16x32x128x128 of 2048 tokens: triton; "
+        "gated_delta_rule.prefill 16x32x128x128 of 8192 tokens: flashinfer",
+    )
+    monkeypatch.setattr(backend_table, "device_names", lambda index: ("NVIDIA B200", "sm_100"))
+    told = measured_backends(Subject())
+    assert told is not None
+    assert told.message == "no backend has been measured on NVIDIA B200: the first that supports a call serves it"
+
+
+def test_a_broken_table_of_backends_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Table:
+        raise TableError("backend_table.csv:3: tokens: expected a positive number, got '0'")
+
+    monkeypatch.setattr(dispatch, "measured_backends", broken)
+    told = measured_backends(Subject())
+    assert told is not None
+    assert (told.status, told.message) == (
+        "failure",
+        "backend_table.csv:3: tokens: expected a positive number, got '0'",
+    )

@@ -103,6 +103,24 @@ def selection(subject: Subject) -> Finding:
     return warning(f"{fast} kernels do not serve {', '.join(slow)}", "see the reasons in the table of kernels")
 
 
+def measured_backends(subject: Subject) -> Finding | None:
+    """On a GPU, what the table of measured backends says of it."""
+    from qnext_kernels import backend_table, dispatch
+
+    try:
+        table = dispatch.measured_backends()
+    except backend_table.TableError as error:
+        return failure(str(error), "install the package again")
+    if device_type() != "cuda":
+        return None
+    names = backend_table.device_names(None)
+    lines = [line for line in table.lines if line.device in names]
+    if not lines:
+        return note(f"no backend has been measured on {names[0]}: the first that supports a call serves it")
+    said = [f"{'.'.join(line.key[:2])} {line.cells()[4]} of {line.tokens} tokens: {line.backend}" for line in lines]
+    return ok(f"measured as the fastest on {names[0]}: {'; '.join(said)}")
+
+
 def deterministic_mode(subject: Subject) -> Finding:
     """Whether QNEXT_DETERMINISTIC=1 is, or could be, served."""
     from qnext_plugins.settings import Settings
@@ -133,4 +151,4 @@ def judge_determinism(variable: str, asked: bool, subject: Subject) -> Finding:
     return note(f"{variable} could not be served: {obstacle}")
 
 
-CHECKS = (native_library, selection, deterministic_mode)
+CHECKS = (native_library, selection, measured_backends, deterministic_mode)
