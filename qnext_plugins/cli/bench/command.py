@@ -50,10 +50,8 @@ def kernels(
     arithmetic of this device allow over ours. All sides must agree within bfloat16's rounding before they are timed.
     Ends with status 0, or 2 if something could not be measured.
     """
-    from dataclasses import replace
-
     from qnext_kernels.dispatch import BACKEND_NAMES
-    from qnext_plugins.cli.bench.inputs import REAL, TINY
+    from qnext_plugins.cli.bench.inputs import GPU, GPU_QUICK, REAL, TINY
     from qnext_plugins.cli.bench.kernels import KernelsBench, Options
     from qnext_plugins.cli.bench.terminal import show_kernels
     from qnext_plugins.cli.doctor.command import quiet_engines
@@ -66,19 +64,21 @@ def kernels(
         wanted = tuple(filter(None, (name.strip() for name in backend.split(","))))
         if unknown := [name for name in wanted if name not in BACKEND_NAMES]:
             raise ArgumentError(f"--backend: expected some of {', '.join(BACKEND_NAMES)}, got {unknown[0]!r}")
+        on_cpu = (device or here) == "cpu"
+        full = REAL if on_cpu else GPU_QUICK if quick else GPU
         try:
-            sizes = replace(TINY if tiny else REAL).shard(tp)
+            sizes = (TINY if tiny else full).shard(tp)
         except ValueError as error:
             raise ArgumentError(f"--tp: {error}") from None
         options = Options(
-            sizes=sizes,
+            sizes={tp: sizes},
             ops=tuple(word.strip() for word in ops.split(",")),
             backends=wanted,
             device=device or here,
-            threads=_threads(threads) if (device or here) == "cpu" else (1,),
+            threads=_threads(threads) if on_cpu else (1,),
             quick=quick,
             peers=peers,
-            seconds=0.05 if tiny else 0.7 if quick else 6,
+            seconds=0.05 if tiny else (0.7 if quick else 6) if on_cpu else (0.1 if quick else 0.5),
         )
         with quiet_engines():
             run = KernelsBench(options, _files(json_file, csv_file), _progress())

@@ -46,7 +46,8 @@ def elementwise_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
             sets = min(rotations(moved * tokens), 512) if tokens == max(s.rows) else 1
             inputs = [make(tokens) for _ in range(sets)]
             for tensor in sum(inputs, ()):
-                torch._dynamo.mark_dynamic(tensor, 0)  # as vLLM does: compiled once for any number of tokens
+                if len(tensor) > 1:  # one row is compiled apart
+                    torch._dynamo.mark_dynamic(tensor, 0)  # as vLLM does: compiled once for any number of tokens
 
             def run(i: int) -> Any:
                 # PyTorch's operators, which the engine's torch.compile sees through, are compiled; C++ it calls.
@@ -64,12 +65,14 @@ def elementwise_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
                 run,
                 sides_of(libraries, side),
                 flops=0,
-                moved=moved * tokens if sets > 1 else None,
+                moved=moved * tokens if tokens == max(s.rows) else None,
+                sets=sets,
                 comparable=comparable,
                 compiled=True,
             )
 
-        return [Row(op, f"T={tokens}", partial(build, tokens), operation, quick=op in QUICK) for tokens in s.rows]
+        row = partial(Row, op, operation=operation, quick=op in QUICK)
+        return [row(f"T={tokens}", partial(build, tokens), stepped=tokens < max(s.rows)) for tokens in s.rows]
 
     def two(width: int) -> Callable[[int], tuple]:
         return lambda tokens: (normal(tokens, width), normal(tokens, width))

@@ -1,30 +1,30 @@
-"""The delta rule of flash-linear-attention (``fla-core``) as a peer on GPUs."""
+"""Delta rule and gated norm of flash-linear-attention (``fla-core``) as peers on GPUs."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
+from qnext_plugins.cli.bench.delta_rule_inputs import Heads, heads_apart, starts_in_int64
 from qnext_plugins.cli.bench.inputs import Library
 
 DISTRIBUTIONS = ("fla-core", "flash-linear-attention")
 
 
 class DeltaRule:
-    """Over ``state`` [slots, HV, K, V]; states are gathered and scattered, which its interface asks for."""
+    """Over ``state`` [slots, HV, V, K]; states are gathered and scattered, which its interface asks for."""
 
-    key_first = True
+    key_first = False
     names: ClassVar = {"prefill": "chunk_gated_delta_rule", "decode": "fused_recurrent_gated_delta_rule"}
 
-    def __init__(self, heads: tuple[int, int, int]) -> None:
+    def __init__(self, heads: Heads) -> None:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
-        self.key_heads, self.value_heads, self.dim = heads
+        self.heads = heads
         self._chunk, self._recurrent = chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
     def prefill(
@@ -39,8 +39,7 @@ class DeltaRule:
         starts: Tensor,
     ) -> Tensor:
         """From zero states."""
-        inputs = self._inputs(convolved, a, b, A_log, dt_bias)
-        return self._run(self._chunk, inputs, torch.zeros_like(state[slots]), state, slots, starts)
+        return self._run(self._chunk, convolved, a, b, A_log, dt_bias, None, state, slots, starts)
 
     def decode(
         self,
@@ -54,27 +53,37 @@ class DeltaRule:
         starts: Tensor,
     ) -> Tensor:
         """One token a sequence."""
-        inputs = self._inputs(convolved, a, b, A_log, dt_bias)
-        return self._run(self._recurrent, inputs, state[slots], state, slots, starts)
+        return self._run(self._recurrent, convolved, a, b, A_log, dt_bias, state[slots], state, slots, starts)
 
-    def _inputs(
-        self, convolved: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v, g and beta [1, T, heads, …]; every value head with a key head of its own."""
-        sizes = [self.key_heads * self.dim] * 2 + [self.value_heads * self.dim]
-        q, k, v = (part.unflatten(1, (-1, self.dim))[None] for part in convolved.split(sizes, dim=1))
-        q, k = (each.repeat_interleave(self.value_heads // self.key_heads, dim=2) for each in (q, k))
-        g = -A_log.float().exp() * functional.softplus(a.float() + dt_bias.float())
-        return q, k, v.contiguous(), g[None], torch.sigmoid(b.float())[None]
-
-    @staticmethod
-    def _run(function: Any, inputs: tuple, initial: Tensor, state: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
+    def _run(
+        self,
+        function: Any,
+        convolved: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        initial: Tensor | None,
+        state: Tensor,
+        slots: Tensor,
+        starts: Tensor,
+    ) -> Tensor:
+        q, k, v = heads_apart(convolved, self.heads)
         out, final = function(
-            *inputs,
+            q[None],
+            k[None],
+            v[None],
+            g=a[None],
+            beta=b[None],
             initial_state=initial,
             output_final_state=True,
             use_qk_l2norm_in_kernel=True,
-            cu_seqlens=starts.long(),
+            use_gate_in_kernel=True,
+            A_log=A_log,
+            dt_bias=dt_bias,
+            use_beta_sigmoid_in_kernel=True,
+            state_v_first=True,
+            cu_seqlens=starts_in_int64(starts),
         )
         state[slots] = final.to(state.dtype)
         return out.squeeze(0)
@@ -88,8 +97,13 @@ class FlaPeers(Library):
     def __init__(self, version: str) -> None:
         self.version = version
 
-    def delta_rule(self, heads: tuple[int, int, int]) -> DeltaRule:
+    def delta_rule(self, heads: Heads) -> DeltaRule:
         return DeltaRule(heads)
+
+    def gated_rms_norm(self, weight: Tensor, eps: float) -> tuple[str, Callable[..., Any]]:
+        from fla.modules.norm.fused_norm_gate import rms_norm_gated
+
+        return "rms_norm_gated", lambda x, z: rms_norm_gated(x, z, weight, None, eps=eps)
 
 
 def peers(device: str) -> Library | str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from qnext_plugins.cli.bench.roofs import Call
 BF16 = torch.bfloat16
 EPS = 1e-6
 ROPE_THETA = 1e7
+TOLERANCE = 2 * torch.finfo(BF16).eps
+"""Of the norm of the difference of two results in bfloat16, relative: its rounding, once in between and at the end."""
+PART = 512
+"""Tokens that the reference computes of a row that would take it minutes."""
+STEP = 1024
+"""The most tokens of a step that an engine replays from a CUDA graph."""
 BLOCK_SIZE = 128
 """Tokens of a block of the paged cache, vLLM's default on a CPU."""
 
@@ -43,6 +50,9 @@ class Sizes:
     conv_prefills: tuple[int, ...] = (2048, 8192)
     contexts: tuple[int, ...] = (8192, 65536)
     batches: tuple[int, ...] = (1, 8, 32)
+    packed: tuple[tuple[int, ...], ...] = ()
+    """Prefills of Gated DeltaNet over several sequences: their lengths."""
+    linear_tokens: tuple[int, ...] = (1, 2, 3, 4)
     rows: tuple[int, ...] = (2048, 32)
     """Tokens of the elementwise operations, most first: Inductor decides by the first call what to run in parallel."""
 
@@ -66,7 +76,35 @@ class Sizes:
         )
 
 
+def ragged(sequences: int, mean: int) -> tuple[int, ...]:
+    """Lengths of so many sequences, from nearly none to nearly twice the mean: they rise, then fall."""
+    step = 2 * mean / (sequences + 1)
+    ends = [round(step * n * (n + 1) / 2) for n in range(sequences + 1)]
+    lengths = [end - start for start, end in pairwise(ends)]
+    return tuple(lengths[::2] + lengths[1::2][::-1])
+
+
 REAL = Sizes()
+GPU = Sizes(
+    expert_tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384),
+    prefills=(2048, 4096, 8192, 16384, 32768, 65536),
+    conv_prefills=(2048, 8192, 65536),
+    packed=(ragged(16, 2048), ragged(64, 512)),
+    batches=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+    linear_tokens=(1, 8, 64, 256, 1024),
+    rows=(8192, 1024, 256, 64, 16, 1),
+)
+"""What a GPU is asked for: batches up to 1024, sequences up to 65536 tokens."""
+GPU_QUICK = Sizes(
+    expert_tokens=(1, 64, 4096),
+    prefills=(2048, 8192),
+    conv_prefills=(8192,),
+    packed=(ragged(16, 2048),),
+    contexts=(8192,),
+    batches=(1, 32, 256),
+    linear_tokens=(1, 64),
+    rows=(8192, 64),
+)
 TINY = Sizes(
     hidden=256,
     experts=24,
@@ -77,6 +115,7 @@ TINY = Sizes(
     conv_prefills=(70,),
     contexts=(300,),
     batches=(1, 3),
+    packed=((65, 5, 0, 30),),
     rows=(40, 8),
 )
 
@@ -97,6 +136,16 @@ class Side:
 
 
 @dataclass
+class Part:
+    """A part of a case that stands for the whole where the reference would take minutes."""
+
+    ours: Callable[[], tuple[Tensor, ...]]
+    """Ours on that part of the inputs; called with the reference as backend."""
+    of: Callable[..., tuple[Tensor, ...]]
+    """The same part of what run 0 of the whole gives: results, then states."""
+
+
+@dataclass
 class Case:
     """One operation on one shape, ready to run on all sides, which get the same inputs."""
 
@@ -106,6 +155,13 @@ class Case:
     flops: float
     moved: float | None
     """Bytes read and written at least once; None where they stay in cache."""
+    sets: int = 1
+    """How many inputs take turns."""
+    part: Part | None = None
+    compute: str = "bf16"
+    """The dtype of the matrix products' operands, bf16 or fp8."""
+    tolerance: float = TOLERANCE
+    """Of the norm of the difference of two sides, relative."""
     pools: tuple[Tensor, ...] = ()
     """State of ours that a run changes."""
     states: Callable[[], list[Tensor]] = list
@@ -129,6 +185,8 @@ class Row:
     """Whether ``--quick`` has it."""
     heavy: bool = False
     """Whether the reference, which goes token by token, would take minutes."""
+    stepped: bool = False
+    """Whether it is part of a step of decode, which a GPU replays from a CUDA graph."""
 
 
 class Library:
@@ -137,8 +195,8 @@ class Library:
     name: str
     version: str
 
-    def experts(self, w13: Tensor, w2: Tensor) -> tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor], None]] | None:
-        """Routed experts: f(out, x, weights, ids)."""
+    def experts(self, w13: Tensor, w2: Tensor) -> tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] | None:
+        """Routed experts: f(out, x, weights, ids), which writes ``out`` or returns another."""
 
     def attention(self, key: Tensor, value: Tensor, queries: int, heads: int) -> Any:
         """An object with ``name``, ``schedule()`` and ``(query, out)``: ``queries`` tokens at the end of the keys."""
@@ -147,7 +205,7 @@ class Library:
         """An unquantized linear layer [N, K]: f(x)."""
 
     def convolution(self, weight: Tensor, pool: Tensor, heads: tuple[int, int, int]) -> Any:
-        """An object with ``convolve``, ``verify`` and ``name``, over a pool [slots, state_len, channels] of its own."""
+        """An object with ``name``, ``convolve``, ``verify``, over a pool [slots, state_len, channels] of its own."""
 
     def delta_rule(self, heads: tuple[int, int, int]) -> Any:
         """An object with ``prefill``, ``decode``, ``verify`` and their ``names``, over a pool of its own.
@@ -194,6 +252,19 @@ def sides_of(libraries: Sequence[Library], make: Callable[[Library], Side | None
         if side is not None:
             sides[library.name] = side
     return sides
+
+
+class PerTensor:
+    """Something that is made once of each tensor: offsets in another dtype, a copy that a peer may write over."""
+
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        self._make = make
+        self._made: dict[int, tuple[Tensor, Any]] = {}
+
+    def __call__(self, tensor: Tensor) -> Any:
+        if id(tensor) not in self._made:
+            self._made[id(tensor)] = tensor, self._make(tensor)
+        return self._made[id(tensor)][1]
 
 
 def _raise(error: Exception, turn: int) -> None:

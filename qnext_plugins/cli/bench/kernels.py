@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from qnext_kernels.dispatch import OPERATIONS, explain, force_backend
-from qnext_plugins.cli.bench import engine_benches, fla_peers
+from qnext_plugins.cli.bench import engine_benches
 from qnext_plugins.cli.bench.cases import GROUPS
 from qnext_plugins.cli.bench.inputs import BF16, Case, Library, Row, Side, Sizes
-from qnext_plugins.cli.bench.measure import Outcome, difference, outcome_of_ours, outcome_of_peer, seconds_of
+from qnext_plugins.cli.bench.measure import (
+    Outcome,
+    Timed,
+    difference,
+    graph_times,
+    outcome_of_ours,
+    outcome_of_peer,
+    seconds_of,
+)
 from qnext_plugins.cli.bench.output import BenchReport, Files
 from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine, keep_freed_memory
 from qnext_plugins.cli.compare.report import Entry
@@ -33,6 +44,8 @@ class PeerTime(Entry):
     ms: float
     ratio: float
     """Its time over ours."""
+    one_by_one_ms: float | None = None
+    """As ours."""
 
 
 class Measured(Entry):
@@ -45,6 +58,8 @@ class Measured(Entry):
     """Whether it is the one that serves."""
     threads: int
     ms: float
+    one_by_one_ms: float | None = None
+    """Where ``ms`` is from a CUDA graph: the time of a call where Python launches one behind the other."""
     reference_ratio: float | None = None
     """The reference's time over this one; None where the reference was not timed."""
     peers: list[PeerTime]
@@ -63,6 +78,10 @@ class KernelsReport(BenchReport):
     """The peers: their versions."""
     absent: dict[str, str]
     """Peers that are not here, and why."""
+    notes: list[str] = Field(default_factory=list)
+    """What was left out or measured otherwise on purpose, a line each."""
+    disagreements: list[str] = Field(default_factory=list)
+    """Those of the problems where two sides have different results."""
     rows: list[Measured]
 
     def columns(self) -> Sequence[str]:
@@ -83,7 +102,8 @@ class KernelsReport(BenchReport):
 class Options:
     """How the kernels are measured."""
 
-    sizes: Sizes
+    sizes: dict[int, Sizes]
+    """By the number of tensor-parallel ranks whose share they are."""
     ops: tuple[str, ...] = ("",)
     """Words of which an operation's name must contain one."""
     backends: tuple[str, ...] = ()
@@ -92,8 +112,22 @@ class Options:
     threads: tuple[int, ...] = (1,)
     quick: bool = False
     peers: bool = True
+    libraries: tuple[str, ...] = ()
+    """Only these as peers; empty for all."""
     seconds: float = 6
     """How long the sides of a row take turns, at least."""
+    time_reference: bool = True
+    """Whether the reference is timed too; results are compared with it in any case."""
+    last_start: float = float("inf")
+    """Seconds after which no further row is begun."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+
+GPU_LIBRARIES = ("fla", "flash_qla", "flashinfer", "torch")
+"""Modules ``{name}_peers`` of this package with a function ``peers`` as an engine's package has it."""
 
 
 def libraries_for(device: str) -> tuple[list[Library], dict[str, str]]:
@@ -101,7 +135,8 @@ def libraries_for(device: str) -> tuple[list[Library], dict[str, str]]:
     found: list[Library] = []
     absent: dict[str, str] = {}
     sources: dict[str, Callable[[str], Library | str]] = {each.name: each.peers for each in engine_benches()}
-    sources["fla"] = fla_peers.peers
+    for name in GPU_LIBRARIES if device != "cpu" else ():
+        sources[name] = import_module(f"{__package__}.{name}_peers").peers
     for name, peers in sources.items():
         try:
             library = peers(device)
@@ -115,17 +150,38 @@ def libraries_for(device: str) -> tuple[list[Library], dict[str, str]]:
     return found, absent
 
 
+class Check:
+    """What the sides of a case must agree with."""
+
+    def __init__(self, case: Case, part: Outcome | None) -> None:
+        self.case, self.part = case, part
+        self.expected: Outcome | None = None
+        """Results and states of the whole."""
+
+    def problem(self, found: Outcome) -> str | None:
+        """How an outcome differs by more than its rounding, or None."""
+        if self.expected is not None and (problem := difference(found, self.expected, self.case.tolerance)):
+            return problem
+        if self.part is None or self.case.part is None:
+            return None
+        return difference(self.case.part.of(*found), self.part, self.case.tolerance)
+
+
 class KernelsBench:
     """A run; ``report`` is true at any moment."""
 
-    def __init__(self, options: Options, files: Files, progress: Progress) -> None:
+    def __init__(
+        self, options: Options, files: Files, progress: Progress, report: type[KernelsReport] = KernelsReport
+    ) -> None:
         self.options, self.files, self.progress = options, files, progress
         self.device = torch.device(options.device)
         # A default device costs every call of PyTorch some microseconds: it is for making inputs, and not on a CPU.
         self.default_device = nullcontext() if options.device == "cpu" else self.device
-        self.libraries, absent = libraries_for(options.device) if options.peers else ([], {})
+        found, absent = libraries_for(options.device) if options.peers else ([], {})
+        wanted = options.libraries
+        self.libraries = [each for each in found if not wanted or each.name.lower() in wanted]
         self.roofs = Roofs()
-        self.report = KernelsReport(
+        self.report = report(
             settings={"quick": options.quick, "threads": list(options.threads), "ops": list(options.ops)},
             device=options.device,
             backends=explain(self.device, BF16),
@@ -137,23 +193,42 @@ class KernelsBench:
     def rows(self) -> list[list[Row]]:
         """What is to be measured, by group; raises ValueError where no operation has one of the words."""
         with self.default_device:
-            groups = [list(group(self.options.sizes, self.libraries)) for group in GROUPS]
+            groups = [list(rows) for ranks, sizes in self.options.sizes.items() for rows in self._groups(ranks, sizes)]
         names = sorted({row.op for rows in groups for row in rows})
         for word in self.options.ops:
             if not any(word in name for name in names):
                 raise ValueError(f"--ops: expected words of {', '.join(names)}, got {word!r}")
-        quick = self.options.quick
+        # A GPU's shapes are chosen by its sizes.
+        quick = self.options.quick and not self.options.on_gpu
         chosen = [
             [row for row in rows if any(word in row.op for word in self.options.ops) and (row.quick or not quick)]
             for rows in groups
         ]
         if not any(chosen):
             raise ValueError(f"--ops: --quick has none of {', '.join(self.options.ops)}: leave it away")
-        return chosen
+        return [rows for rows in map(self._served, chosen) if rows]
+
+    def _groups(self, ranks: int, sizes: Sizes) -> Iterator[Iterator[Row]]:
+        for group in GROUPS:
+            rows = group(sizes, self.libraries)
+            yield rows if ranks == 1 else (replace(row, shape=f"{row.shape} tp={ranks}") for row in rows)
+
+    def _served(self, rows: list[Row]) -> list[Row]:
+        """The rows that are worth their time on a GPU: not those that only the reference can compute."""
+        if not self.options.on_gpu:
+            return rows
+        for name in sorted({row.operation for row in rows}):
+            line = f"{name}: no backend but the reference serves {self.options.device}; its rows are left out"
+            if self._serving(name) == [REFERENCE] and line not in self.report.notes:
+                self.report.notes.append(line)
+        return [row for row in rows if self._serving(row.operation) != [REFERENCE]]
+
+    def _serving(self, operation: str) -> list[str]:
+        return [name for name, reason in self.report.backends[operation].items() if reason is None]
 
     def run(self) -> None:
         """Measure every row; what fails is a line of the report."""
-        groups, load = self.rows(), OtherLoad()
+        groups, load, began = self.rows(), OtherLoad(), time.monotonic()
         keep_freed_memory()
         torch.manual_seed(0)
         with torch.inference_mode():
@@ -165,10 +240,15 @@ class KernelsBench:
                 while groups:
                     for row in groups.pop(0):
                         step.say(f"{row.op} {row.shape}")
-                        self._one(row)
+                        if time.monotonic() - began < self.options.last_start:
+                            self._one(row)
+                        else:
+                            self.report.notes.append(f"{row.op} {row.shape}: left out, the time is used up")
                         step()
                         self._describe(machine, load)
                     gc.collect()
+                    if self.device.type == "cuda":
+                        torch.cuda.empty_cache()
         self.report.complete = True
         self.files.write(self.report)
 
@@ -184,73 +264,99 @@ class KernelsBench:
         except Exception as error:
             self._problem(row, "inputs or peers", one_line(error))
             return
-        expected, sides = self._agreeing(row, case)
-        if expected is None:
+        check = self._check(row, case)
+        sides = self._agreeing(row, case, check)
+        if check.expected is None:
             return
-        peers = self._agreeing_peers(row, case, expected)
-        reference = sides.pop(REFERENCE, None)
+        peers = self._agreeing_peers(row, case, check)
+        reference = sides.pop(REFERENCE, None) if self.options.time_reference else None
         for threads in self.options.threads:
             try:
                 self._time(row, case, sides, reference, peers, threads)
             except Exception as error:
                 self._problem(row, f"{threads} threads", one_line(error))
 
-    def _agreeing(self, row: Row, case: Case) -> tuple[Outcome | None, dict[str, Side]]:
-        """What the definition says, or the slowest backend that is run; and the backends that say the same."""
-        expected: Outcome | None = None
+    def _check(self, row: Row, case: Case) -> Check:
+        """Before any side has run; on a GPU with what the reference says of a part where the whole takes it minutes."""
+        part: Outcome | None = None
+        if row.heavy and self.options.on_gpu and case.part is not None:
+            try:
+                with force_backend(f"{row.operation}={REFERENCE}"):
+                    part = [tensor.clone() for tensor in case.part.ours()]
+            except Exception as error:
+                self._problem(row, "reference of a part", one_line(error))
+        return Check(case, part)
+
+    def _agreeing(self, row: Row, case: Case, check: Check) -> dict[str, Side]:
+        """The backends that say what the definition says, or what the slowest does that is run."""
         sides: dict[str, Side] = {}
         for backend in reversed(self._backends(row)):
             within = partial(force_backend, f"{row.operation}={backend}")
             try:
                 with within():
                     found = outcome_of_ours(case)
+                problem = check.problem(found)
             except Exception as error:
                 self._problem(row, backend, one_line(error))
                 continue
-            if expected is not None and (problem := difference(found, expected)) is not None:
-                self._problem(row, backend, f"not timed; {problem} from {next(iter(sides))}")
+            if problem is not None:
+                beside = REFERENCE if check.part is not None else next(iter(sides))
+                self._disagreement(row, backend, f"{problem} from {beside}")
                 continue
-            expected = found if expected is None else expected
+            check.expected = found if check.expected is None else check.expected
             sides[backend] = Side(backend, case.ours, within=within)
-        return expected, dict(reversed(sides.items()))
+        if not self.options.time_reference and len(self._backends(row)) > 1:
+            sides.pop(REFERENCE, None)
+        return dict(reversed(sides.items()))
 
     def _backends(self, row: Row) -> list[str]:
-        """Those to run, fastest first."""
-        serving = [name for name, reason in self.report.backends[row.operation].items() if reason is None]
-        wanted = [name for name in serving if not self.options.backends or name in self.options.backends]
+        """Those to run, fastest first; the reference among them wherever it is not too slow to compare with."""
+        wanted = [
+            name
+            for name in self._serving(row.operation)
+            if not self.options.backends
+            or name in self.options.backends
+            or (name == REFERENCE and not self.options.time_reference)
+        ]
         return [name for name in wanted if not (name == REFERENCE and row.heavy)]
 
-    def _agreeing_peers(self, row: Row, case: Case, expected: Outcome) -> dict[str, Side]:
+    def _agreeing_peers(self, row: Row, case: Case, check: Check) -> dict[str, Side]:
         peers = {}
         for library, side in case.peers.items():
             try:
-                problem = difference(outcome_of_peer(case, side), expected)
+                problem = check.problem(outcome_of_peer(case, side))
             except Exception as error:
-                problem = one_line(error)
+                self._problem(row, f"{library} {side.name}", f"not timed; {one_line(error)}")
+                continue
             if problem is None:
                 peers[library] = side
             else:
-                self._problem(row, f"{library} {side.name}", f"not timed; {problem}")
+                self._disagreement(row, f"{library} {side.name}", problem)
         return peers
 
     def _time(
         self, row: Row, case: Case, sides: dict[str, Side], reference: Side | None, peers: dict[str, Side], threads: int
     ) -> None:
-        seconds = self.options.seconds
+        seconds, least = self.options.seconds, 1 if self.options.quick else 3
         together = [*sides.values(), *peers.values()]
         timed = partial(seconds_of, threads=threads, compiled=case.compiled, device=self.options.device)
-        times = timed(together, seconds=seconds, least=1 if self.options.quick else 3)
+        if row.stepped and self.device.type == "cuda":
+            times = graph_times(together, case.sets, seconds, least)
+        else:
+            times = [Timed(each) for each in timed(together, seconds=seconds, least=least)]
         ours = dict(zip(sides, times, strict=False))
         theirs = dict(zip(peers, times[len(sides) :], strict=True))
+        self._note_what_graphs_cannot_hold(row, ours, {f"{name} {peers[name].name}": theirs[name] for name in peers})
         if reference is not None:
             # Not in turns with the others, which it would keep from their caches and from running often.
-            (ours[REFERENCE],) = timed([reference], seconds=min(seconds, 0.5), least=1)
+            (alone,) = timed([reference], seconds=min(seconds, 0.5), least=1)
+            ours[REFERENCE] = Timed(alone)
         chosen = OPERATIONS[row.operation].select(self.device, BF16).name
-        for backend, time in ours.items():
+        for backend, took in ours.items():
             percent = roof = None
             if case.moved is not None:
-                least, roof = self.roofs.seconds(threads, case.flops, case.moved)
-                percent = 100 * least / time
+                least_time, roof = self.roofs.seconds(threads, case.flops, case.moved, case.compute)
+                percent = 100 * least_time / took.seconds
             self.report.rows.append(
                 Measured(
                     op=row.op,
@@ -258,10 +364,17 @@ class KernelsBench:
                     backend=backend,
                     selected=backend == chosen,
                     threads=threads,
-                    ms=time * 1e3,
-                    reference_ratio=ours[REFERENCE] / time if reference is not None else None,
+                    ms=took.seconds * 1e3,
+                    one_by_one_ms=_milliseconds(took.one_by_one),
+                    reference_ratio=ours[REFERENCE].seconds / took.seconds if reference is not None else None,
                     peers=[
-                        PeerTime(library=name, kernel=peers[name].name, ms=other * 1e3, ratio=other / time)
+                        PeerTime(
+                            library=name,
+                            kernel=peers[name].name,
+                            ms=other.seconds * 1e3,
+                            ratio=other.seconds / took.seconds,
+                            one_by_one_ms=_milliseconds(other.one_by_one),
+                        )
                         for name, other in theirs.items()
                     ],
                     roof_percent=percent,
@@ -269,9 +382,25 @@ class KernelsBench:
                 )
             )
 
+    def _note_what_graphs_cannot_hold(self, row: Row, ours: dict[str, Timed], theirs: dict[str, Timed]) -> None:
+        for backend, timed in ours.items():
+            if timed.note is not None:
+                self._problem(row, backend, timed.note)
+        self.report.notes += [
+            f"{row.op} {row.shape}, {name}: {timed.note}" for name, timed in theirs.items() if timed.note is not None
+        ]
+
+    def _disagreement(self, row: Row, side: str, line: str) -> None:
+        self._problem(row, side, f"not timed; {line}")
+        self.report.disagreements.append(self.report.problems[-1])
+
     def _problem(self, row: Row, side: str, line: str) -> None:
         text = f"{row.op} {row.shape}, {side}: {line}"
         self.report.problems.append(text)
         self.progress.say(text)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what failed may have been too large
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3

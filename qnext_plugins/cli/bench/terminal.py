@@ -37,6 +37,14 @@ def show_problems(report: BenchReport, console: Console) -> None:
         console.print(f"[yellow]problem:[/yellow] {escape(line)}", soft_wrap=True)
 
 
+def show_absent(report: KernelsReport, console: Console) -> None:
+    """The peers that are not here and what was left out, a line each."""
+    for library, reason in report.absent.items():
+        console.print(f"no peer {library}: {escape(reason)}", soft_wrap=True)
+    for line in report.notes:
+        console.print(f"note: {line}", markup=False, soft_wrap=True)
+
+
 def show_kernels(report: KernelsReport, console: Console) -> None:
     """Machine, backends with their reasons, times."""
     show_header(report, console)
@@ -46,13 +54,13 @@ def show_kernels(report: KernelsReport, console: Console) -> None:
         decline = [f"{name}: {reason.splitlines()[0]}" for name, reason in reasons.items() if reason is not None]
         backends.add_row(operation, ", ".join(serve), escape("\n".join(decline)))
     console.print(backends)
-    for library, reason in report.absent.items():
-        console.print(f"no peer {library}: {escape(reason)}", soft_wrap=True)
+    show_absent(report, console)
+    graphs = any(row.one_by_one_ms is not None for row in report.rows)
     peers = [f"× {library} {version}" for library, version in report.libraries.items()]
     times = table(
         "Kernels (×: another's time over ours)",
         ("operation", "shape", "backend"),
-        ("threads", "ms", "× reference", *peers, "% of roof"),
+        ("threads", "ms", *(["ms, one by one"] if graphs else []), "× reference", *peers, "% of roof"),
     )
     for row in report.rows:
         ratios = {peer.library: f"{peer.ratio:.2f}" for peer in row.peers}
@@ -63,6 +71,7 @@ def show_kernels(report: KernelsReport, console: Console) -> None:
             f"[bold]{row.backend}[/bold]" if row.selected else row.backend,
             str(row.threads),
             number(row.ms),
+            *([number(row.one_by_one_ms)] if graphs else []),
             number(row.reference_ratio, 3),
             *(ratios.get(library, "–") for library in report.libraries),
             percent,

@@ -1,4 +1,4 @@
-"""vLLM's own operations of Gated DeltaNet on a GPU, called as its in-tree Qwen3-Next calls them."""
+"""vLLM's own operations on a GPU, called as its in-tree Qwen3-Next calls them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional
+from vllm.model_executor.layers.fused_moe import fused_experts, fused_topk
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from vllm.third_party.flash_linear_attention.ops import (
     chunk_gated_delta_rule,
@@ -15,6 +16,7 @@ from vllm.third_party.flash_linear_attention.ops import (
     fused_sigmoid_gating_delta_rule_update,
 )
 
+from qnext_plugins.cli.bench.inputs import PerTensor
 from qnext_vllm.bench.inductor_peers import InductorPeers
 
 
@@ -23,6 +25,8 @@ class Convolution:
 
     def __init__(self, weight: Tensor, pool: Tensor) -> None:
         self.weight, self.state = weight, pool.transpose(1, 2)
+        # A decode writes its result over its input, which the others still need.
+        self._own = PerTensor(lambda x: x.clone())
 
     @staticmethod
     def name(call: Callable[[], Any]) -> str:
@@ -31,9 +35,8 @@ class Convolution:
     def convolve(self, x: Tensor, slots: Tensor, starts: Tensor | None, speculation: bool) -> Tensor:
         """Prefill sequences that begin at ``starts`` [N + 1], or decode one token each where that is None."""
         if starts is None:
-            # It writes its result over its input.
             return causal_conv1d_update(
-                x.clone(), self.state, self.weight, None, "silu", conv_state_indices=slots, validate_data=False
+                self._own(x), self.state, self.weight, None, "silu", conv_state_indices=slots, validate_data=False
             )
         return causal_conv1d_fn(
             x.transpose(0, 1),
@@ -49,7 +52,7 @@ class Convolution:
     def verify(self, x: Tensor, slots: Tensor, starts: Tensor, accepted: Tensor) -> Tensor:
         """Convolve the last accepted token and the drafts of each sequence; ``slots`` [N, 1]."""
         return causal_conv1d_update(
-            x.clone(),
+            self._own(x),
             self.state,
             self.weight,
             None,
@@ -171,7 +174,13 @@ class DeltaRule:
 
 
 class CudaPeers(InductorPeers):
-    """vLLM on a GPU: Gated DeltaNet, linears, norms and gates; not its experts and attention, which want an engine."""
+    """vLLM on a GPU: all but its attention, which wants an engine."""
+
+    def experts(self, w13: Tensor, w2: Tensor) -> tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]:
+        return "fused_experts", lambda out, x, weights, ids: fused_experts(x, w13, w2, weights, ids)
+
+    def topk_softmax(self, top_k: int) -> tuple[str, Callable[..., Any]]:
+        return "fused_topk", lambda logits: fused_topk(logits, logits, top_k, renormalize=True)[:2]
 
     def linear(self, weight: Tensor) -> tuple[str, Callable[[Tensor], Tensor]]:
         return "F.linear (cuBLAS)", lambda x: functional.linear(x, weight)
