@@ -42,7 +42,7 @@ class TritonGatedDeltaRule(TritonBackend):
         from qnext_kernels.gated_delta_rule.triton_chunked import run_chunked
         from qnext_kernels.gated_delta_rule.triton_recurrent import run_recurrent
 
-        _expect_contiguous_slots("state", state, 1)
+        expect_contiguous_slots("state", state, 1)
         tokens = *map(aligned_rows, (q, k, v)), rows(a), rows(b), A_log.contiguous(), dt_bias.contiguous()
         slots, query_start_loc, has_initial = slots.contiguous(), query_start_loc.contiguous(), has_initial.contiguous()
         if snapshots is not None:
@@ -70,9 +70,9 @@ class TritonGatedDeltaRule(TritonBackend):
     ) -> Tensor:
         from qnext_kernels.gated_delta_rule.triton_recurrent import run_recurrent
 
-        _expect_contiguous_slots("state", state, 1)
+        expect_contiguous_slots("state", state, 1)
         if steps is not None:
-            _expect_contiguous_slots("step_state", steps[0], 2)
+            expect_contiguous_slots("step_state", steps[0], 2)
             steps = steps[0], steps[1].contiguous()
         tokens = *map(rows, (q, k, v, a, b)), A_log.contiguous(), dt_bias.contiguous()
         out = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
@@ -95,7 +95,7 @@ class TritonGatedDeltaRule(TritonBackend):
     ) -> Tensor:
         from qnext_kernels.gated_delta_rule.triton_recurrent import run_recurrent
 
-        _expect_contiguous_slots("state", state, 1)
+        expect_contiguous_slots("state", state, 1)
         tokens = *map(rows, (q, k, v, a, b)), A_log.contiguous(), dt_bias.contiguous()
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         with torch.cuda.device_of(v):
@@ -103,7 +103,7 @@ class TritonGatedDeltaRule(TritonBackend):
         return out
 
 
-def _expect_contiguous_slots(name: str, pool: Tensor, leading: int) -> None:
+def expect_contiguous_slots(name: str, pool: Tensor, leading: int) -> None:
     """Raise ValueError unless what lies behind the first ``leading`` dimensions of a pool is contiguous."""
     shape, strides = pool.shape[leading:], pool.stride()[leading:]
     _, value_dim, key_dim = shape

@@ -1,4 +1,8 @@
-"""The gates and norms of the gated delta rule, inside Triton kernels. Everything is float32."""
+"""The gates, the norms and the recurrence of the gated delta rule, inside Triton kernels. Everything is float32.
+
+Kernels that run token by token must agree to the bit. They share what is here, are compiled without fusing a product
+into a sum, and fuse by hand: what is rounded is then written down and does not change with the code around it.
+"""
 
 from __future__ import annotations
 
@@ -29,3 +33,33 @@ def write_strength(b):  # type: ignore[no-untyped-def]
 def inverse_norm(x, axis: tl.constexpr, eps: tl.constexpr):  # type: ignore[no-untyped-def]
     """1 / √(Σ x² + eps) over an axis."""
     return tl.rsqrt(tl.sum(x * x, axis=axis) + eps)
+
+
+@triton.jit
+def pairwise_sum(x, ROWS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Σ of each row of x [ROWS, SIZE], SIZE a power of two: of neighbours, then of neighbouring sums, and so on.
+
+    A sum of two has one order, so that the result does not depend on how the threads share a row.
+    """
+    for level in tl.static_range(1, 16):
+        if SIZE >> level > 0:
+            x = tl.sum(tl.reshape(x, [ROWS, SIZE >> level, 2]), axis=2)
+    return tl.reshape(x, [ROWS])
+
+
+@triton.jit
+def inverse_norms(x, ROWS: tl.constexpr, SIZE: tl.constexpr, eps: tl.constexpr):  # type: ignore[no-untyped-def]
+    """1 / √(Σ x² + eps) of each row of x [ROWS, SIZE], the sum as in :func:`pairwise_sum`."""
+    return tl.rsqrt(pairwise_sum(x * x, ROWS, SIZE) + eps)
+
+
+@triton.jit
+def recurrence(S, q, k, v, g, beta):  # type: ignore[no-untyped-def]
+    """One token: rows of the state [.., K] behind it and their outputs; q and k [K] are normalised.
+
+    Equation 10 of Gated Delta Networks (arXiv 2412.06464). The keys of a row lie in one warp, whatever their number.
+    """
+    S = S * tl.exp(g)
+    predicted = tl.sum(S * k[None, :], axis=1)
+    S = tl.fma(tl.broadcast_to(((v - predicted) * beta)[:, None], S.shape), tl.broadcast_to(k[None, :], S.shape), S)
+    return S, tl.sum(S * q[None, :], axis=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, L2_NORM_EPS
-from qnext_kernels.gated_delta_rule.triton_math import inverse_norm, log_decay, write_strength
+from qnext_kernels.gated_delta_rule.triton_math import inverse_norms, log_decay, recurrence, write_strength
 from qnext_kernels.triton_support import power_of_two
 
 DECODE, VERIFY, TAIL = range(3)
@@ -96,13 +96,10 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
         v_t = tl.load(v + token * v_token + head * v_head + values, mask=values < V, other=0.0).to(tl.float32)
         g = log_decay(tl.load(a + token * a_token + head).to(tl.float32), A, bias)
         beta = write_strength(tl.load(b + token * b_token + head).to(tl.float32))
-        q_t = q_t * (inverse_norm(q_t, 0, EPS) * (K**-0.5))
-        k_t = k_t * inverse_norm(k_t, 0, EPS)
-
-        S = S * tl.exp(g)
-        predicted = tl.sum(S * k_t[None, :], axis=1)
-        S = S + ((v_t - predicted) * beta)[:, None] * k_t[None, :]
-        o = tl.where(live, tl.sum(S * q_t[None, :], axis=1), 0.0)
+        q_t = q_t * (tl.sum(inverse_norms(q_t, 1, BLOCK_K, EPS), axis=0) * (K**-0.5))
+        k_t = k_t * tl.sum(inverse_norms(k_t, 1, BLOCK_K, EPS), axis=0)
+        S, o = recurrence(S, q_t, k_t, v_t, g, beta)
+        o = tl.where(live, o, 0.0)
         tl.store(out + (token * HV + head) * V + values, o.to(out.dtype.element_ty), mask=values < V)
 
         rounded = S.to(written.dtype.element_ty)
@@ -171,6 +168,6 @@ def run_recurrent(
         DECODE if query_start_loc is None else TAIL if accepted is None else VERIFY,
         int(steps is not None),
         H=key_heads, HV=value_heads, K=key_dim, V=value_dim, C=CHUNK_SIZE, SHORT=RECURRENT_TOKENS, EPS=L2_NORM_EPS,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,
         **config,
     )  # fmt: skip

@@ -38,6 +38,8 @@ class Compiled(NamedTuple):
     spilled: int
     shared: int
     assembly: str
+    layouts: str
+    """Triton's last representation that has tensors: it says which thread holds what."""
 
 
 class Driver:
@@ -97,7 +99,7 @@ def _described(kernel: Any) -> Compiled:
     else:
         assembly = kernel.asm["amdgcn"]
         registers, spilled = _number(r"\.vgpr_count:", assembly), _number(r"\.private_segment_fixed_size:", assembly)
-    return Compiled(kernel.name, registers, spilled, kernel.metadata.shared, assembly)
+    return Compiled(kernel.name, registers, spilled, kernel.metadata.shared, assembly, kernel.asm["ttgir"])
 
 
 def _resources_of_cubin(cubin: bytes) -> tuple[int, int]:

@@ -1,0 +1,132 @@
+"""Decode and verify of all that lies between the projections of a Gated DeltaNet layer.
+
+    q, k, v ← causal_conv1d(q, k, v)      o ← gated_delta_rule(q, k, v, a, b)      out = gated_rms_norm(o, z)
+
+Where Triton serves all three they run as one kernel, which reads what the projections wrote where it lies; otherwise
+they are called one after the other. Either way what one of them leaves to the next is rounded to the dtype of ``qkvz``.
+
+Common arguments:
+
+    qkvz:        [T, H, 2 K + 2 G V], one float dtype: of every key head its q, its k, the v of its G value heads and
+                 their z, as the checkpoint groups them (transformers' ``fix_query_key_value_ordering``)
+    ba:          [T, H, 2 G], any float dtype: of every key head the b of its value heads and their a
+    conv_weight: [D, W], any float dtype; D = 2 H K + HV V channels, those of all q, of all k and of all v
+    A_log, dt_bias: [HV], norm_weight: [V], any float dtype; HV = H G
+    eps:         of the output norm
+    conv_state:  [slots, D, state_len] pool, any float dtype, any strides; written in place
+    state:       [slots, HV, V, K] pool, any float dtype, dim 0 of any stride; written in place
+
+The pools are those of ``causal_conv1d`` and ``gated_delta_rule``, whose promises hold here too.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qnext_kernels import causal_conv1d, gated_delta_rule, gated_norm
+from qnext_kernels.gated_delta_net.checks import check_decode, check_verify
+from qnext_kernels.gated_delta_net.split import split_convolved, split_projections
+
+__all__ = ["gated_delta_net_decode", "gated_delta_net_verify"]
+
+PARTS = (causal_conv1d.operation, gated_delta_rule.operation, gated_norm.operation)
+
+
+def gated_delta_net_decode(
+    qkvz: Tensor,
+    ba: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    conv_state: Tensor,
+    state: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Run one token a sequence, from the states in its slot to the states in its slot.
+
+    Args:
+        qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state: see the module, with T = N tokens.
+        slots: [N] int32 or int64; slot −1 is skipped and its outputs are zero.
+
+    Returns:
+        [N, HV · V] in the dtype of ``qkvz``.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
+    """
+    layer = (conv_weight, A_log, dt_bias, norm_weight)
+    check_decode(qkvz, ba, *layer, conv_state, state, slots)
+    if _one_kernel(qkvz, state):
+        from qnext_kernels.gated_delta_net.triton_fused import run_fused
+
+        return run_fused(qkvz, ba, *layer, eps, conv_state, state, slots[:, None])
+    mixed_qkv, z, b, a = split_projections(qkvz, ba, state)
+    convolved = causal_conv1d.causal_conv1d_decode(mixed_qkv, conv_weight, conv_state, slots)
+    tokens = *split_convolved(convolved, state), a, b
+    out = gated_delta_rule.gated_delta_rule_decode(*tokens, A_log, dt_bias, state, slots)
+    return gated_norm.gated_rms_norm(out, z, norm_weight, eps).flatten(1)
+
+
+def gated_delta_net_verify(
+    qkvz: Tensor,
+    ba: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    conv_state: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    num_accepted_tokens: Tensor,
+    conv_step_state: Tensor | None = None,
+    step_state: Tensor | None = None,
+    step_rows: Tensor | None = None,
+) -> Tensor:
+    """Run a few tokens a sequence (the last accepted one and its drafts) so that any number can be taken back.
+
+    Where a sequence starts and what is kept behind its tokens is said by ``causal_conv1d_verify`` and by
+    ``gated_delta_rule_verify``.
+
+    Args:
+        qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state: see the module.
+        slots: [N, S] int32 or int64 for the rule; the convolution has slot ``slots[n, 0]``. −1 is skipped.
+        query_start_loc: [N + 1] int32 or int64, where each sequence starts in the tokens.
+        num_accepted_tokens: [N] int32 or int64, from 1 to S and to ``state_len − W + 2``.
+        conv_step_state: [rows, steps, D, W − 1] in the dtype of ``conv_state``, any strides, written in place.
+        step_state: [rows, steps, HV, V, K], any float dtype, dims 0 and 1 of any stride, written in place.
+        step_rows: [N] int32 or int64, different from each other; −1: only the outputs are computed. Both step pools
+            and their rows are given or none.
+
+    Returns:
+        [T, HV · V] in the dtype of ``qkvz``.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
+    """
+    layer, offsets = (conv_weight, A_log, dt_bias, norm_weight), (query_start_loc, num_accepted_tokens)
+    pools = (conv_step_state, step_state, step_rows)
+    steps = check_verify(qkvz, ba, *layer, conv_state, state, slots, *offsets, pools)
+    if _one_kernel(qkvz, state):
+        from qnext_kernels.gated_delta_net.triton_fused import run_fused
+
+        return run_fused(qkvz, ba, *layer, eps, conv_state, state, slots, *offsets, steps)
+    mixed_qkv, z, b, a = split_projections(qkvz, ba, state)
+    where = (slots[:, 0], *offsets, conv_step_state, step_rows)
+    convolved = causal_conv1d.causal_conv1d_verify(mixed_qkv, conv_weight, conv_state, *where)
+    tokens = *split_convolved(convolved, state), a, b
+    where = (slots, *offsets, step_state, step_rows)
+    out = gated_delta_rule.gated_delta_rule_verify(*tokens, A_log, dt_bias, state, *where)
+    return gated_norm.gated_rms_norm(out, z, norm_weight, eps).flatten(1)
+
+
+def _one_kernel(qkvz: Tensor, state: Tensor) -> bool:
+    """Whether Triton serves all three operations, and one kernel these dimensions."""
+    if any(part.select(qkvz.device, qkvz.dtype).name != "triton" for part in PARTS):
+        return False
+    from qnext_kernels.gated_delta_net.triton_fused import fits
+
+    return fits(key_dim=state.shape[3], value_dim=state.shape[2])

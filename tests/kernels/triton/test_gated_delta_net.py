@@ -1,0 +1,233 @@
+"""Decode and verify of a Gated DeltaNet layer as one kernel, interpreted: numbers, promises, no lane out of bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from qnext_kernels import (
+    causal_conv1d_decode,
+    force_backend,
+    gated_delta_net_decode,
+    gated_delta_net_verify,
+    gated_delta_rule_decode,
+    gated_delta_rule_prefill,
+    gated_rms_norm,
+)
+from qnext_kernels.gated_delta_net.split import split_convolved, split_projections
+from qnext_kernels.gated_delta_net.triton_fused import fits, run_fused
+from tests.kernels import delta_net_runs as runs_of
+from tests.kernels.delta_net_runs import (
+    EPS,
+    WIDTH,
+    Layer,
+    Pools,
+    Result,
+    Run,
+    empty_pools,
+    empty_steps,
+    join,
+    random_layer,
+    random_runs,
+)
+from tests.kernels.delta_rule_runs import COLUMNS, Shape
+from tests.kernels.kernel_inputs import assert_close, distinct_slots, memory, same_bits, start_offsets
+from tests.kernels.triton.interpreter import shuffled_programs
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+SHAPES = [Shape(2, 2, 16, 16), Shape(1, 3, 20, 28), Shape(2, 1, 32, 24)]
+CASES = [
+    (SHAPES[0], torch.bfloat16, torch.bfloat16, torch.float32),
+    (SHAPES[1], torch.float32, torch.bfloat16, torch.float32),
+    (SHAPES[2], torch.float16, torch.float32, torch.bfloat16),
+]
+cases = pytest.mark.parametrize(("shape", "dtype", "conv_dtype", "state_dtype"), CASES)
+
+
+def fused_decode(qkvz: Tensor, ba: Tensor, *rest: object) -> Tensor:
+    *layer, slots = rest
+    return run_fused(qkvz, ba, *layer, slots[:, None])
+
+
+def fused_verify(qkvz: Tensor, ba: Tensor, *rest: object) -> Tensor:
+    return run_fused(qkvz, ba, *rest[:10], tuple(rest[10:]) or None)
+
+
+def assert_same(actual: Result, expected: Result) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert same_bits(ours, theirs)
+
+
+def roundings(
+    shape: Shape, tokens: int, dtype: torch.dtype, conv_dtype: torch.dtype, state_dtype: torch.dtype
+) -> dict[torch.dtype, int]:
+    """Of q, k, v and the rule's output in the activations' dtype, of inputs and states in the pools'."""
+    counts = {torch.float32: 2 * WIDTH + 8 * tokens + shape.key_dim + shape.value_dim}
+    for narrow, count in ((dtype, 4 * tokens), (conv_dtype, 3 * tokens), (state_dtype, tokens)):
+        if narrow != torch.float32:
+            counts[narrow] = counts.get(narrow, 0) + count
+    return counts
+
+
+def by_reference(layer: Layer, run: Run, call: Callable[..., list[Result]], shape: Shape) -> Result:
+    truth = Run(*(x.double() for x in run))
+    with force_backend("reference"):
+        functions = {runs_of.decode: gated_delta_net_decode}
+        return call(functions.get(call, gated_delta_net_verify), shape, layer.double(), [truth])[0]
+
+
+CALLS = [(runs_of.decode, fused_decode), (runs_of.verify, fused_verify), (runs_of.verify_into_steps, fused_verify)]
+calls = pytest.mark.parametrize(("call", "function"), CALLS)
+
+
+@calls
+@cases
+def test_it_agrees_with_the_operations_in_float64(
+    call: Callable[..., list[Result]],
+    function: Callable[..., Tensor],
+    shape: Shape,
+    dtype: torch.dtype,
+    conv_dtype: torch.dtype,
+    state_dtype: torch.dtype,
+) -> None:
+    layer = random_layer(shape)
+    lengths = [1, 1] if call is runs_of.decode else [1, 3, COLUMNS, 2]
+    runs = random_runs(shape, lengths, dtype, conv_dtype, state_dtype)
+    for run, ours in zip(runs, call(function, shape, layer, runs), strict=True):
+        truth = by_reference(layer, run, call, shape)
+        expected = roundings(shape, len(run.qkvz), dtype, conv_dtype, state_dtype)
+        assert ours.out.dtype == dtype
+        for actual, exact in zip(ours, truth, strict=True):
+            assert_close(actual, exact, expected)
+
+
+@pytest.mark.parametrize("call", [runs_of.verify, runs_of.verify_into_steps])
+@cases
+def test_verify_equals_repeated_decode(
+    call: Callable[..., list[Result]],
+    shape: Shape,
+    dtype: torch.dtype,
+    conv_dtype: torch.dtype,
+    state_dtype: torch.dtype,
+) -> None:
+    layer, runs = random_layer(shape), random_runs(shape, [1, 2, COLUMNS], dtype, conv_dtype, state_dtype)
+    for run, verified in zip(runs, call(fused_verify, shape, layer, runs), strict=True):
+        assert_same(verified, runs_of.repeated_decode(fused_decode, shape, layer, run))
+
+
+@calls
+def test_a_sequence_does_not_depend_on_the_batch_or_the_order_of_programs(
+    call: Callable[..., list[Result]], function: Callable[..., Tensor]
+) -> None:
+    shape, dtypes = CASES[0][0], CASES[0][1:]
+    layer = random_layer(shape)
+    runs = random_runs(shape, [1] * 4 if call is runs_of.decode else [1, 2, 4, 3], *dtypes)
+    order = torch.randperm(len(runs)).tolist()
+    together = call(function, shape, layer, runs)
+    with shuffled_programs(seed=1):
+        shuffled = call(function, shape, layer, [runs[n] for n in order])
+    for n, other in zip(order, shuffled, strict=True):
+        assert_same(other, together[n])
+        assert_same(call(function, shape, layer, [runs[n]])[0], together[n])
+
+
+def some_pools(shape: Shape, slots: int, drafts: int) -> Pools:
+    pools = empty_pools(shape, slots, drafts, (torch.bfloat16, torch.float32), channels_last=True)
+    for pool in pools:
+        pool.normal_()
+    return pools
+
+
+@pytest.mark.parametrize("with_steps", [False, True])
+def test_padding_is_skipped_and_nothing_else_is_written(with_steps: bool) -> None:
+    """The slot of the convolution is padding, or the one that the rule starts from, or one that it would write."""
+    shape, lengths = SHAPES[0], [2, 2, 2, 1, 0, COLUMNS]
+    layer = random_layer(shape)
+    qkvz, ba = join(random_runs(shape, lengths, *CASES[0][1:]))
+    slots = distinct_slots(len(lengths) * COLUMNS, 27).view(-1, COLUMNS)
+    accepted = torch.tensor([2, 2, 1, 1, 3, 4])
+    slots[0], slots[1, 0], slots[2, 1], slots[5, 3] = -1, -1, -1, -1
+    where = slots, start_offsets(lengths), accepted
+    steps = [pool.contiguous().normal_() for pool in empty_steps(shape, 8, CASES[0][2:])] if with_steps else []
+    rows = [torch.tensor([4, 2, 7, -1, 0, 5])] if with_steps else []
+    ours = [*some_pools(shape, 27, COLUMNS - 1), *steps]
+    before, bytes_before = [pool.clone() for pool in ours], [memory(pool).clone() for pool in ours]
+    theirs = [pool.clone() for pool in ours]
+    out = fused_verify(qkvz, ba, *layer, EPS, *ours[:2], *where, *ours[2:], *rows)
+    with force_backend("reference"):
+        expected = gated_delta_net_verify(qkvz, ba, *layer, EPS, *theirs[:2], *where, *theirs[2:], *rows)
+    counts = roundings(shape, COLUMNS, *CASES[0][1:])
+    assert_close(out, expected, counts)
+    assert not out[:2].any()
+    for pool, reference, old, bytes_ in zip(ours, theirs, before, bytes_before, strict=True):
+        assert_close(pool, reference, counts)
+        written = reference != old
+        pool[written] = old[written]
+        assert torch.equal(memory(pool), bytes_)
+
+
+def test_counts_that_no_host_checks_are_clamped() -> None:
+    shape, lengths = SHAPES[0], [2, 2]
+    layer, runs = random_layer(shape), random_runs(shape, lengths, *CASES[0][1:])
+    slots = distinct_slots(2 * COLUMNS, 11).view(2, COLUMNS)
+    results = []
+    before = some_pools(shape, 11, COLUMNS - 1)
+    for accepted in (torch.tensor([1, COLUMNS]), torch.tensor([-7, 2**40])):
+        pools = Pools(*(pool.clone() for pool in before))
+        out = fused_verify(*join(runs), *layer, EPS, *pools, slots, start_offsets(lengths), accepted)
+        results.append((out, *pools))
+    for actual, want in zip(*results, strict=True):
+        assert same_bits(actual, want)
+
+
+def test_it_has_the_bits_of_the_rule_by_itself() -> None:
+    """Sums of the convolution are so large that SiLU changes nothing: however it is computed, it has the same bits."""
+    shape = SHAPES[0]
+    layer = random_layer(shape)._replace(conv_weight=torch.empty(runs_of.channels(shape), WIDTH).uniform_(20, 40))
+    runs = random_runs(shape, [1, 1, 1], *CASES[0][1:])
+    qkvz, ba = join(runs)
+    qkvz = qkvz.abs() + 1
+    ours = some_pools(shape, 5, 0)
+    ours.conv.abs_().add_(1)
+    before, slots = Pools(*(pool.clone() for pool in ours)), torch.tensor([4, 0, 2])
+    out = fused_decode(qkvz, ba, *layer, EPS, *ours, slots)
+
+    mixed, z, b, a = split_projections(qkvz, ba, before.state)
+    with force_backend("causal_conv1d=reference"):
+        convolved = causal_conv1d_decode(mixed, layer.conv_weight, before.conv, slots)
+    tokens = *split_convolved(convolved, before.state), a, b, layer.A_log, layer.dt_bias
+    state = before.state.clone()
+    decoded = gated_delta_rule_decode(*tokens, state, slots)
+    assert same_bits(ours.state, state)
+    assert same_bits(ours.conv, before.conv)
+    tail = gated_delta_rule_prefill(*tokens, before.state, slots, start_offsets([1, 1, 1]), torch.ones(3).bool())
+    assert same_bits(before.state, state)
+    assert same_bits(tail, decoded)
+    with force_backend("gated_norm=reference"):
+        expected = gated_rms_norm(decoded, z, layer.norm_weight, EPS).flatten(1)
+    assert_close(out, expected, {torch.float32: shape.value_dim + 8})
+
+
+def test_an_empty_batch_and_sequences_without_tokens_are_served() -> None:
+    shape = SHAPES[1]
+    layer, pools = random_layer(shape), empty_pools(shape, 3, COLUMNS, (torch.float32, torch.float32))
+    width = 2 * shape.key_dim + 2 * shape.group * shape.value_dim
+    none = torch.empty(0, shape.key_heads, width), torch.empty(0, shape.key_heads, 2 * shape.group)
+    slots = torch.arange(2, dtype=torch.int32)
+    results = [
+        fused_decode(*none, *layer, EPS, *pools, slots[:0]),
+        fused_verify(*none, *layer, EPS, *pools, slots[:, None], start_offsets([0, 0]), torch.ones_like(slots)),
+    ]
+    assert [result.shape for result in results] == [(0, shape.value_heads * shape.value_dim)] * 2
+    assert all(pool.isnan().all() for pool in pools)
+
+
+def test_other_dimensions_are_left_to_the_operations() -> None:
+    assert fits(128, 128)
+    assert fits(100, 128)
+    assert not fits(64, 128)
+    assert not fits(256, 256)
