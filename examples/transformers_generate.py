@@ -25,8 +25,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet, apply_mask_to_padding_states
 from transformers.utils import logging
 
-from qnext_kernels import gated_rms_norm, selected_backends
-from qnext_plugins.model import RecurrentBatch, Segment, StatePools
+from qnext_kernels import selected_backends
+from qnext_plugins.model import CoreWeights, RecurrentBatch, Segment, StatePools
 from qnext_plugins.model.gated_delta_net import gated_delta_net_core
 
 # transformers takes gates that are computed already; our kernels compute them, so the layer's forward is what changes.
@@ -41,23 +41,20 @@ class OurGatedDeltaNet(Qwen3NextGatedDeltaNet):
         """Map [B, L, hidden] to [B, L, hidden]."""
         hidden_states = apply_mask_to_padding_states(hidden_states, attention_mask)
         size, length = hidden_states.shape[:2]
-        projected = self.fix_query_key_value_ordering(self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states))
-        q, k, v, z, b, a = (x.flatten(0, 1) for x in projected)
-        mixed_qkv = torch.cat([x.flatten(1) for x in (q, k, v)], dim=1)
-        pools, known = self._pools(cache_params, mixed_qkv, size)
+        qkvz, ba = (project(hidden_states).flatten(0, 1) for project in (self.in_proj_qkvz, self.in_proj_ba))
+        pools, known = self._pools(cache_params, qkvz, size)
         slots, starts = torch.arange(size), torch.arange(0, size * length + 1, length)
         if known and length == 1:
             batch = RecurrentBatch(decode=Segment(slice(None), slots))
         else:
             batch = RecurrentBatch(prefill=Segment(slice(None), slots, starts, torch.full((size,), known)))
-        weights = (self.conv1d.weight.squeeze(1), self.A_log, self.dt_bias)
-        out = gated_delta_net_core(mixed_qkv, a, b, *weights, pools, batch)
-        out = gated_rms_norm(out, z, self.norm.weight, self.norm.variance_epsilon)
+        weights = CoreWeights(self.conv1d.weight.squeeze(1), self.A_log, self.dt_bias, self.norm.weight)
+        out = gated_delta_net_core(qkvz, ba, weights, self.norm.variance_epsilon, pools, batch)
         return self.out_proj(out.view(size, length, -1))
 
-    def _pools(self, cache_params: Any, mixed_qkv: Tensor, size: int) -> tuple[StatePools, bool]:
+    def _pools(self, cache_params: Any, qkvz: Tensor, size: int) -> tuple[StatePools, bool]:
         """The states [B, channels, W − 1] and [B, HV, V, K] float32, and whether they hold something already."""
-        conv = mixed_qkv.new_zeros(size, mixed_qkv.shape[1], self.conv_kernel_size - 1)
+        conv = qkvz.new_zeros(size, self.conv1d.weight.shape[0], self.conv_kernel_size - 1)
         state = torch.zeros(size, self.num_v_heads, self.head_v_dim, self.head_k_dim)
         if cache_params is None:
             return StatePools(conv, state), False

@@ -9,7 +9,7 @@ a call and can say why it declined the others.
 from qnext_kernels.causal_conv1d import causal_conv1d_decode, causal_conv1d_prefill, causal_conv1d_verify
 from qnext_kernels.dispatch import OPERATIONS, explain, force_backend, selected_backends, without_kernels
 from qnext_kernels.gated_attention import qk_norm_rope_gate, sigmoid_gate
-from qnext_kernels.gated_delta_net import gated_delta_net_decode, gated_delta_net_verify
+from qnext_kernels.gated_delta_net import gated_delta_net_decode, gated_delta_net_prefill, gated_delta_net_verify
 from qnext_kernels.gated_delta_rule import (
     gated_delta_rule_decode,
     gated_delta_rule_prefill,
@@ -32,6 +32,7 @@ __all__ = [
     "explain",
     "force_backend",
     "gated_delta_net_decode",
+    "gated_delta_net_prefill",
     "gated_delta_net_verify",
     "gated_delta_rule_decode",
     "gated_delta_rule_prefill",

@@ -8,7 +8,14 @@ between engines (parallel linears, paged attention, the pool of recurrent states
 from qnext_plugins.model.config import ConfigError, Qwen3NextConfig
 from qnext_plugins.model.decoder_layer import DecoderLayer
 from qnext_plugins.model.gated_attention import GatedAttention
-from qnext_plugins.model.gated_delta_net import GatedDeltaNet, RecurrentBatch, Segment, StatePools, VerifySegment
+from qnext_plugins.model.gated_delta_net import (
+    CoreWeights,
+    GatedDeltaNet,
+    RecurrentBatch,
+    Segment,
+    StatePools,
+    VerifySegment,
+)
 from qnext_plugins.model.mtp import MultiTokenPredictor
 from qnext_plugins.model.norm import RMSNorm
 from qnext_plugins.model.port import Engine
@@ -19,6 +26,7 @@ __all__ = [
     "MLP",
     "CheckpointError",
     "ConfigError",
+    "CoreWeights",
     "DecoderLayer",
     "Engine",
     "GatedAttention",

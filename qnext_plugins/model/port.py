@@ -6,29 +6,29 @@ needs to load and shard them; the model only names them as the checkpoint does.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
 from qnext_plugins.model.config import Qwen3NextConfig
 
+if TYPE_CHECKING:
+    from qnext_plugins.model.gated_delta_net import CoreWeights
+
 
 class RecurrentCore(Protocol):
     """The part of a Gated DeltaNet layer that touches the engine's pool of recurrent states."""
 
-    def __call__(
-        self, mixed_qkv: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor
-    ) -> Tensor:
+    def __call__(self, qkvz: Tensor, ba: Tensor, weights: CoreWeights) -> Tensor:
         """Run :func:`qnext_plugins.model.gated_delta_net.gated_delta_net_core` on this batch and this layer's states.
 
         Args:
-            mixed_qkv: [T, 2·key_dim + value_dim of this rank], before the convolution.
-            a, b: [T, HV of this rank].
-            conv_weight: [2·key_dim + value_dim, W].
-            A_log, dt_bias: [HV].
+            qkvz: [T, 2·key_dim + 2·value_dim of this rank], of ``in_proj_qkvz``.
+            ba: [T, 2·HV of this rank], of ``in_proj_ba``.
+            weights: of this layer.
 
         Returns:
-            [T, HV, V]; rows of padded tokens are zero.
+            [T, value_dim of this rank]; rows of padded tokens are zero.
         """
 
 

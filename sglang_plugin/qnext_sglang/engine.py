@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qnext_plugins.model import Qwen3NextConfig
+from qnext_plugins.model import CoreWeights, Qwen3NextConfig
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_sglang import sglang_api as api
 from qnext_sglang.experts import QnextMoEMethod, SparseExperts
@@ -178,7 +178,8 @@ class Attention(nn.Module):
 class RecurrentState(nn.Module):
     """A layer's place in SGLang's pool of recurrent states: :class:`qnext_plugins.model.port.RecurrentCore`.
 
-    The layer's own weights ride along to the attention backend on SGLang's ``RadixLinearAttention``.
+    The layer's own weights ride along to the attention backend on SGLang's ``RadixLinearAttention``, and so do the
+    projections, as its ``mixed_qkv`` and its ``a``.
     """
 
     def __init__(self, config: Qwen3NextConfig, ranks: int, batch: CurrentBatch, layer: int) -> None:
@@ -194,15 +195,12 @@ class RecurrentState(nn.Module):
             head_k_dim=config.linear_key_head_dim,
             head_v_dim=config.linear_value_head_dim,
         )
+        self.attn.qnext_eps = config.rms_norm_eps
 
-    def forward(
-        self, mixed_qkv: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor
-    ) -> Tensor:
-        layer = self.attn
+    def forward(self, qkvz: Tensor, ba: Tensor, weights: CoreWeights) -> Tensor:
         # Detached: as parameters they would be registered, and loaded, a second time.
-        layer.conv_weights, layer.A_log, layer.dt_bias = conv_weight.detach(), A_log.detach(), dt_bias.detach()
-        out = layer(self._batch.get(), mixed_qkv, a, b)
-        return out.view(mixed_qkv.shape[0], layer.num_v_heads, layer.head_v_dim)
+        self.attn.qnext_weights = CoreWeights(*(weight.detach() for weight in weights))
+        return self.attn(self._batch.get(), qkvz, ba, ba).view(qkvz.shape[0], -1)
 
 
 def layer_id(prefix: str) -> int:

@@ -52,14 +52,14 @@ class GatedDeltaNetBackend(api.MambaAttnBackendBase):
     def forward_extend(self, layer: Any = None, forward_batch: Any = None, **inputs: Any) -> Tensor:
         return self._run(layer, **inputs)
 
-    def _run(self, layer: Any, *, mixed_qkv: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor:
-        """Map [T, …] of this batch to [1, T, HV, V]."""
+    def _run(self, layer: Any, *, mixed_qkv: Tensor, a: Tensor, **_: Any) -> Tensor:
+        """Map the projections of this batch (see ``RecurrentState``) to [1, T, HV, V]."""
         cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
         pools = StatePools(cache.conv[0], cache.temporal)
         if self.batch.verify is not None:
             pools.conv_steps, pools.recurrent_steps = cache.intermediate_conv_window[0], cache.intermediate_ssm
-        weights = (layer.conv_weights, layer.A_log, layer.dt_bias)
-        return gated_delta_net_core(mixed_qkv, a, b, *weights, pools, self.batch).unsqueeze(0)
+        out = gated_delta_net_core(mixed_qkv, a, layer.qnext_weights, layer.qnext_eps, pools, self.batch)
+        return out.view(1, out.shape[0], layer.num_v_heads, layer.head_v_dim)
 
     def _recurrent_batch(self, forward_batch: api.ForwardBatch, mode: Any) -> RecurrentBatch:
         metadata = self.forward_metadata

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from qnext_kernels import (
     causal_conv1d_decode,
+    causal_conv1d_prefill,
     causal_conv1d_verify,
     force_backend,
     gated_delta_net_decode,
+    gated_delta_net_prefill,
     gated_delta_net_verify,
     gated_delta_rule_decode,
+    gated_delta_rule_prefill,
     gated_delta_rule_verify,
     gated_rms_norm,
 )
@@ -72,6 +75,30 @@ def test_verify_is_the_operations_one_after_the_other(backend: str, with_steps: 
         expected = gated_delta_rule_verify(*split(convolved, SHAPE), a, b, *rule)
         expected = gated_rms_norm(expected, z, layer.norm_weight, EPS).flatten(1)
     for actual, want in zip((out, *ours, *our_steps), (expected, *theirs, *their_steps), strict=True):
+        assert same_bits(actual, want)
+
+
+@every_backend
+@pytest.mark.parametrize("with_snapshots", [False, True])
+def test_prefill_is_the_operations_one_after_the_other(backend: str, with_snapshots: bool) -> None:
+    layer, lengths = random_layer(SHAPE), [1, 70, 5]
+    qkvz, ba = join(random_runs(SHAPE, lengths, *DTYPES))
+    where = distinct_slots(3, 15), start_offsets(lengths), torch.tensor([True, False, True])
+    if with_snapshots:
+        where += torch.tensor([-1, 14, -1]), torch.tensor([0, 64, 0])
+        where[0].copy_(torch.tensor([2, 0, 9]))
+    before = empty_pools(SHAPE, 15, COLUMNS - 1, DTYPES[1:])
+    for pool in before:
+        pool.normal_()
+    ours, theirs = (Pools(*(pool.clone() for pool in before)) for _ in range(2))
+    mixed, z, a, b = head_by_head(qkvz, ba, SHAPE)
+    with force_backend(backend):
+        out = gated_delta_net_prefill(qkvz, ba, *layer, EPS, *ours, *where)
+        convolved = causal_conv1d_prefill(mixed, layer.conv_weight, theirs.conv, *where)
+        rule = layer.A_log, layer.dt_bias, theirs.state, *where
+        expected = gated_delta_rule_prefill(*split(convolved, SHAPE), a, b, *rule)
+        expected = gated_rms_norm(expected, z, layer.norm_weight, EPS).flatten(1)
+    for actual, want in zip((out, *ours), (expected, *theirs), strict=True):
         assert same_bits(actual, want)
 
 

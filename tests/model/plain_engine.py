@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qnext_kernels import experts, topk_softmax
-from qnext_plugins.model import DecoderLayer, Qwen3NextConfig, RecurrentBatch, RMSNorm, Segment, StatePools
+from qnext_plugins.model import CoreWeights, DecoderLayer, Qwen3NextConfig, RecurrentBatch, RMSNorm, Segment, StatePools
 from qnext_plugins.model.gated_delta_net import gated_delta_net_core
 
 
@@ -41,20 +41,17 @@ class RecurrentState(nn.Module):
         heads, channels = config.linear_num_value_heads, 2 * config.key_dim + config.value_dim
         self.conv_state = torch.full((2, channels, config.linear_conv_kernel_dim - 1), float("nan"))
         self.state = torch.full((2, heads, config.linear_value_head_dim, config.linear_key_head_dim), float("nan"))
-        self.started = False
+        self.eps, self.started = config.rms_norm_eps, False
 
-    def forward(
-        self, mixed_qkv: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor
-    ) -> Tensor:
-        slots, count = torch.tensor([1]), len(mixed_qkv)
+    def forward(self, qkvz: Tensor, ba: Tensor, weights: CoreWeights) -> Tensor:
+        slots, count = torch.tensor([1]), len(qkvz)
         if self.started and count == 1:
             batch = RecurrentBatch(decode=Segment(slice(None), slots))
         else:
             offsets, known = torch.tensor([0, count]), torch.tensor([self.started])
             batch = RecurrentBatch(prefill=Segment(slice(None), slots, offsets, known))
         self.started = True
-        weights = (conv_weight, A_log, dt_bias)
-        return gated_delta_net_core(mixed_qkv, a, b, *weights, StatePools(self.conv_state, self.state), batch)
+        return gated_delta_net_core(qkvz, ba, weights, self.eps, StatePools(self.conv_state, self.state), batch)
 
 
 class PlainExperts(nn.Module):

@@ -16,6 +16,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 )
 
 from qnext_plugins.model import (
+    CoreWeights,
     MultiTokenPredictor,
     Qwen3NextConfig,
     RecurrentBatch,
@@ -142,8 +143,8 @@ def test_core_gives_each_segment_of_a_mixed_batch_what_it_gets_alone() -> None:
     heads, value_dim, key_dim, width, drafts = 4, 6, 8, 4, 2
     channels = 2 * 2 * key_dim + heads * value_dim
     tokens = 14
-    inputs = (torch.randn(tokens, channels), torch.randn(tokens, heads), torch.randn(tokens, heads))
-    weights = (torch.randn(channels, width), torch.randn(heads), torch.randn(heads))
+    inputs = (torch.randn(tokens, channels + heads * value_dim), torch.randn(tokens, 2 * heads))
+    weights = CoreWeights(torch.randn(channels, width), torch.randn(heads), torch.randn(heads), torch.randn(value_dim))
     conv_state, state = torch.randn(12, channels, width - 1 + drafts), torch.randn(12, heads, value_dim, key_dim)
     columns = torch.tensor([[0, 1, 2], [3, 4, 5]])
     verify = VerifySegment(torch.tensor([0, 1, 2, 11, 12]), columns, torch.tensor([0, 3, 5]), torch.tensor([2, 1]))
@@ -152,7 +153,7 @@ def test_core_gives_each_segment_of_a_mixed_batch_what_it_gets_alone() -> None:
 
     def run(batch: RecurrentBatch) -> tuple[Tensor, Tensor, Tensor]:
         pools = (conv_state.clone(), state.clone())
-        return gated_delta_net_core(*inputs, *weights, StatePools(*pools), batch), *pools
+        return gated_delta_net_core(*inputs, weights, 1e-6, StatePools(*pools), batch), *pools
 
     mixed = run(RecurrentBatch(decode=decode, prefill=prefill, verify=verify))
     alone = [RecurrentBatch(decode=decode), RecurrentBatch(prefill=prefill), RecurrentBatch(verify=verify)]

@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from torch import Tensor
 
+from qnext_plugins.model import CoreWeights
 from qnext_sglang.cpu.attention import CpuAttentionBackend
 from qnext_sglang.cpu.gated_delta_net import CpuGatedDeltaNetBackend, CpuHybridBackend
 
@@ -28,17 +29,17 @@ SLOTS = torch.tensor([0, 7, 3, 12, 5, 9, 20], dtype=torch.int32)
 class Inputs:
     """What the layer's projections give for T tokens."""
 
-    mixed_qkv: Tensor
-    a: Tensor
-    b: Tensor
+    qkvz: Tensor
+    ba: Tensor
 
     def __getitem__(self, tokens: slice | Tensor) -> Inputs:
-        return Inputs(self.mixed_qkv[tokens], self.a[tokens], self.b[tokens])
+        return Inputs(self.qkvz[tokens], self.ba[tokens])
 
 
 def inputs(tokens: int, seed: int) -> Inputs:
     random = torch.Generator().manual_seed(seed)
-    return Inputs(*(torch.randn(tokens, width, generator=random) for width in (CHANNELS, VALUE_HEADS, VALUE_HEADS)))
+    widths = CHANNELS + VALUE_HEADS * HEAD_DIM, 2 * VALUE_HEADS
+    return Inputs(*(torch.randn(tokens, width, generator=random) for width in widths))
 
 
 def layer(layer_id: int = 2) -> SimpleNamespace:
@@ -46,9 +47,15 @@ def layer(layer_id: int = 2) -> SimpleNamespace:
     random = torch.Generator().manual_seed(100 + layer_id)
     return SimpleNamespace(
         layer_id=layer_id,
-        conv_weights=torch.randn(CHANNELS, KERNEL_SIZE, generator=random),
-        A_log=torch.rand(VALUE_HEADS, generator=random),
-        dt_bias=torch.randn(VALUE_HEADS, generator=random),
+        num_v_heads=VALUE_HEADS,
+        head_v_dim=HEAD_DIM,
+        qnext_eps=1e-6,
+        qnext_weights=CoreWeights(
+            torch.randn(CHANNELS, KERNEL_SIZE, generator=random),
+            torch.rand(VALUE_HEADS, generator=random),
+            torch.randn(VALUE_HEADS, generator=random),
+            torch.rand(HEAD_DIM, generator=random),
+        ),
     )
 
 
@@ -182,6 +189,6 @@ def forward(on: CpuGatedDeltaNetBackend, batch: ForwardBatch, x: Inputs, layer_i
     function = on.forward_decode if decodes else on.forward_extend
     # SGLang's hybrid backend hands all of these on, by name.
     unused = {"q": None, "k": None, "v": None, "save_kv_cache": True}
-    out = function(layer=layer(layer_id), forward_batch=batch, mixed_qkv=x.mixed_qkv, a=x.a, b=x.b, **unused)
-    assert out.shape == (1, len(x.a), VALUE_HEADS, HEAD_DIM)
+    out = function(layer=layer(layer_id), forward_batch=batch, mixed_qkv=x.qkvz, a=x.ba, b=x.ba, **unused)
+    assert out.shape == (1, len(x.ba), VALUE_HEADS, HEAD_DIM)
     return out[0]

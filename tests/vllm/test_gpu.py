@@ -24,7 +24,7 @@ import qnext_vllm
 from qnext_kernels import triton_support, without_kernels
 from qnext_kernels.dispatch import OPERATIONS, Operation, deterministic
 from qnext_kernels.triton_support import TritonBackend
-from qnext_plugins.model import Qwen3NextConfig
+from qnext_plugins.model import CoreWeights, Qwen3NextConfig
 from qnext_vllm import UnsupportedEngineError, experts, gpu_refusal
 from qnext_vllm.gated_delta_net import OPERATOR, GatedDeltaNetState, batch_of, recurrent_batch
 from tests.checkpoints import TINY
@@ -199,18 +199,19 @@ class Between(nn.Module):
         super().__init__()
         self.core = core
 
-    def forward(self, mixed_qkv: Tensor, *rest: Tensor) -> Tensor:
-        return self.core(mixed_qkv * 2, *rest) + 1
+    def forward(self, qkvz: Tensor, ba: Tensor, weights: CoreWeights) -> Tensor:
+        return self.core(qkvz * 2, ba, weights) + 1
 
 
-def inputs(layer: GatedDeltaNetState, tokens: int, device: str) -> tuple[Tensor, ...]:
-    """Arguments of a layer, where they come from projections of more columns."""
-    (_, channels), (value_heads, _, _) = layer.get_state_shape()
-    gates = torch.empty(tokens, 2 * value_heads, dtype=torch.bfloat16, device=device)
-    mixed_qkv = torch.empty(tokens, channels, dtype=torch.bfloat16, device=device)
+def inputs(layer: GatedDeltaNetState, tokens: int, device: str) -> tuple[Tensor, Tensor, CoreWeights]:
+    """Arguments of a layer."""
+    (_, channels), (value_heads, value_dim, _) = layer.get_state_shape()
+    qkvz = torch.empty(tokens, channels + value_heads * value_dim, dtype=torch.bfloat16, device=device)
+    ba = torch.empty(tokens, 2 * value_heads, dtype=torch.bfloat16, device=device)
     weight = torch.empty(channels, 4, dtype=torch.bfloat16, device=device)
     A_log, dt_bias = torch.empty(2, value_heads, device=device)
-    return mixed_qkv, *gates.chunk(2, dim=1), weight, A_log, dt_bias
+    norm = torch.empty(value_dim, dtype=torch.bfloat16, device=device)
+    return qkvz, ba, CoreWeights(weight, A_log, dt_bias, norm)
 
 
 def test_graphs_split_at_the_core_and_own_the_memory_that_it_writes(
@@ -270,8 +271,9 @@ def test_a_layer_launches_its_kernels_without_reading_a_tensor(
     tokens = int(make(builder).num_actual_tokens)
     with compiling_for("sm_90") as compiled, set_forward_context({layer.prefix: metadata}, config):
         out = layer.run(batch_of(get_forward_context(), metadata), *inputs(layer, tokens, "meta"))
-    assert out.shape == (tokens, *layer.get_state_shape()[1][:2])
-    assert "recurrent_kernel" in (kernel.name for kernel in compiled)
+    _, (value_heads, value_dim, _) = layer.get_state_shape()
+    assert out.shape == (tokens, value_heads * value_dim)
+    assert {"gated_delta_net_kernel", "recurrent_kernel"} & {kernel.name for kernel in compiled}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qnext_plugins.model import Qwen3NextConfig, RecurrentBatch, Segment, StatePools, VerifySegment
+from qnext_plugins.model import CoreWeights, Qwen3NextConfig, RecurrentBatch, Segment, StatePools, VerifySegment
 from qnext_plugins.model.gated_delta_net import gated_delta_net_core
 from qnext_vllm import vllm_api as api
 
@@ -95,7 +95,7 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
 
     def __init__(self, config: Qwen3NextConfig, vllm_config: api.VllmConfig, *, prefix: str) -> None:
         super().__init__()
-        self.prefix = prefix
+        self.prefix, self._eps = prefix, config.rms_norm_eps
         self._shapes, self._dtypes = state_shapes(config, vllm_config), state_dtypes(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
@@ -116,29 +116,19 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
     def get_state_dtype(self) -> tuple[torch.dtype, torch.dtype]:
         return self._dtypes
 
-    def forward(
-        self, mixed_qkv: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor
-    ) -> Tensor:
+    def forward(self, qkvz: Tensor, ba: Tensor, weights: CoreWeights) -> Tensor:
+        _, (value_heads, value_dim, _) = self._shapes
         # Made here, in a CUDA graph: the graph behind the operator reads this very memory at each replay.
-        out = mixed_qkv.new_empty(mixed_qkv.shape[0], *self._shapes[1][:2])
-        torch.ops.qnext.vllm_gated_delta_net(mixed_qkv, a, b, conv_weight, A_log, dt_bias, out, self.prefix)
+        out = qkvz.new_empty(qkvz.shape[0], value_heads * value_dim)
+        torch.ops.qnext.vllm_gated_delta_net(qkvz, ba, *weights, out, self.prefix)
         return out
 
-    def run(
-        self,
-        batch: RecurrentBatch,
-        mixed_qkv: Tensor,
-        a: Tensor,
-        b: Tensor,
-        conv_weight: Tensor,
-        A_log: Tensor,
-        dt_bias: Tensor,
-    ) -> Tensor:
+    def run(self, batch: RecurrentBatch, qkvz: Tensor, ba: Tensor, weights: CoreWeights) -> Tensor:
         """Run this batch on this layer's slots."""
         conv_state, state = self.kv_cache
         if not api.is_conv_state_dim_first():
             conv_state = conv_state.transpose(1, 2)
-        return gated_delta_net_core(mixed_qkv, a, b, conv_weight, A_log, dt_bias, StatePools(conv_state, state), batch)
+        return gated_delta_net_core(qkvz, ba, weights, self._eps, StatePools(conv_state, state), batch)
 
 
 def batch_of(context: api.ForwardContext, metadata: api.GDNAttentionMetadata) -> RecurrentBatch:
@@ -167,12 +157,12 @@ def split_where_vllm_does(compilation_config: Any) -> None:
 
 @api.eager_break_during_capture
 def _core(
-    mixed_qkv: Tensor,
-    a: Tensor,
-    b: Tensor,
+    qkvz: Tensor,
+    ba: Tensor,
     conv_weight: Tensor,
     A_log: Tensor,
     dt_bias: Tensor,
+    norm_weight: Tensor,
     out: Tensor,
     layer_name: str,
 ) -> None:
@@ -182,14 +172,15 @@ def _core(
         out.zero_()
         return
     layer = context.no_compile_layers[layer_name]
-    out.copy_(layer.run(batch_of(context, metadata), mixed_qkv, a, b, conv_weight, A_log, dt_bias))
+    weights = CoreWeights(conv_weight, A_log, dt_bias, norm_weight)
+    out.copy_(layer.run(batch_of(context, metadata), qkvz, ba, weights))
 
 
 # Opaque to torch.compile: the batch's metadata and the slots come from vLLM's forward context.
 _library = torch.library.Library("qnext", "FRAGMENT")
 _library.define(
-    "vllm_gated_delta_net(Tensor mixed_qkv, Tensor a, Tensor b, Tensor conv_weight, Tensor A_log, Tensor dt_bias, "
-    "Tensor(a!) out, str layer_name) -> ()"
+    "vllm_gated_delta_net(Tensor qkvz, Tensor ba, Tensor conv_weight, Tensor A_log, Tensor dt_bias, "
+    "Tensor norm_weight, Tensor(a!) out, str layer_name) -> ()"
 )
 _library.impl("vllm_gated_delta_net", _core, "CompositeExplicitAutograd")
 torch.library.register_fake(OPERATOR, lambda *args: None, lib=_library)

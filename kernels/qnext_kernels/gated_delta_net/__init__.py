@@ -1,9 +1,10 @@
-"""Decode and verify of all that lies between the projections of a Gated DeltaNet layer.
+"""All that lies between the projections of a Gated DeltaNet layer.
 
     q, k, v ← causal_conv1d(q, k, v)      o ← gated_delta_rule(q, k, v, a, b)      out = gated_rms_norm(o, z)
 
-Where Triton serves all three they run as one kernel, which reads what the projections wrote where it lies; otherwise
-they are called one after the other. Either way what one of them leaves to the next is rounded to the dtype of ``qkvz``.
+Where Triton serves all three, a decode and a verify run as one kernel, which reads what the projections wrote where it
+lies; otherwise, and in a prefill, they are called one after the other. Either way what one of them leaves to the next
+is rounded to the dtype of ``qkvz``.
 
 Common arguments:
 
@@ -24,10 +25,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from qnext_kernels import causal_conv1d, gated_delta_rule, gated_norm
-from qnext_kernels.gated_delta_net.checks import check_decode, check_verify
+from qnext_kernels.gated_delta_net.checks import check_decode, check_prefill, check_verify
 from qnext_kernels.gated_delta_net.split import split_convolved, split_projections
 
-__all__ = ["gated_delta_net_decode", "gated_delta_net_verify"]
+__all__ = ["gated_delta_net_decode", "gated_delta_net_prefill", "gated_delta_net_verify"]
 
 PARTS = (causal_conv1d.operation, gated_delta_rule.operation, gated_norm.operation)
 
@@ -66,6 +67,46 @@ def gated_delta_net_decode(
     convolved = causal_conv1d.causal_conv1d_decode(mixed_qkv, conv_weight, conv_state, slots)
     tokens = *split_convolved(convolved, state), a, b
     out = gated_delta_rule.gated_delta_rule_decode(*tokens, A_log, dt_bias, state, slots)
+    return gated_norm.gated_rms_norm(out, z, norm_weight, eps).flatten(1)
+
+
+def gated_delta_net_prefill(
+    qkvz: Tensor,
+    ba: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    conv_state: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    has_initial_state: Tensor,
+    snapshot_slots: Tensor | None = None,
+    snapshot_lengths: Tensor | None = None,
+) -> Tensor:
+    """Run N sequences of any length, and leave the states behind them in their slots.
+
+    Args:
+        qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state: see the module.
+        slots: [N] int32 or int64; slot −1 is skipped and its outputs are zero.
+        query_start_loc: [N + 1] int32 or int64, where each sequence starts in the tokens.
+        has_initial_state: [N] bool; where False a sequence starts from nothing.
+        snapshot_slots, snapshot_lengths: of ``causal_conv1d_prefill`` and ``gated_delta_rule_prefill``.
+
+    Returns:
+        [T, HV · V] in the dtype of ``qkvz``.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
+    """
+    where = (slots, query_start_loc, has_initial_state, snapshot_slots, snapshot_lengths)
+    check_prefill(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state, *where)
+    mixed_qkv, z, b, a = split_projections(qkvz, ba, state)
+    convolved = causal_conv1d.causal_conv1d_prefill(mixed_qkv, conv_weight, conv_state, *where)
+    tokens = *split_convolved(convolved, state), a, b
+    out = gated_delta_rule.gated_delta_rule_prefill(*tokens, A_log, dt_bias, state, *where)
     return gated_norm.gated_rms_norm(out, z, norm_weight, eps).flatten(1)
 
 

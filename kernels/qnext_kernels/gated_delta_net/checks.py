@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qnext_kernels.checks import (
+    expect_both_or_neither,
     expect_dtype,
     expect_floating,
     expect_indices,
     expect_query_start_loc,
     expect_shape,
+    expect_snapshots,
     longest_sequence,
 )
 
@@ -32,6 +35,34 @@ def check_decode(
     _check_layer(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state)
     expect_shape("slots", slots, (qkvz.shape[0],))
     expect_indices("slots", slots, -1, min(state.shape[0], conv_state.shape[0]))
+
+
+def check_prefill(
+    qkvz: Tensor,
+    ba: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    has_initial_state: Tensor,
+    snapshot_slots: Tensor | None,
+    snapshot_lengths: Tensor | None,
+) -> None:
+    """Raise unless the arguments of a prefill fit."""
+    _check_layer(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state)
+    num_sequences = expect_query_start_loc(query_start_loc, qkvz.shape[0])
+    expect_shape("slots", slots, (num_sequences,))
+    num_slots = min(state.shape[0], conv_state.shape[0])
+    expect_indices("slots", slots, -1, num_slots)
+    expect_shape("has_initial_state", has_initial_state, (num_sequences,))
+    expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
+    snapshots = expect_both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
+    if snapshots is not None:
+        expect_snapshots(*snapshots, query_start_loc, num_slots)
 
 
 def check_verify(
