@@ -20,6 +20,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from qnext_plugins.cli.compare import servers
 from qnext_plugins.cli.compare.command import compare
 from qnext_plugins.cli.compare.report import Kind, Report, Side, Status, Unit
 from qnext_plugins.cli.compare.servers import Server
@@ -273,6 +274,35 @@ def test_server_that_lists_no_model_is_asked_for_the_given_one(tmp_path: Path, g
         result, report = run(tmp_path, f"odd={url}", f"fine={good}", "--no-speed", "--model", "mine")
     assert result.exit_code == 0, result.output
     assert side_of(report, "odd").model == "mine"
+
+
+def test_engine_that_takes_too_long_to_start_is_given_up(tmp_path: Path, good: str) -> None:
+    result, report = run(tmp_path, f"fine={good}", f"hf:{TINY} {FLAGS}", "--start-timeout", "1", "--no-speed")
+    assert result.exit_code == 2
+    (problem,) = side_of(report, "hf").problems
+    assert "the server is not ready after 1 s" in problem
+    assert str(tmp_path / "logs" / "hf.log") in problem
+
+
+def test_python_that_hangs_is_given_up_and_ended(tmp_path: Path, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    python, pid = tmp_path / "python", tmp_path / "pid"
+    python.write_text(f"#!/bin/sh\necho $$ > {pid}\nexec sleep 600\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(servers, "PATIENCE", 0.5)
+    _, report = run(tmp_path, f"fine={good}", f"hf:{TINY}", "--python-hf", str(python), "--no-speed")
+    (problem,) = side_of(report, "hf").problems
+    assert problem.startswith(f"{python} says nothing of its environment within 0.5 s")
+    assert is_gone(int(pid.read_text()))
+
+
+def test_server_that_is_killed_is_said_to_be(tmp_path: Path) -> None:
+    server = Server(parse_side(f"hf:{TINY} {FLAGS}"), sys.executable, tmp_path / "log.txt")
+    server.process.kill()
+    server.process.wait()
+    assert server.ended() == (
+        f"the server ended by signal 9 (as when memory runs out): it printed nothing (log: {tmp_path / 'log.txt'})"
+    )
+    server.stop()
 
 
 def test_one_engine_at_a_time_finds_the_same(tmp_path: Path, good: str) -> None:

@@ -301,10 +301,10 @@ def _conclude(pair: Pair, sides: tuple[Side, Side]) -> None:
         else:
             within.append(f"{size} over {pair.deltas.tokens} tokens")
     if ties := pair.partings_of(Kind.tie):
-        within.append(f"{len(ties)} ties (both gaps at most {pair.margin:.2g})")
+        within.append(f"{_counted(ties, 'tie')} (both gaps at most {pair.margin:.2g})")
     if rounded := pair.partings_of(Kind.rounding):
         within.append(
-            f"{len(rounded)} partings that rounding can explain (gaps up to {_widest(rounded):.2g}, "
+            f"{_counted(rounded, 'parting')} that rounding can explain (gaps up to {_widest(rounded):.2g}, "
             f"where it can explain {pair.rounding:.2g})"
         )
     unknown = pair.partings_of(Kind.unknown)
@@ -315,6 +315,10 @@ def _conclude(pair: Pair, sides: tuple[Side, Side]) -> None:
         within.insert(0, open_)
     pair.agrees = False if against else None if unknown else True
     pair.reasons = against + within
+
+
+def _counted(partings: Sequence[Parting], noun: str) -> str:
+    return f"{len(partings)} {noun}{'' if len(partings) == 1 else 's'}"
 
 
 def _part(partings: Sequence[Parting], pair: Pair) -> str:

@@ -60,7 +60,10 @@ def compare(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(min=0, help="Mean |Δ log p| that is agreement; by default 0.001 in float32 and 0.1 otherwise."),
+        typer.Option(
+            min=0,
+            help="Mean |Δ log p| that is agreement; by default 0.001 in float32, else as measured, or 0.1.",
+        ),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was found to this file.")] = (
         None
@@ -89,7 +92,7 @@ def compare(
 ) -> None:
     """Send the same prompts to two or more servers and tell who agrees, who does not, and what is faster.
 
-    Ends with status 0 if all agree, 1 if some do not, 2 if it could not be done or not in full.
+    Ends with status 0 if all agree, 1 if some do not, 2 if it could not be done or not in full, or not be decided.
     """
     try:
         specs = parse_sides(sides, dtype=dtype, without_speculation=without_speculation)

@@ -72,7 +72,7 @@ async def _ask(python: str, code: str) -> Any:
             printed, _ = await process.communicate()
         return json.loads(printed.splitlines()[-1])
     except TimeoutError as error:
-        raise SideError(f"{python} says nothing of its environment within {PATIENCE:.0f} s") from error
+        raise SideError(f"{python} says nothing of its environment within {PATIENCE:g} s") from error
     except (ValueError, IndexError) as error:
         raise SideError(f"{python} is not a Python that runs (status {process.returncode})") from error
     finally:
@@ -105,8 +105,10 @@ class Server:
         status = self.process.poll()
         if status is None:
             return None
-        # A negative status is a signal; most often the kernel ends what takes too much memory.
-        how = f"with status {status}" if status >= 0 else f"by signal {-status} ({_signal_name(-status)})"
+        how = f"with status {status}" if status >= 0 else f"by signal {-status}"
+        # SGLang's processes kill each other after an exception; where there is none, it was somebody else.
+        if -status == signal.SIGKILL and "Traceback" not in self._text():
+            how += " (as when memory runs out)"
         return f"the server ended {how}: {self.reason()} (log: {self.log})"
 
     def reason(self) -> str:
@@ -150,12 +152,3 @@ class Server:
         else:
             # SGLang's helpers get none: it would take their end for a crash.
             self.process.terminate()
-
-
-def _signal_name(number: int) -> str:
-    if number == signal.SIGKILL:
-        return "SIGKILL, as when memory runs out"
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "unknown"
