@@ -51,5 +51,8 @@ class Progress:
             disable=not self.console.is_terminal,
         )
         with bars:
-            yield Step(bars, bars.add_task(escape(name), total=total), refresh_alone)
-        self.say(f"{name}: {total} in {time.monotonic() - start:.1f} s")
+            task = bars.add_task(escape(name), total=total)
+            yield Step(bars, task, refresh_alone)
+        done = int(bars.tasks[task].completed)
+        count = str(total) if done == total else f"{done} of {total}"
+        self.say(f"{name}: {count} in {time.monotonic() - start:.1f} s")

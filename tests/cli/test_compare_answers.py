@@ -102,3 +102,19 @@ def test_log_probs_in_a_shape_of_the_servers_own_are_none(log_probs: Any) -> Non
     assert (answer.text, answer.log_probs, answer.texts) == ("a", None, None)
     answer = read_chat(0, {"choices": [{"message": {"content": "a"}, "logprobs": {"tokens": ["a"]}}]})
     assert (answer.text, answer.log_probs, answer.texts) == ("a", None, None)
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity"])
+def test_log_prob_that_is_no_number_is_refused(kind: str, recorded: dict[str, Any], number: str) -> None:
+    answer = read_completion(0, recorded["completion"])
+    assert answer.log_probs is not None
+    assert answer.prompt_ids is not None
+    assert answer.ids is not None
+    broken = json.dumps(recorded["completion"]).replace(json.dumps(answer.log_probs[2]), number)
+    with pytest.raises(SideError, match="the answer has a log-probability of"):
+        read_completion(0, json.loads(broken))
+    score = json.dumps(recorded["score"])
+    for given in READ_SCORE[kind](answer.prompt_ids, answer.ids, recorded["score"])[0]:
+        score = score.replace(json.dumps(given), number)
+    with pytest.raises(SideError, match="has a log-probability of"):
+        READ_SCORE[kind](answer.prompt_ids, answer.ids, json.loads(score))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -138,7 +139,7 @@ def _first(choices: list[Choice], what: str) -> Choice:
 
 def _gap(best: list[float]) -> float | None:
     """Difference of the two largest; None if there are not two."""
-    ordered = sorted(best, reverse=True)
+    ordered = sorted((number for number in best if math.isfinite(number)), reverse=True)
     return ordered[0] - ordered[1] if len(ordered) > 1 else None
 
 
@@ -208,11 +209,19 @@ def read_event(payload: Any) -> Event:
 
 def _consistent(answer: Answer) -> Answer:
     """``answer`` with lists of one length; raises SideError if they are not."""
+    _check_finite(answer.log_probs or [], "the answer")
     lists = {"token ids": answer.ids, "token texts": answer.texts, "log-probabilities": answer.log_probs}
     lengths = {name: len(entries) for name, entries in lists.items() if entries is not None}
     if len(set(lengths.values())) > 1:
         raise SideError(f"the answer has {', '.join(f'{count} {name}' for name, count in lengths.items())}")
     return answer
+
+
+def _check_finite(log_probs: list[float], what: str) -> None:
+    """Raise SideError where a number is none: nothing can be compared with it, and every comparison would pass."""
+    broken = next((number for number in log_probs if not math.isfinite(number)), None)
+    if broken is not None:
+        raise SideError(f"{what} has a log-probability of {broken}")
 
 
 def read_vllm_score(prompt_ids: list[int], ids: list[int], payload: Any) -> Scored:
@@ -228,6 +237,7 @@ def read_vllm_score(prompt_ids: list[int], ids: list[int], payload: Any) -> Scor
             raise SideError(f"{what} does not score token {token}")
         log_probs.append(entry[str(token)].logprob)
         gaps.append(_gap([scored.logprob for scored in entry.values()]))
+    _check_finite(log_probs, what)
     return log_probs, gaps
 
 
@@ -240,6 +250,7 @@ def read_sglang_score(prompt_ids: list[int], ids: list[int], payload: Any) -> Sc
     log_probs = [number for number, _, _ in given if number is not None]
     if len(log_probs) != len(ids):
         raise SideError("/generate leaves tokens of the continuation without a number")
+    _check_finite(log_probs, "the answer of /generate")
     tops = meta.input_top_logprobs[len(prompt_ids) :]
     gaps = [_gap([number for number, _, _ in top or []]) for top in tops]
     return log_probs, gaps

@@ -132,10 +132,12 @@ class Client:
         wanted: dict[str, Any] = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}
         if self.kind != "openai":
             wanted |= TOKEN_IDS
+        # Others may be asked meanwhile: what counts is what this request wanted.
+        asked = self.gives_log_probs
         try:
-            payload = await self._post(path, fields | (wanted if self.gives_log_probs else {}))
+            payload = await self._post(path, fields | (wanted if asked else {}))
         except RefusedError:
-            if self.kind != "openai" or not self.gives_log_probs:
+            if self.kind != "openai" or not asked:
                 raise
             payload = await self._post(path, fields)
             self.gives_log_probs = False
@@ -162,18 +164,20 @@ class Client:
 
     async def stream(self, prompt: Prompt, max_tokens: int) -> Timing:
         """Stream a continuation and time it."""
+        asked = self.counts_tokens
         try:
-            return await self._stream(prompt, max_tokens)
+            return await self._stream(prompt, max_tokens, counted=asked)
         except RefusedError:
-            if self.kind != "openai" or not self.counts_tokens:
+            if self.kind != "openai" or not asked:
                 raise
+            timing = await self._stream(prompt, max_tokens, counted=False)
             self.counts_tokens = False
-            return await self._stream(prompt, max_tokens)
+            return timing
 
-    async def _stream(self, prompt: Prompt, max_tokens: int) -> Timing:
+    async def _stream(self, prompt: Prompt, max_tokens: int, *, counted: bool) -> Timing:
         path, fields = self._request(prompt, max_tokens)
         fields["stream"] = True
-        if self.counts_tokens:
+        if counted:
             fields["stream_options"] = {"include_usage": True}
         start = time.perf_counter()
         first, last, pieces, tokens, finished = 0.0, 0.0, 0, None, False
