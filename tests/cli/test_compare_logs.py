@@ -76,6 +76,16 @@ def test_without_a_traceback_it_is_the_last_error_else_the_last_line() -> None:
     assert root_cause("") == "it printed nothing"
 
 
+def test_message_that_lists_something_goes_on_to_the_first_of_it() -> None:
+    log = [
+        "Traceback (most recent call last):",
+        '  File "a.py", line 1, in f',
+        "ValueError: cannot read one of: ",
+        "(1) a",
+    ]
+    assert root_cause("\n".join([*log, "(2) b", "done"])) == "ValueError: cannot read one of: (1) a"
+
+
 def test_long_reason_is_cut() -> None:
     reason = root_cause("Traceback (most recent call last):\nValueError: " + "x" * 1000)
     assert len(reason) == LONGEST + 1

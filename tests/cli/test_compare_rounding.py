@@ -91,6 +91,9 @@ def test_wrong_weight_is_found_in_bfloat16(report: Report) -> None:
     )
     errors = side_of(report, "wrong").errors
     assert all((error.ratio or 0.0) > TIMES for error in errors)
+    wrong = pair_of(report, "hf", "wrong")
+    assert wrong.partings_of(Kind.rounding) == []
+    assert wrong.partings_of(Kind.fault)
     told = [line for line in report.verdict if line.startswith("wrong's error")]
     assert len(told) == 2
     assert all("times transformers' own in bfloat16: a fault (mean |Δ log p|" in line for line in told)

@@ -20,7 +20,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from qnext_plugins.cli.compare import servers
+from qnext_plugins.cli.compare import referee, servers
 from qnext_plugins.cli.compare.command import compare
 from qnext_plugins.cli.compare.report import Kind, Report, Side, Status, Unit
 from qnext_plugins.cli.compare.servers import Server
@@ -127,6 +127,33 @@ def test_wrong_weight_is_no_fault_if_the_user_allows_as_much(tmp_path: Path, goo
     assert {parting.kind for parting in report.pairs[0].partings} == {Kind.tie}
 
 
+def test_referee_measures_rounding_in_the_dtype_of_a_side(tmp_path: Path, good: str) -> None:
+    coarse = f"coarse=hf:{TINY} --dtype bfloat16 --threads 1"
+    result, report = run(tmp_path, coarse, f"truth={good}", "--referee", "truth", "--no-speed")
+    assert result.exit_code == 0, result.output
+    truth = side_of(report, "truth")
+    assert list(truth.readings) == ["bfloat16"]
+    assert len(truth.readings["bfloat16"]) == len(truth.scores)
+    reading, generating = side_of(report, "coarse").errors
+    # It is the same program: what it reads is what the referee reads in bfloat16.
+    assert reading.ratio == pytest.approx(1.0, abs=0.01)
+    assert generating.ratio is not None
+    assert 0.5 < generating.ratio < 2
+    assert "All agree within rounding: coarse, truth." in result.output
+    assert report.pairs[0].rounding is not None
+
+
+def test_referee_without_room_for_another_dtype_says_so_and_reads_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = referee.Referee(str(TINY), "bfloat16", "cpu")
+    monkeypatch.setattr(referee, "free_memory", lambda device: 1e6)
+    request = {"prompt": [1, 2, 3], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
+    with pytest.raises(referee.RequestError, match=r"the model in float32 takes 0\.\d+ GB, and 0\.001 GB are free"):
+        own.complete(request | {"prompt_logprobs_dtype": "float32"}, chat=False)
+    for dtype in (None, "bfloat16"):
+        answer = own.complete(request | {"prompt_logprobs_dtype": dtype}, chat=False)
+        assert len(answer["choices"][0]["prompt_logprobs"]) == 3
+
+
 def test_chat_is_compared_token_by_token(tmp_path: Path, good: str) -> None:
     result, report = run(tmp_path, f"a={good}", f"b={good}", "--chat")
     assert result.exit_code == 0, result.output
@@ -214,14 +241,14 @@ def test_wrong_model_name_is_said_by_the_server(tmp_path: Path, good: str) -> No
 def test_what_cannot_be_started_or_reached_is_said_and_the_rest_goes_on(tmp_path: Path, good: str) -> None:
     wrong = tmp_path / "no-python"
     empty = tmp_path / "empty"
-    empty.mkdir()
+    shutil.copytree(TINY, empty, ignore=shutil.ignore_patterns("*.safetensors"))
     sides = (f"fine={good}", "nowhere=http://127.0.0.1:9", f"hf:{empty}", "vllm:m")
     result, report = run(tmp_path, *sides, "--python-vllm", str(wrong))
     assert result.exit_code == 2
     (nowhere,) = side_of(report, "nowhere").problems
     assert nowhere == "no server answers at http://127.0.0.1:9"
     (missing,) = side_of(report, "hf").problems
-    assert "ended with status 1: OSError" in missing
+    assert "ended with status 1: OSError: Error no file named model.safetensors" in missing
     assert str(empty) in missing
     (python,) = side_of(report, "vllm").problems
     assert f"{wrong} is not a Python that runs" in python

@@ -12,9 +12,9 @@ exceeds a tolerance, or a single one fifty times as much.
 
 In less than float32 rounding moves log-probabilities further than a tie is wide. With E the largest error of
 transformers in a side's dtype (``rounding``), the gap of two tokens on one side is no more than the errors of both
-tokens on both sides: a parting is *rounding* up to 2 · (E of one side + E of the other), and beyond that a fault. The
-sides themselves are judged by their own errors, which together are the tolerance of the pair. Without transformers to
-measure it, a parting that is no tie stays *unknown*.
+tokens on both sides: a parting is *rounding* up to 2 · (E of one side + E of the other), and beyond that, or where a
+side's own errors are no rounding, a fault. The sides are judged by their own errors, and what those are allowed is
+together the tolerance of the pair. Without transformers to measure it, a parting that is no tie stays *unknown*.
 """
 
 from __future__ import annotations
@@ -129,11 +129,16 @@ class Judge:
         strict = tie_gap is not None or not rounds(a, b)
         dtypes = (precision_of(a), precision_of(b))
         known = not strict and all(dtype in measured for dtype in dtypes)
+        margin = margin_of(a, b, tie_gap)
+        rounding = 2 * sum(measured.largest(dtype) for dtype in dtypes) if known else None
+        # What goes beyond rounding on average is not excused by it anywhere.
+        if known and not all(error.is_rounding for error in (*a.errors, *b.errors)):
+            rounding = margin
         return cls(
-            margin=margin_of(a, b, tie_gap),
+            margin=margin,
             tolerance=tolerance_of(a, b, given=tolerance),
             strict=strict,
-            rounding=2 * sum(measured.largest(dtype) for dtype in dtypes) if known else None,
+            rounding=rounding,
         )
 
 

@@ -7,7 +7,7 @@ import re
 LONGEST = 400
 PREFIX = re.compile(
     # vLLM: (EngineCore pid=12) ERROR 11-26 07:54:13 [core.py:1510], SGLang: [2026-11-26 07:54:13 TP0]
-    r"^(?:\(\S+ pid=\d+\) ?)?(?:(?P<level>[A-Z]+) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\] ?|\[\d{4}-\d\d-\d\d [^\]]+\] ?)?"
+    r"^(?P<writer>\(\S+ pid=\d+\) ?)?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\] ?|\[\d{4}-\d\d-\d\d [^\]]+\] ?)?"
 )
 TRACEBACK = re.compile(r"Traceback \(most recent call last\):")
 EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*(?P<name>[A-Z]\w*)(?:: (?P<message>.*))?$")
@@ -50,6 +50,11 @@ def _shortened(line: str) -> str:
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
 
 
+def _goes_on(told: str, text: str) -> bool:
+    """Whether a message is about to list what follows it."""
+    return told.rstrip().endswith(":") and bool(text.strip())
+
+
 def _exceptions(log: str) -> list[tuple[str, str]]:
     """Name and line of every exception that ends a traceback, in the log's order.
 
@@ -61,15 +66,15 @@ def _exceptions(log: str) -> list[tuple[str, str]]:
     for line in log.splitlines():
         prefix = PREFIX.match(line)
         text = line[prefix.end() :] if prefix else line
-        writer = line.split(")", 1)[0] if line.startswith("(") else ""
+        writer = (prefix and prefix["writer"]) or ""
         if TRACEBACK.search(text):
             inside[writer] = True
             open_at.pop(writer, None)
-        elif text.startswith((" ", "\t")):
-            # What follows an exception indented belongs to its message; so pydantic and argparse write theirs.
+        elif text.startswith((" ", "\t")) or (writer in open_at and _goes_on(found[open_at[writer]][1], text)):
+            # What follows an exception indented belongs to its message: so pydantic writes it.
             if writer in open_at and "further information" not in text:
                 name, told = found[open_at[writer]]
-                found[open_at[writer]] = (name, f"{told} {text.strip()}")
+                found[open_at[writer]] = (name, f"{told.rstrip()} {text.strip()}")
         elif inside.get(writer) and (exception := EXCEPTION.match(text)):
             inside[writer] = False
             open_at[writer] = len(found)

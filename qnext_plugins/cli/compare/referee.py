@@ -68,7 +68,7 @@ class Referee:
             needed = self.model.num_parameters() * getattr(torch, dtype).itemsize
             if needed > (free := free_memory(self.device)):
                 raise RequestError(
-                    f"the model in {dtype} takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+                    f"the model in {dtype} takes {needed / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free"
                 )
             self.models[dtype] = self.load(dtype)
         return self.models[dtype]
