@@ -94,10 +94,11 @@ def _sized(rows: int, shape: Shape, blocks: int, target: Target) -> Configuratio
     elif rows == 64:
         widest, depth = 128, 64
     else:
-        # FP8 has a second sum in registers, that of a group.
-        widest, depth = (256 if hopper and itemsize == 2 else 128), 64
+        widest, depth = (256 if hopper else 128), 64
     if itemsize == 1:
+        # There is a second sum in registers, that of a group.
         depth = FP8_GROUP
+        widest = min(widest, 128 if hopper else 64)
     warps = 8 if rows == 128 else 4
 
     def product(sum_size: int, width: int, per_column: int) -> Product:
@@ -106,7 +107,8 @@ def _sized(rows: int, shape: Shape, blocks: int, target: Target) -> Configuratio
         while rows <= 32 and columns > 16 and blocks * -(-width // columns) < 264:
             columns //= 2
         deep = min(depth, max(32, power_of_two(sum_size)))
-        stage = (rows + columns * per_column) * deep * itemsize
+        # Activations of FP8 lie in bfloat16 where a GPU has no products of e4m3.
+        stage = (rows * (itemsize if hopper else max(itemsize, 2)) + columns * per_column * itemsize) * deep
         stages = max(1, min(4, -(-sum_size // deep), (target.shared_memory - 1024) // stage))
         return Product(columns, deep, warps, stages if target.nvidia else min(stages, 2))
 

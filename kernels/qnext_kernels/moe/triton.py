@@ -19,8 +19,8 @@ class TritonMoe(TritonBackend):
     What is rounded: the product behind SwiGLU and the result of each expert, to the dtype of ``x``.
 
     Every sum runs in one order, and an element's does not depend on which rows it shares a block with. How many rows a
-    block has depends on the number of tokens, and with it the instruction that multiplies; so in the deterministic
-    mode it does not, and a token's bits depend on nothing but that token.
+    block has depends on the number of tokens, and with it the instruction that multiplies. In the deterministic mode it
+    does not: every call runs the same compiled products, and a token's bits depend on nothing but that token.
 
     The tests compile it for GPUs of NVIDIA and AMD and run it in Triton's interpreter; it has not run on a GPU yet.
     """
@@ -56,7 +56,8 @@ class TritonMoe(TritonBackend):
             extra = Shared(Weights(*map(matrices, shared[:2])), shared[2].contiguous())
         x, topk_weights, topk_ids = aligned_rows(x), topk_weights.contiguous(), topk_ids.contiguous()
         with torch.cuda.device_of(x):
-            call = Call(x, Weights(matrices(w13), matrices(w2)), extra, topk_weights, topk_ids, config, target)
+            weights = Weights(matrices(w13), matrices(w2))
+            call = Call(x, weights, extra, topk_weights, topk_ids, config, target, direct=is_direct(x))
             return call.sum(call.down(call.up(x)))
 
     def experts_fp8(
@@ -85,7 +86,7 @@ class TritonMoe(TritonBackend):
             extra = Shared(weights, gate.contiguous())
         with torch.cuda.device_of(x):
             tokens = aligned_rows(x), topk_weights.contiguous(), topk_ids.contiguous()
-            return run_fp8(tokens[0], routed, extra, *tokens[1:], config, target)
+            return run_fp8(tokens[0], routed, extra, *tokens[1:], config, target, direct=is_direct(x))
 
 
 def configuration(x: Tensor, w2: Tensor, topk_ids: Tensor, target: Target) -> Configuration:
@@ -94,6 +95,11 @@ def configuration(x: Tensor, w2: Tensor, topk_ids: Tensor, target: Target) -> Co
     num_experts, hidden, middle = w2.shape
     shape = Shape(num_experts, hidden, middle, top_k, str(w2.dtype).removeprefix("torch."))
     return choose(shape, tokens, target, gpu_name(x), deterministic=is_deterministic())
+
+
+def is_direct(x: Tensor) -> bool:
+    """Whether every choice is a block of its own: of one token, unless no bit may depend on how many there are."""
+    return x.shape[0] == 1 and not is_deterministic()
 
 
 def gpu_name(x: Tensor) -> str | None:

@@ -63,22 +63,26 @@ def e4m3_value(bits):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def weighted_sum(  # type: ignore[no-untyped-def]
-    a, a_rows, a_inside, a_scales, b, b_rows, b_inside, b_scales,
-    SIZE: tl.constexpr, size, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr, DECODE: tl.constexpr, PRECISION: tl.constexpr,
+    a, a_rows, a_inside, a_scales, b, b_rows, b_inside, b_scale, odd_scale, SIZE: tl.constexpr, size,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAIRED: tl.constexpr, GROUP: tl.constexpr,
+    DECODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a bᵀ in float32, [ROWS, COLUMNS]: DEPTH elements of the sum after DEPTH elements, from the first.
 
     Args:
         a, b: where rows 0 begin; a_rows [ROWS], b_rows [COLUMNS]: where each row begins behind that, int64.
         a_inside, b_inside: which rows there are; others are zeros.
-        a_scales [ROWS], b_scales [COLUMNS]: pointers to the scales of the first GROUP elements of each row; the next
-            ones are behind them. Not read where GROUP is 0.
+        a_scales [ROWS]: pointers to the scales of the first GROUP elements of each row, the next ones behind them.
+        b_scale: pointer to those of all rows of b, or where PAIRED of the even ones; odd_scale: of the odd ones. No
+            scale is read where GROUP is 0.
         SIZE: elements of the sum, 0 where they are ``size``, known only to the program.
     """
     index = tl.arange(0, DEPTH)
     a_pointers = a + a_rows[:, None] + index[None, :]
     b_pointers = b + b_rows[None, :] + index[:, None]
+    # All columns of a program, and all elements loaded at once, have one scale.
+    tl.static_assert(GROUP == 0 or GROUP % DEPTH == 0)
+    tl.static_assert(GROUP == 0 or GROUP % (COLUMNS // 2 if PAIRED else COLUMNS) == 0)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in range(0, SIZE if SIZE > 0 else size, DEPTH):
         a_mask, b_mask = a_inside[:, None], b_inside[None, :]
@@ -92,9 +96,12 @@ def weighted_sum(  # type: ignore[no-untyped-def]
             right = tl.load(b_pointers + k, mask=b_mask, other=0.0)
         if GROUP > 0:
             part = tl.dot(left, right, out_dtype=tl.float32)
-            left_scale = tl.load(a_scales + k // GROUP, mask=a_inside, other=0.0)
-            right_scale = tl.load(b_scales + k // GROUP, mask=b_inside, other=0.0)
-            total += part * (left_scale[:, None] * right_scale[None, :])
+            scales = tl.load(a_scales + k // GROUP, mask=a_inside, other=0.0)
+            scale = tl.load(b_scale + k // GROUP)
+            if PAIRED:
+                odd = tl.load(odd_scale + k // GROUP)
+                scale = tl.where(tl.arange(0, COLUMNS) % 2 == 1, odd, scale)[None, :]
+            total += part * (scales[:, None] * scale)
         else:
             total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=tl.float32)
     return total
@@ -147,12 +154,16 @@ def up_kernel(  # type: ignore[no-untyped-def]
     columns = tile * COLUMNS + tl.arange(0, 2 * COLUMNS) // 2
     is_up = tl.arange(0, 2 * COLUMNS) % 2
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP if GROUP > 0 else 0
-    blocks_of_scales = (size + GROUP - 1) // GROUP if GROUP > 0 else 0
-    scale_row = is_up * blocks_of_scales + (columns // GROUP if GROUP > 0 else 0)
+    if GROUP > 0:
+        # Columns behind the last, of the narrower kind of expert, have no scale.
+        scale += tl.minimum(tile * COLUMNS, size - 1) // GROUP * GROUPS
+        up_scale = scale + (size + GROUP - 1) // GROUP * GROUPS
+    else:
+        up_scale = scale
     both = weighted_sum(
         x, token.to(tl.int64) * x_token, inside, x_scale + token.to(tl.int64) * GROUPS,
-        w, (is_up * size + columns).to(tl.int64) * D, columns < size, scale + scale_row * GROUPS,
-        D, D, DEPTH, ROWS, 2 * COLUMNS, GROUP, DECODE, PRECISION,
+        w, (is_up * size + columns).to(tl.int64) * D, columns < size, scale, up_scale,
+        D, D, DEPTH, ROWS, 2 * COLUMNS, True, GROUP, DECODE, PRECISION,
     )  # fmt: skip
     gate, up = tl.split(tl.reshape(both, [ROWS, COLUMNS, 2]))
     activated = gate / (1.0 + tl.exp(-gate)) * up
@@ -202,13 +213,13 @@ def down_kernel(  # type: ignore[no-untyped-def]
     row = tl.where(is_shared, places + behind, places)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     GROUPS: tl.constexpr = (WIDTH + GROUP - 1) // GROUP if GROUP > 0 else 0
-    w_groups = (size + GROUP - 1) // GROUP if GROUP > 0 else 0
-    scale_row = columns // GROUP if GROUP > 0 else columns * 0
+    if GROUP > 0:
+        scale += tile * COLUMNS // GROUP * ((size + GROUP - 1) // GROUP)
     SIZE: tl.constexpr = MIDDLE if SHARED_MIDDLE == 0 or SHARED_MIDDLE == MIDDLE else 0
     product = weighted_sum(
         middle, row * WIDTH, inside, middle_scale + row * GROUPS,
-        w, columns.to(tl.int64) * size, columns < D, scale + scale_row * w_groups,
-        SIZE, size, DEPTH, ROWS, COLUMNS, GROUP, DECODE, PRECISION,
+        w, columns.to(tl.int64) * size, columns < D, scale, scale,
+        SIZE, size, DEPTH, ROWS, COLUMNS, False, GROUP, DECODE, PRECISION,
     )  # fmt: skip
     target = tl.where(is_shared, places + behind, pair)
     place = results + target[:, None] * D + columns[None, :]
@@ -276,6 +287,7 @@ class Call:
         config: Configuration,
         target: Target,
         *,
+        direct: bool,
         decode: bool = False,
     ) -> None:
         """Sort the choices into blocks.
@@ -285,6 +297,7 @@ class Call:
             routed, shared: as :func:`up_kernel` and :func:`down_kernel` take them.
             topk_weights, topk_ids: contiguous [T, top_k].
             config: of this call.
+            direct: of one token: every choice is a block, and nothing is sorted.
             decode: the weights are uint8 with the bits of e4m3, and the products run in bfloat16.
         """
         tokens, top_k = topk_ids.shape
@@ -294,7 +307,6 @@ class Call:
         self.shared_middle = 0 if shared is None else shared.weights.w2.shape[1]
         self.width = max(middle, self.shared_middle)
         self.rows = tokens * top_k + (0 if shared is None else tokens)
-        direct = tokens == 1
         self.shared_blocks = 0 if shared is None else triton.cdiv(tokens, config.rows)
         if direct:
             routed_blocks = top_k

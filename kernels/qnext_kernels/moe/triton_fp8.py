@@ -89,13 +89,15 @@ def run_fp8(
     topk_ids: Tensor,
     config: Configuration,
     target: Target,
+    *,
+    direct: bool,
 ) -> Tensor:
     """The experts over weights in float8_e4m3fn; arguments as those of :class:`Call`."""
     decode = not multiplies_e4m3()
     if decode:
         routed = _as_bytes(routed)
         shared = None if shared is None else shared._replace(weights=_as_bytes(shared.weights))
-    call = Call(x, routed, shared, topk_weights, topk_ids, config, target, decode=decode)
+    call = Call(x, routed, shared, topk_weights, topk_ids, config, target, direct=direct, decode=decode)
     middle = call.up(*quantize(x, decode))
     return call.sum(call.down(*quantize(middle, decode)))
 

@@ -1,0 +1,111 @@
+"""The experts compile for every GPU we name, at the shapes of the published model, as the host code launches them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qnext_kernels.dispatch import deterministic
+from qnext_kernels.moe.triton import TritonMoe
+from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, TARGETS, Compiled, compiling_for
+
+EXPERTS, TOP_K, HIDDEN, MIDDLE = 512, 10, 2048, 512
+DECODE, SOME, PREFILL = 8, 2048, 65536
+PRODUCTS = ("up_kernel", "down_kernel")
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def choice(tokens: int) -> tuple[Tensor, Tensor]:
+    return empty(tokens, TOP_K, dtype=torch.float32), empty(tokens, TOP_K, dtype=torch.int32)
+
+
+def compile_experts(
+    target: str, tokens: int, ranks: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Compiled]:
+    """What a call with the shared expert launches on a rank, by name."""
+    middle = MIDDLE // ranks
+    w13, w2 = empty(EXPERTS, 2 * middle, HIDDEN, dtype=dtype), empty(EXPERTS, HIDDEN, middle, dtype=dtype)
+    shared = w13[0], w2[0], empty(HIDDEN, dtype=dtype)
+    with compiling_for(target) as compiled:
+        TritonMoe().experts_with_shared(empty(tokens, HIDDEN, dtype=dtype), w13, w2, *choice(tokens), shared)
+    return {kernel.name: kernel for kernel in compiled}
+
+
+def compile_fp8(target: str, tokens: int, ranks: int = 1) -> dict[str, Compiled]:
+    middle, groups = MIDDLE // ranks, -(-MIDDLE // ranks // 128)
+
+    def weight(*shape: int) -> Tensor:
+        return empty(EXPERTS, *shape, dtype=torch.float8_e4m3fn)
+
+    def scale(*shape: int) -> Tensor:
+        return empty(EXPERTS, *shape, dtype=torch.float32)
+
+    weights = weight(2 * middle, HIDDEN), scale(2 * groups, HIDDEN // 128)
+    weights += weight(HIDDEN, middle), scale(HIDDEN // 128, groups)
+    shared = *(tensor[0] for tensor in weights), empty(HIDDEN, dtype=torch.bfloat16)
+    with compiling_for(target) as compiled:
+        TritonMoe().experts_fp8(empty(tokens, HIDDEN, dtype=torch.bfloat16), *weights, *choice(tokens), shared)
+    return {kernel.name: kernel for kernel in compiled}
+
+
+@pytest.mark.parametrize("tokens", [DECODE, PREFILL])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles_without_spilling_and_fits_into_shared_memory(target: str, tokens: int) -> None:
+    compiled = compile_experts(target, tokens)
+    sorting = ["align_kernel"] if tokens == DECODE else ["count_kernel", "align_kernel"]
+    assert list(compiled) == [*sorting, *PRODUCTS, "sum_kernel"]
+    for kernel in compiled.values():
+        assert kernel.spilled == 0, kernel[:-1]
+        assert kernel.shared <= SHARED_MEMORY[target], kernel[:-1]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_fp8_compiles_with_products_of_e4m3_and_without(target: str) -> None:
+    compiled = compile_fp8(target, DECODE)
+    for name in (*PRODUCTS, "quantize_kernel"):
+        assert compiled[name].spilled == 0, compiled[name][:-1]
+        assert compiled[name].shared <= SHARED_MEMORY[target], compiled[name][:-1]
+
+
+RANKS = [(1, 1), (1, SOME), (2, DECODE), (2, PREFILL), (4, SOME), (4, PREFILL), (8, 1), (8, DECODE), (8, PREFILL)]
+
+
+@pytest.mark.parametrize(("ranks", "tokens"), RANKS)
+def test_every_rank_of_tensor_parallelism_has_products_without_spills(ranks: int, tokens: int) -> None:
+    compiled = compile_experts("sm_90", tokens, ranks)
+    for name in PRODUCTS:
+        kernel = compiled[name]
+        assert kernel.spilled == 0, kernel[:-1]
+        assert kernel.shared <= SHARED_MEMORY["sm_90"], kernel[:-1]
+        # Every thread loads 16 bytes of weights at once.
+        assert "cp.async.cg.shared.global" in kernel.assembly or "ld.global.v4.b32" in kernel.assembly
+        assert ("wgmma.mma_async" in kernel.assembly) == (tokens >= SOME)
+    assert "cp.async.cg.shared.global" in compiled["up_kernel"].assembly
+
+
+@pytest.mark.parametrize(("ranks", "tokens"), [(1, SOME), (1, PREFILL), (8, SOME)])
+def test_products_in_fp8_run_on_tensor_cores_without_spills(ranks: int, tokens: int) -> None:
+    compiled = compile_fp8("sm_90", tokens, ranks)
+    for name in PRODUCTS:
+        assert compiled[name].spilled == 0
+        assert "wgmma.mma_async" in compiled[name].assembly
+        assert ".f32.e4m3.e4m3" in compiled[name].assembly
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("sm_90", torch.float16), ("sm_90", torch.float32), ("gfx942", torch.float32)]
+)
+def test_other_dtypes_compile_and_fit_into_shared_memory(target: str, dtype: torch.dtype) -> None:
+    compiled = compile_experts(target, SOME, dtype=dtype)
+    assert all(kernel.spilled == 0 and kernel.shared <= SHARED_MEMORY[target] for kernel in compiled.values())
+
+
+def test_the_deterministic_mode_runs_the_same_products_whatever_the_number_of_tokens() -> None:
+    with deterministic():
+        compiled = [compile_experts("sm_90", tokens) for tokens in (1, DECODE, SOME + 1, PREFILL)]
+    for name in (*PRODUCTS, "sum_kernel"):
+        assert len({kernels[name].assembly for kernels in compiled}) == 1
