@@ -1,0 +1,41 @@
+"""The tuner of the experts writes what calls read; kernels are interpreted and the clock is the test's."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qnext_kernels.moe import triton_align, triton_experts, triton_fp8
+from qnext_kernels.moe.configurations import Shape, load, save
+from tests.kernels.triton.interpreter import interpreted
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "tune_experts.py"
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float8_e4m3fn"])
+def test_the_fastest_candidate_is_written(tmp_path: Path, weights: str) -> None:
+    spec = importlib.util.spec_from_file_location("tune_experts", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    tuner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tuner)
+    torch.manual_seed(0)
+    shape = Shape(experts=3, hidden=64, middle=32, top_k=2, weights=weights)
+    measured: list[object] = []
+
+    def clock(run: Callable[[], object]) -> float:
+        measured.append(run())
+        return 1.0 / len(measured)
+
+    with interpreted(triton_align, triton_experts, triton_fp8):
+        best = tuner.tune(shape, 3, "cpu", clock)
+        possible = list(tuner.candidates(shape.hidden, shape.middle, fp8=weights != "bfloat16"))
+    # The last one is the fastest here, with twice the rows of the rule.
+    assert best.rows == 32
+    assert best.down == possible[-1]
+    save(tmp_path / "gpu.json", "3.8.0", {shape: {3: best}})
+    assert load(tmp_path / "gpu.json") == {shape: {3: best}}
