@@ -52,6 +52,21 @@ def pairs_at(places, inside, order, DIRECT: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
+def of_expert(  # type: ignore[no-untyped-def]
+    routed, stride, shared, expert, E: tl.constexpr, SHARED: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Where the weights of an expert begin, or their scales; ALIGNED: always at a multiple of 16 bytes."""
+    place = routed + expert.to(tl.int64) * stride
+    if SHARED > 0:
+        # A choice between addresses, since Triton 3.6 fails for AMD over one between pointers.
+        address = tl.where(expert == E, shared.to(tl.int64), place.to(tl.int64))
+        place = address.to(routed.dtype)
+        if ALIGNED:
+            place = tl.multiple_of(place, 16)
+    return place
+
+
+@triton.jit
 def e4m3_value(bits):  # type: ignore[no-untyped-def]
     """The bfloat16 numbers that uint8 stores as e4m3; the bits of NaN give ±480."""
     magnitude = (bits & 0x7F).to(tl.int32)
@@ -113,7 +128,7 @@ def up_kernel(  # type: ignore[no-untyped-def]
     x_token, w13_expert, scale_expert, most_blocks, tokens, shared_blocks,
     D: tl.constexpr, MIDDLE: tl.constexpr, SHARED_MIDDLE: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr,
-    DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """middle = SiLU(gate x) · up x for a block of pairs and COLUMNS of the middle size, rounded once.
 
@@ -145,8 +160,8 @@ def up_kernel(  # type: ignore[no-untyped-def]
         return
     is_shared = expert == E
     size = tl.where(is_shared, SHARED_MIDDLE, MIDDLE) if SHARED_MIDDLE > 0 else MIDDLE
-    w = tl.where(is_shared, shared_w13, w13 + expert.to(tl.int64) * w13_expert)
-    scale = tl.where(is_shared, shared_w13_scale, w13_scale + expert.to(tl.int64) * scale_expert)
+    w = of_expert(w13, w13_expert, shared_w13, expert, E, SHARED_MIDDLE, ALIGNED)
+    scale = of_expert(w13_scale, scale_expert, shared_w13_scale, expert, E, SHARED_MIDDLE, False)
 
     places = first + tl.arange(0, ROWS)
     inside = places < end
@@ -179,7 +194,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
     w2_expert, scale_expert, most_blocks, tokens, shared_blocks,
     D: tl.constexpr, MIDDLE: tl.constexpr, SHARED_MIDDLE: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr,
-    DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """results = down · middle for a block of pairs and COLUMNS of the hidden size, rounded.
 
@@ -203,8 +218,8 @@ def down_kernel(  # type: ignore[no-untyped-def]
         return
     is_shared = expert == E
     size = tl.where(is_shared, SHARED_MIDDLE, MIDDLE) if SHARED_MIDDLE > 0 else MIDDLE
-    w = tl.where(is_shared, shared_w2, w2 + expert.to(tl.int64) * w2_expert)
-    scale = tl.where(is_shared, shared_w2_scale, w2_scale + expert.to(tl.int64) * scale_expert)
+    w = of_expert(w2, w2_expert, shared_w2, expert, E, SHARED_MIDDLE, ALIGNED)
+    scale = of_expert(w2_scale, scale_expert, shared_w2_scale, expert, E, SHARED_MIDDLE, False)
 
     places = first + tl.arange(0, ROWS)
     inside = places < end
@@ -340,7 +355,7 @@ class Call:
             x, _or(x_scale, x), w13, scale, shared.w13, _or(shared.w13_scale, x),
             self.topk_ids, self.order, self.table, middle,
             x.stride(0), w13.stride(0), scale.stride(0), self.routed_blocks, self.x.shape[0], self.shared_blocks,
-            **self.common, **_launch(product),
+            ALIGNED=_aligned(w13), **self.common, **_launch(product),
         )  # fmt: skip
         return middle
 
@@ -354,7 +369,7 @@ class Call:
             middle, _or(middle_scale, middle), w2, scale, shared.w2, _or(shared.w2_scale, middle),
             self.topk_ids, self.order, self.table, results,
             w2.stride(0), scale.stride(0), self.routed_blocks, self.x.shape[0], self.shared_blocks,
-            **self.common, **_launch(product),
+            ALIGNED=_aligned(w2), **self.common, **_launch(product),
         )  # fmt: skip
         return results
 
@@ -375,6 +390,11 @@ class Call:
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A tensor, or another in the place of one that the kernel does not read."""
     return other if tensor is None else tensor
+
+
+def _aligned(weight: Tensor) -> bool:
+    """Whether every expert of aligned weights is aligned."""
+    return weight.stride(0) * weight.itemsize % ALIGNMENT == 0
 
 
 def _launch(product: Product) -> dict[str, int]:
