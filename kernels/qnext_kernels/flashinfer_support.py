@@ -15,8 +15,8 @@ from packaging.version import Version
 from qnext_kernels.dispatch import Backend
 
 PACKAGE = "flashinfer-python"
-VERSIONS = ("0.7.2", "0.8")
-"""From the first, below the second: those whose signatures are known to be what the backends call."""
+VERSIONS = ("0.7.0", "0.8")
+"""From the first, below the second. vLLM 0.32 pins 0.7.0.post1, SGLang 0.5.23 pins 0.7.2."""
 CAPABILITY = (9, 0)
 
 

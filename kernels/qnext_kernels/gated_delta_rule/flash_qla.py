@@ -18,8 +18,9 @@ HEAD_DIM = 128
 class FlashQlaGatedDeltaRule(Backend):
     """Prefill alone: bfloat16 or float16, states in float32, head dimensions of 128.
 
-    Each call waits for the GPU: the library plans its chunks on the host, and takes no sequence without tokens. Not for
-    a CUDA graph, and the bitwise promises are not its.
+    Each call waits for the GPU, several times: the library plans its chunks on the host, and takes no sequence without
+    tokens. Not for a CUDA graph, and the bitwise promises are not its. Where heads are few it splits long sequences,
+    and what a part takes over from the one before it leaves out what has decayed to e⁻¹⁰.
     """
 
     name = "flash_qla"
@@ -75,9 +76,10 @@ class FlashQlaGatedDeltaRule(Backend):
                 scale=q.shape[2] ** -0.5,
                 initial_state=initial[filled],
                 output_final_state=True,
-                use_qk_l2norm_in_kernel=True,
+                use_qk_l2norm_in_kernel=False,
                 cu_seqlens=starts,
                 state_v_first=True,
+                auto_cp=True,
             )
             return out[0].contiguous(), initial.index_copy_(0, filled, final)
 

@@ -31,14 +31,17 @@ class FlashInferGatedDeltaRule(FlashInferBackend):
             return f"has no {' and no '.join(call.features)}"
         if (key_dim, value_dim) != (HEAD_DIM, HEAD_DIM):
             return f"needs head dimensions of {HEAD_DIM} and {HEAD_DIM}, got {key_dim} and {value_dim}"
-        if state_dtype != torch.float32:
-            return f"keeps padding out of slot 0, and states exact, in torch.float32 alone, got {state_dtype}"
         if call.method == "decode":
+            if state_dtype != torch.float32:
+                return f"uses slot 0 for padding unless states are in torch.float32, got {state_dtype}"
             if dtype != torch.bfloat16:
                 return f"decodes in torch.bfloat16, got {dtype}"
             if gate_dtype != torch.bfloat16:
                 return f"needs a and b in torch.bfloat16, got {gate_dtype}"
-        return _why_no_prefill(device.index) if call.method == "prefill" else None
+            return None
+        if state_dtype != torch.float32:
+            return f"rounds states at the end of a call alone: needs them in torch.float32, got {state_dtype}"
+        return _why_no_prefill(device.index)
 
     def prefill(
         self,
@@ -61,16 +64,16 @@ class FlashInferGatedDeltaRule(FlashInferBackend):
             q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial: Tensor, query_start_loc: Tensor
         ) -> tuple[Tensor, Tensor]:
             out, final = chunk_gated_delta_rule(
-                q=aligned_rows(q),
-                k=aligned_rows(k),
-                v=aligned_rows(v),
+                q=q,
+                k=k,
+                v=v,
                 g=decay(g),
                 beta=beta,
                 scale=q.shape[2] ** -0.5,
                 initial_state=initial,
                 output_final_state=True,
                 cu_seqlens=query_start_loc,
-                use_qk_l2norm_in_kernel=True,
+                use_qk_l2norm_in_kernel=False,  # which some versions do not do
                 output=torch.empty_like(v),
                 output_state=torch.empty_like(initial),
             )

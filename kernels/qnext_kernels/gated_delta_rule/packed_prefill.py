@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.gated_delta_rule.reference import gating
+from qnext_kernels.triton_support import aligned_rows
 
 
 class ChunkedPrefill(Protocol):
     """The library's part.
 
-    Takes q and k [T, H, K] as they come, v [T, HV, V], the log decay g and the write strength beta [T, HV] float32,
-    initial states [N, HV, V, K] float32 and query_start_loc [N + 1], all contiguous; returns outputs [T, HV, V] in the
-    dtype of v, contiguous, and final states like the initial ones. A sequence without tokens may have any final state.
+    Takes q and k [T, H, K], L2-normalised and rounded to the dtype of v, not yet scaled; v [T, HV, V]; the log decay g
+    and the write strength beta [T, HV] float32; initial states [N, HV, V, K] float32; query_start_loc [N + 1]: all
+    contiguous. Returns outputs [T, HV, V] in the dtype of v, contiguous, and final states like the initial ones. A
+    sequence without tokens may have any final state.
     """
 
     def __call__(
@@ -40,10 +42,10 @@ def packed_prefill(
     """Prefill with ``chunked``; the arguments are those of the operation, ``state`` in float32.
 
     What it costs beside the library's own work: each state is read and written once more on its way in and once more on
-    its way out, 4 · HV · V · K · 4 bytes a sequence, 8 MiB for all heads of the published model; and q, k and v are
-    copied where they are columns of one projection.
+    its way out, 4 · HV · V · K · 4 bytes a sequence, 8 MiB for all heads of the published model; q and k are read and
+    written once for their norm, and v where it is columns of a projection.
     """
-    from qnext_kernels.gated_delta_rule.triton_states import clear_skipped, load_states, save_states
+    from qnext_kernels.gated_delta_rule.triton_packed import clear_skipped, load_states, normalized, save_states
 
     if len(slots) == 0 or v.numel() == 0:
         return torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -51,7 +53,7 @@ def packed_prefill(
     g, beta = gating(a.float(), b.float(), A_log, dt_bias)
     with torch.cuda.device_of(v):
         initial = load_states(state, slots, has_initial)
-        tokens = q.contiguous(), k.contiguous(), v.contiguous(), g.contiguous(), beta.contiguous()
+        tokens = normalized(q), normalized(k), aligned_rows(v.contiguous()), g.contiguous(), beta.contiguous()
         out, final = chunked(*tokens, initial, query_start_loc)
         save_states(final, state, slots, query_start_loc)
         clear_skipped(out, slots, query_start_loc)

@@ -1,4 +1,4 @@
-"""States between a pool of slots and one behind another, for libraries that know no slots."""
+"""What surrounds a prefill by a library: normalised rows, states between slots and one behind another, padding."""
 
 from __future__ import annotations
 
@@ -7,8 +7,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qnext_kernels.gated_delta_rule.reference import L2_NORM_EPS
+from qnext_kernels.gated_delta_rule.triton_math import inverse_norm
+from qnext_kernels.triton_support import power_of_two, rows
+
 BLOCK = 4096
-"""Elements that a program copies: 32 a thread of four warps."""
+"""Elements of a program: 32 a thread of four warps."""
+
+
+@triton.jit
+def normalize_kernel(  # type: ignore[no-untyped-def]
+    x, out, x_token, x_head, count,
+    H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """out[t, h] = x[t, h] / √(Σ x² + EPS), in float32 and rounded once.
+
+    Grid: ceil(T · H / ROWS). Bytes: x read and as much written.
+
+    Args:
+        x: [T, H, K] of unit last stride; out: contiguous; count: T · H.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    keys = tl.arange(0, BLOCK_K)
+    inside = (row < count)[:, None] & (keys < K)[None, :]
+    at = (row // H) * x_token + (row % H) * x_head
+    values = tl.load(x + at[:, None] + keys[None, :], mask=inside, other=0.0).to(tl.float32)
+    values = values * inverse_norm(values, 1, EPS)[:, None]
+    tl.store(out + row[:, None] * K + keys[None, :], values.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -66,6 +91,20 @@ def clear_kernel(out, slots, query_start_loc, SIZE: tl.constexpr, BLOCK: tl.cons
     end = tl.where(tl.load(slots + n) < 0, tl.load(query_start_loc + n + 1).to(tl.int64), start)
     for t in range((end - start).to(tl.int32)):
         tl.store(out + (start + t) * SIZE + at, zero, mask=at < SIZE)
+
+
+def normalized(x: Tensor) -> Tensor:
+    """x [T, H, K] with heads of L2 norm 1 (ε 1e-6), contiguous, in the dtype of x."""
+    x = rows(x)
+    tokens, heads, key_dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    width = power_of_two(key_dim)
+    at_once = max(1, BLOCK // width)
+    normalize_kernel[(triton.cdiv(tokens * heads, at_once),)](
+        x, out, x.stride(0), x.stride(1), tokens * heads,
+        H=heads, K=key_dim, BLOCK_K=width, ROWS=at_once, EPS=L2_NORM_EPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
 
 
 def load_states(state: Tensor, slots: Tensor, has_initial: Tensor) -> Tensor:
