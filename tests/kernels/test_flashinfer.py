@@ -44,6 +44,8 @@ from tests.kernels.kernel_inputs import assert_close, nan_pool, start_offsets
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPE = (16, 32, 128, 128)
+FLASHINFER = flashinfer_support.PACKAGE, flashinfer_support.VERSIONS
+FLASH_QLA = flash_qla.PACKAGE, flash_qla.VERSIONS
 BACKENDS = (FlashInferGatedDeltaRule(), FlashQlaGatedDeltaRule(), FlashInferRmsNorm())
 
 
@@ -170,57 +172,50 @@ def calls(adapter: ModuleType, name: str) -> Iterator[ast.Call]:
             yield node
 
 
-def bind(signature: inspect.Signature, call: ast.Call) -> None:
-    """Raise TypeError unless a function takes the arguments of a call."""
-    assert not any(isinstance(argument, ast.Starred) for argument in call.args)
-    assert all(keyword.arg for keyword in call.keywords)
-    signature.bind(*call.args, **{str(keyword.arg): keyword.value for keyword in call.keywords})
-
-
-def installed(package: str, versions: tuple[str, str]) -> None:
-    """Skip the test unless a package is here, in any version that its backends accept."""
-    try:
-        found = Version(version(package))
-    except PackageNotFoundError:
-        pytest.skip(f"{package} is not installed")
-    assert Version(versions[0]) <= found < Version(versions[1])
+def signature(package: str, file: str, name: str) -> inspect.Signature:
+    """Of a function in the source of a package: importing one may need a GPU."""
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    body = ast.parse((Path(spec.origin).parent / file).read_text()).body
+    (found,) = (node.args for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
+    assert found.vararg is None
+    assert found.kwarg is None
+    places = [*found.posonlyargs, *found.args]
+    defaults: list[Any] = [inspect.Parameter.empty] * (len(places) - len(found.defaults)) + [None] * len(found.defaults)
+    parameters = [
+        inspect.Parameter(argument.arg, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
+        for argument, default in zip(places, defaults, strict=True)
+    ]
+    for argument, value in zip(found.kwonlyargs, found.kw_defaults, strict=True):
+        default = inspect.Parameter.empty if value is None else None
+        parameters.append(inspect.Parameter(argument.arg, inspect.Parameter.KEYWORD_ONLY, default=default))
+    return inspect.Signature(parameters)
 
 
 @pytest.mark.parametrize(
-    ("adapter", "module", "name"),
+    ("distribution", "versions", "adapter", "file", "name"),
     [
-        (flashinfer, "flashinfer.gdn_prefill", "chunk_gated_delta_rule"),
-        (flashinfer, "flashinfer.gdn_decode", "gated_delta_rule_decode_pretranspose"),
-        (rms_norm_flashinfer, "flashinfer.norm", "gemma_rmsnorm"),
+        (*FLASHINFER, flashinfer, "flashinfer/gdn_prefill.py", "chunk_gated_delta_rule"),
+        (*FLASHINFER, flashinfer, "flashinfer/gdn_decode.py", "gated_delta_rule_decode_pretranspose"),
+        (*FLASHINFER, rms_norm_flashinfer, "flashinfer/norm/__init__.py", "gemma_rmsnorm"),
+        (*FLASH_QLA, flash_qla, "flash_qla/ops/gated_delta_rule/chunk/__init__.py", "chunk_gated_delta_rule"),
     ],
 )
-def test_flashinfer_has_what_is_called(adapter: ModuleType, module: str, name: str) -> None:
-    installed(flashinfer_support.PACKAGE, flashinfer_support.VERSIONS)
-    function = getattr(pytest.importorskip(module, exc_type=ImportError), name)
-    found = list(calls(adapter, name))
-    assert found
-    for call in found:
-        bind(inspect.signature(function), call)
-
-
-def test_flash_qla_has_what_is_called() -> None:
-    """By its source, because importing it needs a GPU."""
-    installed(flash_qla.PACKAGE, flash_qla.VERSIONS)
-    spec = find_spec(flash_qla.MODULE)
-    assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).parent / "ops" / "gated_delta_rule" / "chunk" / "__init__.py"
-    name = "chunk_gated_delta_rule"
-    (definition,) = (
-        node for node in ast.parse(source.read_text()).body if isinstance(node, ast.FunctionDef) and node.name == name
-    )
-    parameters = [
-        inspect.Parameter(argument.arg, inspect.Parameter.POSITIONAL_OR_KEYWORD) for argument in definition.args.args
-    ]
-    optional = len(definition.args.defaults)
-    parameters[-optional:] = [parameter.replace(default=None) for parameter in parameters[-optional:]]
-    (call,) = calls(flash_qla, name)
-    bind(inspect.Signature(parameters), call)
+def test_the_package_has_what_is_called(
+    distribution: str, versions: tuple[str, str], adapter: ModuleType, file: str, name: str
+) -> None:
+    try:
+        found = Version(version(distribution))
+    except PackageNotFoundError:
+        pytest.skip(f"{distribution} is not installed")
+    assert Version(versions[0]) <= found < Version(versions[1])
+    package, _, path = file.partition("/")
+    (call,) = calls(adapter, name)
+    assert not any(isinstance(argument, ast.Starred) for argument in call.args)
+    assert all(keyword.arg for keyword in call.keywords)
+    # Raises TypeError unless the function takes these arguments.
+    signature(package, path, name).bind(*call.args, **{str(each.arg): each.value for each in call.keywords})
 
 
 # Numbers, on a GPU.
