@@ -13,7 +13,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from qnext_kernels.dispatch import OPERATION_NAMES, OPERATIONS
+from qnext_kernels.dispatch import OPERATION_NAMES, OPERATIONS, BackendError, explain
 from qnext_plugins.cli.bench import kernels
 from qnext_plugins.cli.bench.cases import GROUPS
 from qnext_plugins.cli.bench.command import app
@@ -96,8 +96,25 @@ def test_backend_that_is_wrong_is_named_and_not_timed(tmp_path: Path, monkeypatc
     result, report = run(tmp_path, "--ops", "router")
     assert result.exit_code == 2
     assert backend.name not in {row.backend for row in report.rows}
-    assert len(report.rows) == 2 * (len(OPERATIONS["moe"].backends) - 1)
+    serving = [reason for reason in explain(torch.device("cpu"), torch.bfloat16)["moe"].values() if reason is None]
+    assert len(report.rows) == 2 * (len(serving) - 1)
     assert f"router top-k T=40, {backend.name}: not timed; result 0 differs by 10.0% from reference" in report.problems
+
+
+def test_backend_that_declines_the_call_is_neither_timed_nor_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = type(OPERATIONS["moe"].backends[0])
+
+    def decline(self: Any, *arguments: Any) -> Any:
+        raise BackendError("no backend serves moe.topk_softmax")
+
+    monkeypatch.setattr(backend, "topk_softmax", decline)
+    result, report = run(tmp_path, "--ops", "router")
+    assert result.exit_code == 0
+    assert report.problems == []
+    assert report.rows
+    assert backend.name not in {row.backend for row in report.rows}
 
 
 def test_peer_is_timed_where_it_agrees_and_named_where_it_does_not(
