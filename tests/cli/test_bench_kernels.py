@@ -120,7 +120,7 @@ def test_backend_that_declines_the_call_is_neither_timed_nor_a_problem(
 def test_peer_is_timed_where_it_agrees_and_named_where_it_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "libraries_for", lambda device: ([PyTorch()], {"other": "is not here"}))
+    monkeypatch.setattr(kernels, "libraries_for", lambda *_: ([PyTorch()], {"other": "is not here"}))
     table = tmp_path / "table.csv"
     result, report = run(tmp_path, "--peers", "--ops", "router,gated rms,rule decode", "--csv", str(table))
     assert result.exit_code == 2

@@ -20,6 +20,7 @@ from qnext_plugins.cli.bench.inputs import (
     BLOCK_SIZE,
     PART,
     STEP,
+    TOLERANCE,
     Case,
     Library,
     Part,
@@ -31,6 +32,8 @@ from qnext_plugins.cli.bench.inputs import (
     sides_of,
 )
 from qnext_plugins.cli.bench.roofs import rotations
+
+FP8, FP8_BLOCK = torch.float8_e4m3fn, 128
 
 # Weights.
 
@@ -66,17 +69,59 @@ def balanced_routing(tokens: int, experts: int, top_k: int) -> Tensor:
     return stream[: tokens * top_k].view(tokens, top_k).int()
 
 
+Routed = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""f(x, weights, ids)."""
+Peers = dict[str, tuple[str, Callable[..., Any]]]
+"""By library: the kernel's name and f(out, x, weights, ids)."""
+
+
 def experts_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
     @cache
-    def weights() -> tuple[Stored, dict[str, tuple[str, Callable[..., None]]]]:
+    def weights() -> tuple[Routed, Peers]:
         w13 = normal(s.experts, 2 * s.intermediate, s.hidden, scale=0.02)
         w2 = normal(s.experts, s.hidden, s.intermediate, scale=0.02)
-        packed = {each.name: found for each in libraries if (found := each.experts(w13, w2)) is not None}
-        return Stored((w13, w2), qnext_kernels.pack_experts_), packed
+        peers = {each.name: found for each in libraries if (found := each.experts(w13, w2)) is not None}
+        return partial(Stored((w13, w2), qnext_kernels.pack_experts_).read, "moe", qnext_kernels.experts), peers
 
+    yield from routed_rows(s, "experts", weights, bytes_of_weight=2, compute="bf16", tolerance=TOLERANCE)
+
+
+def experts_fp8_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
+    ours = getattr(qnext_kernels, "experts_fp8", None)
+    if ours is None:
+        return
+
+    @cache
+    def weights() -> tuple[Routed, Peers]:
+        w13, w13_scale = fp8_blocks(s.experts, 2 * s.intermediate, s.hidden, halves=2)
+        w2, w2_scale = fp8_blocks(s.experts, s.hidden, s.intermediate)
+        stored = w13, w13_scale, w2, w2_scale
+        peers = {each.name: found for each in libraries if (found := each.experts_fp8(*stored)) is not None}
+        return lambda x, scores, ids: ours(x, *stored, scores, ids), peers
+
+    # Two sides may quantize what is between the products differently: half a unit in the last place of e4m3.
+    tolerance = torch.finfo(FP8).eps / 2
+    yield from routed_rows(s, "experts fp8", weights, bytes_of_weight=1, compute="fp8", tolerance=tolerance)
+
+
+def fp8_blocks(experts: int, rows: int, columns: int, halves: int = 1) -> tuple[Tensor, Tensor]:
+    """Weights [E, rows, columns] in e4m3 and scales of their blocks, those of each of ``halves`` apart."""
+    weight = normal(experts, rows, columns).to(FP8)
+    blocks = halves * -(-rows // halves // FP8_BLOCK), -(-columns // FP8_BLOCK)
+    return weight, 0.02 * (0.5 + torch.rand(experts, *blocks))
+
+
+def routed_rows(
+    s: Sizes,
+    op: str,
+    weights: Callable[[], tuple[Routed, Peers]],
+    bytes_of_weight: int,
+    compute: str,
+    tolerance: float,
+) -> Iterator[Row]:
     def build(tokens: int) -> Case:
-        stored, packed = weights()
-        one_expert = 3 * s.intermediate * s.hidden * 2
+        ours, peers = weights()
+        one_expert = 3 * s.intermediate * s.hidden * bytes_of_weight
         sets = min(rotations(one_expert * min(s.experts, tokens * s.top_k), 64 << 30), 64)
         ids = balanced_routing(sets * tokens, s.experts, s.top_k).view(sets, tokens, s.top_k)
         read = one_expert * sum(len(each.unique()) for each in ids) / sets
@@ -95,21 +140,18 @@ def experts_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
             return Side(name, run)
 
         return Case(
-            lambda i: stored.read("moe", qnext_kernels.experts, x, scores[i % sets], ids[i % sets]),
-            {library: side(*found) for library, found in packed.items()},
+            lambda i: ours(x, scores[i % sets], ids[i % sets]),
+            {library: side(*found) for library, found in peers.items()},
             flops=tokens * s.top_k * 6 * s.hidden * s.intermediate,
             moved=read + 2 * x.nbytes,
             sets=sets,
-            part=Part(
-                lambda: (
-                    stored.read("moe", qnext_kernels.experts, x[:PART], scores[0, :PART].contiguous(), ids[0, :PART]),
-                ),
-                lambda result: (result[:PART],),
-            ),
+            part=Part(lambda: (ours(x[:PART], scores[0, :PART], ids[0, :PART]),), lambda result: (result[:PART],)),
+            compute=compute,
+            tolerance=tolerance,
         )
 
     for tokens in s.expert_tokens:
-        row = partial(Row, "experts", f"M={tokens}", partial(build, tokens), "moe", quick=tokens <= 2048)
+        row = partial(Row, op, f"M={tokens}", partial(build, tokens), "moe", quick=tokens <= 2048)
         yield row(heavy=tokens > 32, stepped=tokens <= STEP)
 
 
@@ -233,6 +275,7 @@ def linear_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
 
 GROUPS: tuple[Callable[[Sizes, Sequence[Library]], Iterator[Row]], ...] = (
     experts_rows,
+    experts_fp8_rows,
     attention_rows,
     delta_rule_rows,
     conv_rows,

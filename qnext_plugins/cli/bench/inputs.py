@@ -198,6 +198,11 @@ class Library:
     def experts(self, w13: Tensor, w2: Tensor) -> tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] | None:
         """Routed experts: f(out, x, weights, ids), which writes ``out`` or returns another."""
 
+    def experts_fp8(
+        self, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor
+    ) -> tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] | None:
+        """The same over weights in e4m3 with a scale a block of 128 × 128."""
+
     def attention(self, key: Tensor, value: Tensor, queries: int, heads: int) -> Any:
         """An object with ``name``, ``schedule()`` and ``(query, out)``: ``queries`` tokens at the end of the keys."""
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from qnext_kernels.dispatch import OPERATIONS, BackendError, explain, force_backend
-from qnext_plugins.cli.bench import engine_benches
+from qnext_plugins.cli.bench import EngineBench, engine_benches
 from qnext_plugins.cli.bench.cases import GROUPS
 from qnext_plugins.cli.bench.inputs import BF16, Case, Library, Row, Side, Sizes
 from qnext_plugins.cli.bench.measure import (
@@ -114,6 +114,8 @@ class Options:
     peers: bool = True
     libraries: tuple[str, ...] = ()
     """Only these as peers; empty for all."""
+    engines: tuple[EngineBench, ...] | None = None
+    """Whose kernels are peers; None for those whose packages are installed."""
     seconds: float = 6
     """How long the sides of a row take turns, at least."""
     time_reference: bool = True
@@ -130,11 +132,13 @@ GPU_LIBRARIES = ("fla", "flash_qla", "flashinfer", "torch")
 """Modules ``{name}_peers`` of this package with a function ``peers`` as an engine's package has it."""
 
 
-def libraries_for(device: str) -> tuple[list[Library], dict[str, str]]:
-    """The peers that are here, and for the others why not."""
+def libraries_for(device: str, engines: Sequence[EngineBench] | None = None) -> tuple[list[Library], dict[str, str]]:
+    """The peers that are here, and for the others why not; ``engines``: None for those whose packages are installed."""
     found: list[Library] = []
     absent: dict[str, str] = {}
-    sources: dict[str, Callable[[str], Library | str]] = {each.name: each.peers for each in engine_benches()}
+    sources: dict[str, Callable[[str], Library | str]] = {
+        each.name: each.peers for each in (engine_benches() if engines is None else engines)
+    }
     for name in GPU_LIBRARIES if device != "cpu" else ():
         sources[name] = import_module(f"{__package__}.{name}_peers").peers
     for name, peers in sources.items():
@@ -177,7 +181,7 @@ class KernelsBench:
         self.device = torch.device(options.device)
         # A default device costs every call of PyTorch some microseconds: it is for making inputs, and not on a CPU.
         self.default_device = nullcontext() if options.device == "cpu" else self.device
-        found, absent = libraries_for(options.device) if options.peers else ([], {})
+        found, absent = libraries_for(options.device, options.engines) if options.peers else ([], {})
         wanted = options.libraries
         self.libraries = [each for each in found if not wanted or each.name.lower() in wanted]
         self.roofs = Roofs()
@@ -206,7 +210,11 @@ class KernelsBench:
         ]
         if not any(chosen):
             raise ValueError(f"--ops: --quick has none of {', '.join(self.options.ops)}: leave it away")
-        return [rows for rows in map(self._served, chosen) if rows]
+        served = [rows for rows in map(self._served, chosen) if rows]
+        if self.options.on_gpu:
+            # Peers of the delta rule tune themselves, for minutes: last, so that the time is not used up before.
+            served.sort(key=lambda rows: rows[0].operation == "gated_delta_rule")
+        return served
 
     def _groups(self, ranks: int, sizes: Sizes) -> Iterator[Iterator[Row]]:
         for group in GROUPS:
@@ -296,8 +304,9 @@ class KernelsBench:
                 with within():
                     found = outcome_of_ours(case)
                 problem = check.problem(found)
-            except BackendError:
-                continue  # it supports the device, but not such a call
+            except BackendError as error:
+                self.report.notes.append(f"{row.op} {row.shape}, {backend}: {error}")
+                continue
             except Exception as error:
                 self._problem(row, backend, one_line(error))
                 continue

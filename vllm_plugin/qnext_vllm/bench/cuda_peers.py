@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from vllm.model_executor.layers.fused_moe import fused_experts, fused_topk
+from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from vllm.third_party.flash_linear_attention.ops import (
     chunk_gated_delta_rule,
@@ -178,6 +179,14 @@ class CudaPeers(InductorPeers):
 
     def experts(self, w13: Tensor, w2: Tensor) -> tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]:
         return "fused_experts", lambda out, x, weights, ids: fused_experts(x, w13, w2, weights, ids)
+
+    def experts_fp8(
+        self, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor
+    ) -> tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]:
+        settings = fp8_w8a8_moe_quant_config(w13_scale, w2_scale, block_shape=[128, 128])
+        return "fused_experts (fp8)", lambda out, x, weights, ids: fused_experts(
+            x, w13, w2, weights, ids, quant_config=settings
+        )
 
     def topk_softmax(self, top_k: int) -> tuple[str, Callable[..., Any]]:
         return "fused_topk", lambda logits: fused_topk(logits, logits, top_k, renormalize=True)[:2]

@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""Every operation of qnext_kernels on this GPU: checked, and timed beside what other libraries have of it.
+
+    python benchmarks/gpu_ops.py [--quick] [--ops experts,conv] [--tp 1,4] [--csv FILE] [--plots FOLDER]
+
+At the layer sizes of Qwen3-Next-80B-A3B in bfloat16. Every side of a row must agree with the reference, which computes
+in float32, before it is timed. Operations of a step of decode are replayed from CUDA graphs; a second line says what
+they take where Python launches them one by one. The exit status is 0, 1 if results disagree, 2 if something could not
+be measured or there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_plots import write_plots
+from rich.console import Console
+
+from qnext_kernels.dispatch import BACKEND_NAMES
+from qnext_plugins.cli.arguments import ArgumentError, check_writable, ends_on_sigterm, positive_numbers
+from qnext_plugins.cli.bench.inputs import GPU, GPU_QUICK, TINY, Sizes
+from qnext_plugins.cli.bench.kernels import KernelsBench, KernelsReport, Measured, Options
+from qnext_plugins.cli.bench.output import Files
+from qnext_plugins.cli.bench.terminal import number, show_absent, show_header, show_problems, table
+from qnext_plugins.cli.doctor.findings import one_line
+from qnext_plugins.cli.progress import Progress, Step
+from qnext_sglang.bench import BENCH as SGLANG
+from qnext_vllm.bench import BENCH as VLLM
+
+COLUMNS = ("op", "shape", "ours_ms", "backend", "peer", "peer_ms", "ratio", "roof_pct")
+QUICK_MINUTES = 3.2
+"""After so long --quick begins no further row, so that it ends within four minutes."""
+
+
+class OpsReport(KernelsReport):
+    """A line for each peer of a row; what is launched one by one in a line of its own, under its own name."""
+
+    def columns(self) -> Sequence[str]:
+        return COLUMNS
+
+    def cells(self) -> Iterator[Sequence[Any]]:
+        for row in self.rows:
+            yield from lines_of(row)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.disagreements else super().exit_code
+
+
+def lines_of(row: Measured) -> Iterator[Sequence[Any]]:
+    """The cells of :data:`COLUMNS` for each peer; the ratio is the peer's time over ours."""
+    peers = [(f"{peer.library} {peer.kernel}", peer.ms, peer.one_by_one_ms) for peer in row.peers] or [None]
+    for peer in peers:
+        name, ms, _ = peer or (None, None, None)
+        ratio = None if ms is None else ms / row.ms
+        yield row.op, row.shape, row.ms, row.backend, name, ms, ratio, row.roof_percent
+    if row.one_by_one_ms is None:
+        return
+    for peer in peers:
+        name, _, ms = peer or (None, None, None)
+        if peer is None or ms is not None:
+            ratio = None if ms is None else ms / row.one_by_one_ms
+            yield f"{row.op}, one by one", row.shape, row.one_by_one_ms, row.backend, name, ms, ratio, None
+
+
+class Said(Progress):
+    """A bar on a terminal; elsewhere a line a row, so that a log says where a run has ended."""
+
+    @contextmanager
+    def task(self, name: str, total: int, *, refresh_alone: bool = True) -> Iterator[Step]:
+        with super().task(name, total, refresh_alone=refresh_alone) as step:
+            if not self.console.is_terminal:
+                start, show = time.monotonic(), step.say
+
+                def say(text: str) -> None:
+                    show(text)
+                    self.say(f"{time.monotonic() - start:6.1f} s  {text}")
+
+                step.say = say  # type: ignore[method-assign]
+            yield step
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", default="", help="only operations whose name contains one of these words, with commas")
+    parser.add_argument("--backend", default="", help="only these backends, with commas; by default all but reference")
+    parser.add_argument("--peers", default="", help="only these: fla,flash_qla,flashinfer,sglang,torch,vllm; or none")
+    parser.add_argument("--tp", help="shares of so many tensor-parallel ranks, with commas; default 1,2,4,8 (quick: 1)")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and turns: four minutes on an H200")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script; its times mean nothing")
+    parser.add_argument("--minutes", type=float, help="after so long no further row is begun")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table and the machine to FILE, row by row")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found to FILE")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw ratios and roofs (needs matplotlib)")
+    return parser.parse_args(arguments)
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (word.strip() for word in text.split(","))))
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """What ``args`` of :func:`parse` ask for; raises ArgumentError or ValueError."""
+    if unknown := [name for name in words(args.backend) if name not in BACKEND_NAMES]:
+        raise ArgumentError(f"--backend: expected some of {', '.join(BACKEND_NAMES)}, got {unknown[0]!r}")
+    for name, file in (("--csv", args.csv), ("--json", args.json)):
+        check_writable(name, file)
+    sizes: Sizes = TINY if args.tiny else GPU_QUICK if args.quick else GPU
+    ranks = positive_numbers("--tp", args.tp or ("1" if args.quick or args.tiny else "1,2,4,8"))
+    minutes = args.minutes or (QUICK_MINUTES if args.quick else float("inf"))
+    return Options(
+        sizes={each: sizes.shard(each) for each in ranks},
+        ops=words(args.ops) or ("",),
+        backends=words(args.backend),
+        device="cuda",
+        quick=args.quick,
+        peers=args.peers != "none",
+        libraries=words(args.peers),
+        engines=(SGLANG, VLLM),
+        seconds=0.02 if args.tiny else 0.1 if args.quick else 0.5,
+        time_reference=False,
+        last_start=60 * minutes,
+    )
+
+
+def show(report: OpsReport, console: Console) -> None:
+    """Machine and roofs, who is missing, times, problems."""
+    show_header(report, console)
+    show_absent(report, console)
+    numbers = ("ours_ms", "peer_ms", "ratio", "roof_pct")
+    times = table("Operations (ratio: the peer's time over ours)", ("op", "shape", "backend", "peer"), numbers)
+    for op, shape, ours, backend, peer, theirs, ratio, percent in report.cells():
+        cells = (number(ours), number(theirs), number(ratio, 3), number(percent, 3))
+        times.add_row(op, shape, backend, peer or "–", *cells)
+    console.print(times)
+    show_problems(report, console)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    if not torch.cuda.is_available():
+        print("gpu_ops.py: PyTorch finds no GPU here; benchmarks/cpu_ops.py measures a CPU", file=sys.stderr)
+        return 2
+    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
+    try:
+        files = Files(args.json, args.csv)
+        bench = KernelsBench(options_of(args), files, Said(Console(stderr=True, highlight=False)), OpsReport)
+        bench.rows()
+    except (ArgumentError, ValueError) as error:
+        print(f"gpu_ops.py: {error}", file=sys.stderr)
+        return 2
+    report = bench.report
+    assert isinstance(report, OpsReport)
+    with ends_on_sigterm():
+        try:
+            bench.run()
+        # Whatever ends it, what was measured is shown.
+        except (Exception, KeyboardInterrupt) as error:
+            report.problems.append(one_line(error))
+        finally:
+            files.write(report)
+            show(report, console)
+    if args.plots is not None:
+        lines = [dict(zip(COLUMNS, cells, strict=True)) for cells in report.cells()]
+        console.print(write_plots(args.plots, next(iter(report.header), ""), lines))
+    return report.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
