@@ -74,7 +74,7 @@ class DeltaRule:
         q, k, v = heads_apart(convolved, self.heads)
         g, beta = fused_gdn_gating(A_log, a, b, dt_bias)
         state[slots] = 0
-        out, _ = chunk_gated_delta_rule(
+        out, *_ = chunk_gated_delta_rule(
             q=q[None],
             k=k[None],
             v=v[None],
