@@ -52,11 +52,11 @@ def register() -> None:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
     if reason is not None:
-        step_back("Qwen3-Next", reason)
+        step_back("qnext-plugins leaves vLLM's own Qwen3-Next in place: %s", reason)
 
 
-def step_back(what: str, reason: str) -> None:
-    """Say in one line that vLLM's own ``what`` stays in place.
+def step_back(line: str, reason: str) -> None:
+    """Log ``line`` with the reason in it, where something of vLLM's own stays in place.
 
     Raises:
         UnsupportedEngineError: only with ``QNEXT_STRICT=1``.
@@ -65,7 +65,7 @@ def step_back(what: str, reason: str) -> None:
 
     if strict():
         raise UnsupportedEngineError(f"qnext-plugins: {reason}")
-    logger.warning("qnext-plugins leaves vLLM's own %s in place: %s", what, reason)
+    logger.warning(line, reason)
 
 
 def refusal() -> str | None:

@@ -92,4 +92,4 @@ def obstacle(vllm_config: api.VllmConfig) -> str | None:
 
 @cache
 def _say_once(reason: str) -> None:
-    step_back("experts", reason)
+    step_back("qnext-plugins leaves vLLM's own experts in place: %s", reason)
