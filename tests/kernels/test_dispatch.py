@@ -15,9 +15,11 @@ from qnext_kernels import (
     force_backend,
     gated_rms_norm,
     rms_norm,
+    selected_backends,
     sigmoid_gate,
     silu_and_mul,
     topk_softmax,
+    without_kernels,
 )
 from qnext_kernels.dispatch import Backend, BackendError, Operation, parse_forced
 
@@ -146,6 +148,19 @@ def test_the_final_error_carries_every_reason(two_backends: Operation) -> None:
 def test_a_forced_backend_that_declines_is_an_error_with_its_reason_alone(two_backends: Operation) -> None:
     with force_backend("triton"), pytest.raises(BackendError, match=r"moe .*; triton: runs on cuda, not on cpu$"):
         two_backends.select(CPU, torch.float32)
+
+
+def test_operations_that_only_the_reference_serves_on_a_device_are_named(two_backends: Operation) -> None:
+    Operation("linear", [Backend()])
+    assert without_kernels("cuda") == ["linear"]
+    assert without_kernels("tpu") == ["moe", "linear"]
+
+
+def test_operations_that_are_left_out_are_not_asked() -> None:
+    with force_backend("linear=triton"):
+        with pytest.raises(BackendError, match="linear"):
+            selected_backends(CPU, torch.float32)
+        assert set(selected_backends(CPU, torch.float32, but=["linear"])) == NAMES - {"linear"}
 
 
 def test_explain_gives_every_backend_its_reason_fastest_first() -> None:

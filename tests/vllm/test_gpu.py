@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata, GDNAttenti
 
 import qnext_vllm
 from qnext_kernels import triton_support, without_kernels
-from qnext_kernels.dispatch import OPERATIONS, Operation, deterministic
+from qnext_kernels.dispatch import OPERATIONS, deterministic
 from qnext_kernels.triton_support import TritonBackend
 from qnext_plugins.model import CoreWeights, Qwen3NextConfig
 from qnext_vllm import UnsupportedEngineError, experts, gpu_refusal
@@ -67,7 +67,7 @@ def all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM finds Triton, and every operation has a Triton backend."""
     monkeypatch.setattr(triton_utils, "HAS_TRITON", True)
     for name in set(without_kernels("cuda")) - set(qnext_vllm.VLLMS_OWN_ON_GPUS):
-        monkeypatch.setitem(OPERATIONS, name, Operation(name, [TritonBackend(), *OPERATIONS[name].backends]))
+        monkeypatch.setattr(OPERATIONS[name], "backends", (TritonBackend(), *OPERATIONS[name].backends))
 
 
 @pytest.mark.usefixtures("all_kernels")
@@ -88,8 +88,8 @@ def test_what_is_not_served_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("all_kernels")
 def test_an_operation_without_a_gpu_kernel_is_named_unless_a_backend_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    only_on_cpus = [backend for backend in OPERATIONS["moe"].backends if backend.devices != ("cuda",)]
-    monkeypatch.setitem(OPERATIONS, "moe", Operation("moe", only_on_cpus))
+    only_on_cpus = tuple(backend for backend in OPERATIONS["moe"].backends if backend.devices != ("cuda",))
+    monkeypatch.setattr(OPERATIONS["moe"], "backends", only_on_cpus)
     assert gpu_refusal(Gpu()) == "it has no GPU kernels for moe (QNEXT_BACKEND=reference tries it, slowly)"
     monkeypatch.setenv("QNEXT_BACKEND", "reference")
     assert gpu_refusal(Gpu()) is None
