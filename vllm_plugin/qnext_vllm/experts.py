@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext_kernels import OPERATIONS, topk_softmax
+from qnext_kernels import OPERATIONS, experts_fp8, topk_softmax
+from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_plugins.packed_methods import PackedExperts
 from qnext_plugins.settings import Settings
 from qnext_vllm import step_back
@@ -42,17 +43,49 @@ class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
         shared_experts: Any,
         shared_experts_input: Tensor | None,
     ) -> Tensor:
-        if layer.expert_map is not None:
-            topk_ids = layer.expert_map[topk_ids.long()]
-        return self.run(layer, x, topk_weights, topk_ids)
+        return self.run(layer, x, topk_weights, local_ids(layer, topk_ids))
+
+
+class QnextFp8MoEMethod(api.Fp8MoEMethod):
+    """Experts in block-wise FP8 on our kernel, which reads weights and scales as the checkpoint stores them."""
+
+    is_monolithic = False
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        pass
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        return None
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        up = layer.w13_weight, layer.w13_weight_scale_inv
+        down = layer.w2_weight, layer.w2_weight_scale_inv
+        return experts_fp8(x, *up, *down, topk_weights, local_ids(layer, topk_ids))
+
+
+def local_ids(layer: Any, topk_ids: Tensor) -> Tensor:
+    """Indices of this rank's experts, −1 for those of other ranks."""
+    return topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
 
 
 class QnextRoutedExperts(api.RoutedExperts):
-    """Takes our method where vLLM would take its unquantized one; quantized layers keep vLLM's."""
+    """Takes our method where vLLM would take its unquantized or its FP8 one; layers quantized otherwise keep vLLM's."""
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
         if quant_config is not None:
             method = super()._get_quant_method(prefix, quant_config, moe_config)
+            if type(method) is api.Fp8MoEMethod:
+                middle, dtype = moe_config.intermediate_size_per_partition, moe_config.in_dtype
+                ours = fp8_obstacle(quant_config, middle, torch.device(moe_config.device), dtype) is None
+                return QnextFp8MoEMethod(quant_config, self) if ours else method
             if type(method) is not api.UnquantizedFusedMoEMethod:
                 return method
         return QnextMoEMethod(moe_config)
@@ -78,7 +111,10 @@ def obstacle(vllm_config: api.VllmConfig) -> str | None:
         return None
     backend, parallel = vllm_config.kernel_config.moe_backend, vllm_config.parallel_config
     if vllm_config.quant_config is not None:
-        return f"their weights are quantized ({vllm_config.model_config.quantization})"
+        ranks = 1 if parallel.enable_expert_parallel else parallel.tensor_parallel_size
+        middle = vllm_config.model_config.hf_text_config.moe_intermediate_size // ranks
+        if (reason := fp8_obstacle(vllm_config.quant_config, middle, device, dtype)) is not None:
+            return reason
     if backend != "auto":
         return f"--moe-backend {backend} is asked for"
     if vllm_config.lora_config is not None:
@@ -88,6 +124,18 @@ def obstacle(vllm_config: api.VllmConfig) -> str | None:
     if OPERATIONS["moe"].select(device, dtype).name == "reference" and not Settings().backend:
         return f"only the reference serves them in {dtype}"
     return None
+
+
+def fp8_obstacle(quant_config: Any, middle: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why quantized experts with ``middle`` columns between their products on this rank are not ours, or None."""
+    if getattr(quant_config, "weight_block_size", None) != [FP8_GROUP] * 2 or not isinstance(
+        quant_config, api.Fp8Config
+    ):
+        return f"their weights are quantized ({quant_config.get_name()})"
+    if middle % FP8_GROUP:
+        return f"a rank's {middle} columns of them are not whole blocks of FP8"
+    serves = OPERATIONS["moe"].select(device, dtype).name
+    return None if serves == "triton" else f"the {serves} backend serves them, without FP8"
 
 
 @cache

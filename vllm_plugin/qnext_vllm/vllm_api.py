@@ -36,6 +36,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateShapeCalculator,
     is_conv_state_dim_first,
 )
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -75,6 +76,8 @@ __all__ = [
     "ColumnParallelLinear",
     "EagleModelMixin",
     "ForwardContext",
+    "Fp8Config",
+    "Fp8MoEMethod",
     "FusedMoEFactory",
     "FusedMoEMethodBase",
     "GDNAttentionBackend",
