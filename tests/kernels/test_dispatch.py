@@ -151,7 +151,7 @@ def test_a_forced_backend_that_declines_is_an_error_with_its_reason_alone(two_ba
 
 
 def test_operations_that_only_the_reference_serves_on_a_device_are_named(two_backends: Operation) -> None:
-    Operation("linear", [Backend()])
+    Operation("linear", [SecondBackend()])
     assert without_kernels("cuda") == ["linear"]
     assert without_kernels("tpu") == ["moe", "linear"]
 

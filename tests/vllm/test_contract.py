@@ -103,12 +103,16 @@ FIELDS: dict[str, set[str]] = {
         "pipeline_parallel_size",
         "data_parallel_size",
         "enable_eplb",
+        "enable_expert_parallel",
         "eplb_config",
     },
     "vllm.model_executor.layers.fused_moe.config.FusedMoEConfig": {
         "num_experts",
         "num_logical_experts",
         "num_local_experts",
+        "intermediate_size_per_partition",
+        "in_dtype",
+        "device",
     },
 }
 
@@ -128,6 +132,11 @@ ATTRIBUTES: dict[str, set[str]] = {
     "vllm.model_executor.layers.mamba.mamba_utils.MambaStateCopyFuncCalculator": {"gated_delta_net_state_copy_func"},
     "vllm.model_executor.layers.fused_moe.routed_experts.RoutedExperts": {"_get_quant_method", "expert_map"},
     "vllm.model_executor.layers.fused_moe.oracle.unquantized.UnquantizedMoeBackend": {"OOT"},
+    "vllm.model_executor.layers.quantization.fp8.Fp8MoEMethod": {
+        "process_weights_after_loading",
+        "get_fused_moe_quant_config",
+        "apply",
+    },
     "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP", "VerifyAndUpdateConfig"},
     "vllm.model_executor.models.config.VerifyAndUpdateConfig": {"verify_and_update_config"},
     "vllm.model_executor.models.registry.ModelRegistry": {"register_model"},
@@ -261,3 +270,11 @@ def test_experts_of_an_out_of_tree_backend_are_not_padded() -> None:
 def test_every_forward_pass_has_a_context_of_its_own() -> None:
     create = inspect.getsource(resolve("vllm.forward_context.create_forward_context"))
     assert "additional_kwargs=additional_kwargs or {}" in create
+
+
+def test_fp8_weights_and_scales_have_the_names_that_we_read() -> None:
+    method = resolve("vllm.model_executor.layers.quantization.fp8.Fp8MoEMethod")
+    assert '"weight_scale_inv" if self.block_quant' in inspect.getsource(method.__init__)
+    create = inspect.getsource(method.create_weights)
+    for name in ('"w13_weight"', '"w2_weight"', 'f"w13_{self.weight_scale_name}"', 'f"w2_{self.weight_scale_name}"'):
+        assert f"layer.register_parameter({name}, " in create

@@ -316,6 +316,18 @@ def test_quantized_experts_stay_vllms_own_with_one_line(
         experts.experts_options(gpu_config)
 
 
+def test_experts_in_block_wise_fp8_are_ours_where_a_rank_has_whole_blocks(
+    gpu_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_config.quant_config = Fp8Config(weight_block_size=[128, 128])
+    monkeypatch.setattr(gpu_config.model_config.hf_text_config, "moe_intermediate_size", 512)
+    assert experts.experts_options(gpu_config)["routed_experts_cls"] is experts.QnextRoutedExperts
+    monkeypatch.setattr(gpu_config.parallel_config, "tensor_parallel_size", 8)
+    assert experts.obstacle(gpu_config) == "a rank's 64 columns of them are not whole blocks of FP8"
+    monkeypatch.setattr(gpu_config.parallel_config, "enable_expert_parallel", True)
+    assert experts.obstacle(gpu_config) is None
+
+
 def test_what_only_vllms_experts_do_keeps_them(gpu_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(gpu_config.kernel_config, "moe_backend", "flashinfer_cutlass")
