@@ -47,6 +47,24 @@ def random_config(**overrides: Any) -> Qwen3NextConfig:
     return Qwen3NextConfig(**values | overrides)
 
 
+def quantize_experts(path: Path) -> None:
+    """Turn a float32 checkpoint into one in bfloat16 with experts in FP8, each of their matrices a single block."""
+    weights, kept = {}, set()
+    for name, weight in load_file(path / "model.safetensors").items():
+        if ".mlp.experts." in name:
+            scale = weight.abs().max().view(1, 1) / torch.finfo(torch.float8_e4m3fn).max
+            weights[name] = (weight / scale).to(torch.float8_e4m3fn)
+            weights[f"{name}_scale_inv"] = scale
+        else:
+            weights[name] = weight.bfloat16()
+            kept.add(name.removesuffix(".weight"))
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = quantization | {"modules_to_not_convert": sorted(kept)}
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+
+
 def write_random_checkpoint(path: Path, *, seed: int = 0, agreement: float = 0.35, **overrides: Any) -> Path:
     """Write a random float32 checkpoint with MTP to ``path``.
 

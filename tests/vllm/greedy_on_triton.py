@@ -1,4 +1,4 @@
-"""`python -m tests.vllm.greedy_on_triton CHECKPOINT DRAFTS`: an engine's greedy tokens, on Triton and without, as JSON.
+"""`python -m tests.vllm.greedy_on_triton CHECKPOINT DRAFTS DTYPE`: greedy tokens, on Triton and without, as JSON.
 
 The engine must run in this very process (VLLM_ENABLE_V1_MULTIPROCESSING=0), where Triton's interpreter reaches it.
 """
@@ -34,9 +34,9 @@ def recorded_launches() -> set[str]:
     return names
 
 
-def main(checkpoint: Path, drafts: int) -> None:
+def main(checkpoint: Path, drafts: int, dtype: str) -> None:
     triton = ",".join(f"{name}=triton" for name in operations_on_triton())
-    options = {"drafts": drafts, "max_num_batched_tokens": 72, "max_num_seqs": 2}
+    options = {"drafts": drafts, "dtype": dtype, "max_num_batched_tokens": 72, "max_num_seqs": 2}
     with interpreted(*kernel_modules()), force_backend(triton), engine(checkpoint, **options) as running:
         launched = recorded_launches()
         interpreted_tokens = running.greedy(PROMPTS, MAX_TOKENS)
@@ -51,4 +51,4 @@ def main(checkpoint: Path, drafts: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

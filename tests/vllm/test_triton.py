@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.checkpoints import write_random_checkpoint
+from tests.checkpoints import quantize_experts, write_random_checkpoint
 from tests.vllm.greedy_on_triton import MAX_TOKENS, PROMPTS
 
 pytestmark = pytest.mark.vllm
@@ -24,14 +25,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_checkpoint(tmp_path_factory.mktemp("small") / "checkpoint", agreement=1.0, **SMALL)
 
 
-@pytest.mark.parametrize("drafts", [0, 2])
-def test_greedy_tokens_equal_those_of_the_native_kernels_in_float32(checkpoint: Path, drafts: int) -> None:
-    command = [sys.executable, "-m", "tests.vllm.greedy_on_triton", str(checkpoint), str(drafts)]
+def run(checkpoint: Path, drafts: int, dtype: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.vllm.greedy_on_triton", str(checkpoint), str(drafts), dtype]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    answer = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_greedy_tokens_equal_those_of_the_native_kernels_in_float32(checkpoint: Path, drafts: int) -> None:
+    answer = run(checkpoint, drafts, "float32")
     assert {"recurrent_kernel", "chunk_kernel", "state_kernel"} <= set(answer["kernels"])
     assert answer["triton"] == answer["native"]
     assert [len(tokens) for tokens in answer["triton"]] == [MAX_TOKENS] * len(PROMPTS)
     accepted, drafted = answer["drafts"]
     assert 0 < accepted < drafted if drafts else not drafted
+
+
+@pytest.mark.slow
+def test_experts_in_fp8_are_ours_and_give_the_tokens_of_the_cpu_backend(tmp_path: Path) -> None:
+    # Rounding differs between the two, but the head of this checkpoint leaves wide gaps between its logits.
+    checkpoint = write_random_checkpoint(tmp_path / "fp8", agreement=1.0, moe_intermediate_size=128, **SMALL)
+    quantize_experts(checkpoint)
+    answer = run(checkpoint, 0, "bfloat16")
+    assert "quantize_kernel" in answer["kernels"]
+    assert answer["triton"] == answer["native"]
