@@ -16,9 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from qnext_kernels.moe.configurations import Configuration, Product
-from qnext_kernels.moe.reference import FP8_GROUP
+from qnext_kernels.moe.reference import FP8_GROUP, FP8_MAX, FP8_TINY
 from qnext_kernels.moe.triton_align import align, most_blocks
 from qnext_kernels.triton_support import ALIGNMENT, Target, power_of_two
+
+LARGEST, TINY = tl.constexpr(FP8_MAX), tl.constexpr(FP8_TINY)
 
 
 @triton.jit
@@ -77,10 +79,34 @@ def e4m3_value(bits):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def rounded_to_e4m3(x):  # type: ignore[no-untyped-def]
+    """Float32 within ±448 rounded to the nearest value of e4m3, ties to even, as float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    # Below 2⁻⁶ values are 2⁻⁹ apart, as float32 is where it is added to 1.5 · 2¹⁴.
+    small = (x + 24576.0) - 24576.0
+    return tl.where(tl.abs(x) < 0.015625, small, normal)
+
+
+@triton.jit
+def quantized_rows(values, DECODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Each row as a group of activations: e4m3, or bfloat16 where DECODE, and scales.
+
+    As :func:`qnext_kernels.moe.reference.quantize_groups`, whose division is exactly rounded too.
+    """
+    values = values.to(tl.float32)
+    scales = tl.div_rn(tl.maximum(tl.max(tl.abs(values), axis=1), TINY), LARGEST)
+    values = tl.div_rn(values, tl.broadcast_to(scales[:, None], values.shape))
+    values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
+    values = rounded_to_e4m3(values).to(tl.bfloat16) if DECODE else values.to(tl.float8e4nv)
+    return values, scales
+
+
+@triton.jit
 def weighted_sum(  # type: ignore[no-untyped-def]
     a, a_rows, a_inside, a_scales, b, b_rows, b_inside, b_scale, odd_scale, SIZE: tl.constexpr, size,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAIRED: tl.constexpr, GROUP: tl.constexpr,
-    DECODE: tl.constexpr, PRECISION: tl.constexpr,
+    QUANTIZE: tl.constexpr, DECODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a bᵀ in float32, [ROWS, COLUMNS]: DEPTH elements of the sum after DEPTH elements, from the first.
 
@@ -91,12 +117,14 @@ def weighted_sum(  # type: ignore[no-untyped-def]
         b_scale: pointer to those of all rows of b, or where PAIRED of the even ones; odd_scale: of the odd ones. No
             scale is read where GROUP is 0.
         SIZE: elements of the sum, 0 where they are ``size``, known only to the program.
+        QUANTIZE: a is not quantized yet and has no scales; a step is a group.
     """
     index = tl.arange(0, DEPTH)
     a_pointers = a + a_rows[:, None] + index[None, :]
     b_pointers = b + b_rows[None, :] + index[:, None]
     # All columns of a program, and all elements loaded at once, have one scale.
     tl.static_assert(GROUP == 0 or GROUP % DEPTH == 0)
+    tl.static_assert(not QUANTIZE or DEPTH == GROUP or 0 < SIZE <= DEPTH)
     tl.static_assert(GROUP == 0 or GROUP % (COLUMNS // 2 if PAIRED else COLUMNS) == 0)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in range(0, SIZE if SIZE > 0 else size, DEPTH):
@@ -110,8 +138,11 @@ def weighted_sum(  # type: ignore[no-untyped-def]
         else:
             right = tl.load(b_pointers + k, mask=b_mask, other=0.0)
         if GROUP > 0:
+            if QUANTIZE:
+                left, scales = quantized_rows(left, DECODE)
+            else:
+                scales = tl.load(a_scales + k // GROUP, mask=a_inside, other=0.0)
             part = tl.dot(left, right, out_dtype=tl.float32)
-            scales = tl.load(a_scales + k // GROUP, mask=a_inside, other=0.0)
             scale = tl.load(b_scale + k // GROUP)
             if PAIRED:
                 odd = tl.load(odd_scale + k // GROUP)
@@ -127,8 +158,8 @@ def up_kernel(  # type: ignore[no-untyped-def]
     x, x_scale, w13, w13_scale, shared_w13, shared_w13_scale, ids, order, table, middle,
     x_token, w13_expert, scale_expert, most_blocks, tokens, shared_blocks,
     D: tl.constexpr, MIDDLE: tl.constexpr, SHARED_MIDDLE: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr,
-    DIRECT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, QUANTIZE: tl.constexpr,
+    DECODE: tl.constexpr, DIRECT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """middle = SiLU(gate x) · up x for a block of pairs and COLUMNS of the middle size, rounded once.
 
@@ -144,12 +175,15 @@ def up_kernel(  # type: ignore[no-untyped-def]
         x: [T, D], rows ``x_token`` elements apart. w13: [E, 2·MIDDLE, D], an expert ``w13_expert`` elements from the
             next, contiguous otherwise. shared_w13: contiguous [2·SHARED_MIDDLE, D], not read where that is 0.
         x_scale: contiguous [T, ceil(D / GROUP)]; w13_scale: [E, 2·ceil(MIDDLE / GROUP), ceil(D / GROUP)], an expert
-            ``scale_expert`` elements from the next; shared_w13_scale: as that of an expert. Not read where GROUP is 0.
+            ``scale_expert`` elements from the next; shared_w13_scale: as that of an expert. Not read where GROUP is 0,
+            nor x_scale where QUANTIZE.
         ids: contiguous [T, top_k], read where DIRECT: then pair n is block n and nothing is sorted. Else order and
             table, of :class:`qnext_kernels.moe.triton_align.Blocks`.
         middle: [T·top_k + T, max(MIDDLE, SHARED_MIDDLE)], written: the rows of pairs by place, then those of the
             shared expert by token; zeros behind the narrower of both.
+        QUANTIZE: x is quantized here.
         DECODE: w13 is uint8 with the bits of e4m3.
+        ALIGNED: every expert of w13 begins at a multiple of 16 bytes.
     """
     WIDTH: tl.constexpr = max(MIDDLE, SHARED_MIDDLE)
     TILES: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
@@ -178,7 +212,7 @@ def up_kernel(  # type: ignore[no-untyped-def]
     both = weighted_sum(
         x, token.to(tl.int64) * x_token, inside, x_scale + token.to(tl.int64) * GROUPS,
         w, (is_up * size + columns).to(tl.int64) * D, columns < size, scale, up_scale,
-        D, D, DEPTH, ROWS, 2 * COLUMNS, True, GROUP, DECODE, PRECISION,
+        D, D, DEPTH, ROWS, 2 * COLUMNS, True, GROUP, QUANTIZE, DECODE, PRECISION,
     )  # fmt: skip
     gate, up = tl.split(tl.reshape(both, [ROWS, COLUMNS, 2]))
     activated = gate / (1.0 + tl.exp(-gate)) * up
@@ -193,8 +227,8 @@ def down_kernel(  # type: ignore[no-untyped-def]
     middle, middle_scale, w2, w2_scale, shared_w2, shared_w2_scale, ids, order, table, results,
     w2_expert, scale_expert, most_blocks, tokens, shared_blocks,
     D: tl.constexpr, MIDDLE: tl.constexpr, SHARED_MIDDLE: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr,
-    DIRECT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, QUANTIZE: tl.constexpr,
+    DECODE: tl.constexpr, DIRECT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """results = down · middle for a block of pairs and COLUMNS of the hidden size, rounded.
 
@@ -204,7 +238,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
     ROWS · D written. Operations: 2 ROWS · MIDDLE · D.
 
     Args:
-        middle: of :func:`up_kernel`, or quantized, with middle_scale, contiguous, one for GROUP columns of a row.
+        middle: of :func:`up_kernel`, or that quantized, with middle_scale, contiguous, one for GROUP columns of a row.
         w2: [E, D, MIDDLE], an expert ``w2_expert`` elements from the next; shared_w2: contiguous [D, SHARED_MIDDLE].
         w2_scale: [E, ceil(D / GROUP), ceil(MIDDLE / GROUP)], an expert ``scale_expert`` elements from the next.
         results: [T·top_k + T, D], written: of every pair that has an expert, by pair, then of the shared expert.
@@ -234,7 +268,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
     product = weighted_sum(
         middle, row * WIDTH, inside, middle_scale + row * GROUPS,
         w, columns.to(tl.int64) * size, columns < D, scale, scale,
-        SIZE, size, DEPTH, ROWS, COLUMNS, False, GROUP, DECODE, PRECISION,
+        SIZE, size, DEPTH, ROWS, COLUMNS, False, GROUP, QUANTIZE, DECODE, PRECISION,
     )  # fmt: skip
     target = tl.where(is_shared, places + behind, pair)
     place = results + target[:, None] * D + columns[None, :]
@@ -303,6 +337,7 @@ class Call:
         target: Target,
         *,
         direct: bool,
+        quantize: bool = False,
         decode: bool = False,
     ) -> None:
         """Sort the choices into blocks.
@@ -313,6 +348,7 @@ class Call:
             topk_weights, topk_ids: contiguous [T, top_k].
             config: of this call.
             direct: of one token: every choice is a block, and nothing is sorted.
+            quantize: the weights are in FP8 and the products quantize what they multiply with them.
             decode: the weights are uint8 with the bits of e4m3, and the products run in bfloat16.
         """
         tokens, top_k = topk_ids.shape
@@ -339,6 +375,7 @@ class Call:
             "TOP_K": top_k,
             "ROWS": config.rows,
             "GROUP": 0 if routed.w13_scale is None else FP8_GROUP,
+            "QUANTIZE": quantize,
             "DECODE": decode,
             "DIRECT": direct,
             "PRECISION": target.precision(x.dtype),

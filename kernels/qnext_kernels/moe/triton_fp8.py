@@ -13,27 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from qnext_kernels.moe.configurations import Configuration
-from qnext_kernels.moe.reference import FP8_GROUP, FP8_MAX, FP8_TINY
-from qnext_kernels.moe.triton_experts import Call, Shared, Weights
+from qnext_kernels.moe.reference import FP8_GROUP
+from qnext_kernels.moe.triton_experts import Call, Shared, Weights, quantized_rows
 from qnext_kernels.triton_support import Target, interpreting, power_of_two
 
 GROUPS_AT_ONCE = 16
-
-
-@triton.jit
-def rounded_to_e4m3(x):  # type: ignore[no-untyped-def]
-    """Float32 within ±448 rounded to the nearest value of e4m3, ties to even, as float32."""
-    bits = x.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    # Below 2⁻⁶ values are 2⁻⁹ apart, as float32 is where it is added to 1.5 · 2¹⁴.
-    small = (x + 24576.0) - 24576.0
-    return tl.where(tl.abs(x) < 0.015625, small, normal)
+MOST_ROWS_FUSED = 32
+"""Of a block whose activations every program of a product quantizes for itself."""
 
 
 @triton.jit(do_not_specialize=["groups"])
 def quantize_kernel(  # type: ignore[no-untyped-def]
     x, quantized, scales, x_row, groups, SIZE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    AT_ONCE: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, DECODE: tl.constexpr,
+    AT_ONCE: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     """Divide each group of GROUP columns by its largest magnitude over 448 and round to e4m3.
 
@@ -49,13 +41,8 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     row = group // GROUPS
     columns = (group % GROUPS * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     inside = (group < groups)[:, None] & (columns < SIZE)
-    values = tl.load(x + row[:, None] * x_row + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(values), axis=1), TINY), LARGEST)
-    values = tl.div_rn(values, scale[:, None] + tl.zeros([AT_ONCE, GROUP], tl.float32))
-    values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
-    if DECODE:
-        values = rounded_to_e4m3(values)
-    tl.store(quantized + row[:, None] * SIZE + columns, values.to(quantized.dtype.element_ty), mask=inside)
+    values, scale = quantized_rows(tl.load(x + row[:, None] * x_row + columns, mask=inside, other=0.0), DECODE)
+    tl.store(quantized + row[:, None] * SIZE + columns, values, mask=inside)
     tl.store(scales + group, scale, mask=group < groups)
 
 
@@ -76,7 +63,7 @@ def quantize(x: Tensor, decode: bool) -> tuple[Tensor, Tensor]:
     at_once = min(GROUPS_AT_ONCE, power_of_two(rows * count))
     quantize_kernel[(triton.cdiv(rows * count, at_once),)](
         x, quantized, scales, x.stride(0), rows * count, SIZE=size, GROUPS=count, GROUP=FP8_GROUP, AT_ONCE=at_once,
-        LARGEST=FP8_MAX, TINY=FP8_TINY, DECODE=decode, num_warps=4, num_stages=1, enable_fp_fusion=True,
+        DECODE=decode, num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return quantized, scales
 
@@ -92,12 +79,21 @@ def run_fp8(
     *,
     direct: bool,
 ) -> Tensor:
-    """The experts over weights in float8_e4m3fn; arguments as those of :class:`Call`."""
+    """The experts over weights in float8_e4m3fn; arguments as those of :class:`Call`.
+
+    Every program of a product needs the activations quantized. Where it has few rows, and reading weights is what takes
+    time, it does that itself and two launches are saved, with the same bits.
+    """
     decode = not multiplies_e4m3()
     if decode:
         routed = _as_bytes(routed)
         shared = None if shared is None else shared._replace(weights=_as_bytes(shared.weights))
-    call = Call(x, routed, shared, topk_weights, topk_ids, config, target, direct=direct, decode=decode)
+    whole_groups = config.up.depth == config.down.depth == FP8_GROUP
+    fused = config.rows <= MOST_ROWS_FUSED and whole_groups
+    options = {"direct": direct, "quantize": fused, "decode": decode}
+    call = Call(x, routed, shared, topk_weights, topk_ids, config, target, **options)
+    if fused:
+        return call.sum(call.down(call.up(x)))
     middle = call.up(*quantize(x, decode))
     return call.sum(call.down(*quantize(middle, decode)))
 

@@ -66,7 +66,8 @@ def test_every_kernel_compiles_without_spilling_and_fits_into_shared_memory(targ
 @pytest.mark.parametrize("target", TARGETS)
 def test_fp8_compiles_with_products_of_e4m3_and_without(target: str) -> None:
     compiled = compile_fp8(target, DECODE)
-    for name in (*PRODUCTS, "quantize_kernel"):
+    assert list(compiled) == ["align_kernel", *PRODUCTS, "sum_kernel"]
+    for name in PRODUCTS:
         assert compiled[name].spilled == 0, compiled[name][:-1]
         assert compiled[name].shared <= SHARED_MEMORY[target], compiled[name][:-1]
 
@@ -90,6 +91,7 @@ def test_every_rank_of_tensor_parallelism_has_products_without_spills(ranks: int
 @pytest.mark.parametrize(("ranks", "tokens"), [(1, SOME), (1, PREFILL), (8, SOME)])
 def test_products_in_fp8_run_on_tensor_cores_without_spills(ranks: int, tokens: int) -> None:
     compiled = compile_fp8("sm_90", tokens, ranks)
+    assert list(compiled) == ["count_kernel", "align_kernel", "quantize_kernel", *PRODUCTS, "sum_kernel"]
     for name in PRODUCTS:
         assert compiled[name].spilled == 0
         assert "wgmma.mma_async" in compiled[name].assembly
