@@ -20,7 +20,9 @@ namespace delta {
 
 constexpr int kTokenVectors = kBlockTokens / Vec::size;  // of a row of 16 tokens
 constexpr int kDotRows = Vec::size == 16 ? 8 : 2;        // rows whose products with 32 tokens fill the registers
-constexpr int kUpdateVectors = Vec::size == 16 ? 8 : 4;  // of a row, two of which are updated together
+// Rows and vectors of each that are updated together.
+constexpr int kUpdateRows = Vec::size == 16 ? 4 : 2;
+constexpr int kUpdateVectors = 4;
 
 // products[r] = the products of R rows with the 16 keys, then with the 16 queries; kq [width, 32].
 template <int R>
@@ -56,36 +58,36 @@ template <int R, int V>
 __attribute__((noinline)) void update(float* rows, int64_t width, float decay, const float* d, const float* keys) {
     Vec x[R][V];
     const Vec decays = Vec::fill(decay);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) x[r][v] = Vec::load(rows + r * width + v * Vec::size) * decays;
     for (int s = 0; s < kBlockTokens; ++s) {
         Vec weight[R];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) weight[r] = Vec::fill(d[s * Vec::size + r]);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             const Vec key = Vec::load(keys + s * width + v * Vec::size);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) x[r][v] = fma(weight[r], key, x[r][v]);
         }
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) x[r][v].store(rows + r * width + v * Vec::size);
 }
 
 }  // namespace delta
 
-// One head's 16 tokens, prepared once for all rows.
-class DeltaBlock {
+// Keys and queries of 16 tokens, prepared once for all value heads that read them.
+class BlockKeys {
   public:
-    explicit DeltaBlock(int64_t width) : width(width), kq(scratch<float>(width * 2 * kBlockTokens)) {}
+    explicit BlockKeys(int64_t width) : width(width), kq(scratch<float>(width * 2 * kBlockTokens)) {}
 
-    // keys and queries [16, width]; log_decay and beta [16].
-    void prepare(const float* keys, const float* queries, const float* log_decay, const float* beta) {
+    // keys and queries [16, width]
+    void prepare(const float* keys, const float* queries) {
         this->keys = keys;
         for (int side = 0; side < 2; ++side) {
             const float* from = side ? queries : keys;
@@ -99,20 +101,35 @@ class DeltaBlock {
                 }
             }
         }
-        float sums[kBlockTokens], total = 0.0f;
-        for (int t = 0; t < kBlockTokens; ++t) sums[t] = total += log_decay[t];
         for (int s = 0; s < kBlockTokens; s += delta::kDotRows) {
             const float* rows[delta::kDotRows];
             for (int r = 0; r < delta::kDotRows; ++r) rows[r] = keys + (s + r) * width;
-            delta::dots<delta::kDotRows>(rows, width, kq.get(), products);
-            for (int r = 0; r < delta::kDotRows; ++r) {
-                for (int t = 0; t < kBlockTokens; t += Vec::size) {
-                    // Behind s only: before it the factor could overflow, and nothing reads it.
-                    const Vec factor = exp(min(Vec::load(sums + t) - Vec::fill(sums[s + r]), Vec::zero()));
-                    const float* row = products + r * 2 * kBlockTokens + t;
-                    (Vec::load(row) * factor * Vec::load(beta + t)).store(with_key[s + r] + t);
-                    (Vec::load(row + kBlockTokens) * factor).store(with_query[s + r] + t);
-                }
+            delta::dots<delta::kDotRows>(rows, width, kq.get(), products[s]);
+        }
+    }
+
+    const int64_t width;
+    const float* keys = nullptr;
+    const Scratch<float> kq;  // [width, keys of 16 tokens and then queries]
+    alignas(64) float products[kBlockTokens][2 * kBlockTokens];  // [s]: k_t·k_s, then q_t·k_s
+};
+
+// One value head's 16 tokens, prepared once for all rows.
+class DeltaBlock {
+  public:
+    explicit DeltaBlock(const BlockKeys& keys) : shared(keys), width(keys.width) {}
+
+    // log_decay and beta [16], of the tokens whose keys and queries are prepared
+    void prepare(const float* log_decay, const float* beta) {
+        float sums[kBlockTokens], total = 0.0f;
+        for (int t = 0; t < kBlockTokens; ++t) sums[t] = total += log_decay[t];
+        for (int s = 0; s < kBlockTokens; ++s) {
+            for (int t = 0; t < kBlockTokens; t += Vec::size) {
+                // Behind s only: before it the factor could overflow, and nothing reads it.
+                const Vec factor = exp(min(Vec::load(sums + t) - Vec::fill(sums[s]), Vec::zero()));
+                const float* row = shared.products[s] + t;
+                (Vec::load(row) * factor * Vec::load(beta + t)).store(with_key[s] + t);
+                (Vec::load(row + kBlockTokens) * factor).store(with_query[s] + t);
             }
         }
         for (int t = 0; t < kBlockTokens; t += Vec::size) {
@@ -130,7 +147,7 @@ class DeltaBlock {
         const float* from[Vec::size];
         for (int r = 0; r < Vec::size; ++r) from[r] = rows + std::min<int64_t>(r, count - 1) * width;
         for (int r = 0; r < Vec::size; r += delta::kDotRows)
-            delta::dots<delta::kDotRows>(from + r, width, kq.get(), by_row + r * 2 * kBlockTokens);
+            delta::dots<delta::kDotRows>(from + r, width, shared.kq.get(), by_row + r * 2 * kBlockTokens);
         for (int t = 0; t < 2 * kBlockTokens; t += Vec::size) {
             Vec square[Vec::size];
             for (int r = 0; r < Vec::size; ++r) square[r] = Vec::load(by_row + r * 2 * kBlockTokens + t);
@@ -139,8 +156,8 @@ class DeltaBlock {
         }
         solve(by_token, v, o);
         int64_t r = 0;
-        for (; r + 2 <= count; r += 2) update<2>(rows + r * width, r);
-        if (r < count) update<1>(rows + r * width, r);
+        for (; r + delta::kUpdateRows <= count; r += delta::kUpdateRows) update<delta::kUpdateRows>(rows + r * width, r);
+        for (; r < count; ++r) update<1>(rows + r * width, r);
     }
 
   private:
@@ -169,18 +186,17 @@ class DeltaBlock {
         using namespace delta;
         int64_t i = 0;
         const float decay = decays[kBlockTokens - 1];
+        const float* keys = shared.keys;
         for (; i + kUpdateVectors * Vec::size <= width; i += kUpdateVectors * Vec::size)
             delta::update<R, kUpdateVectors>(rows + i, width, decay, weighted + first, keys + i);
         for (; i < width; i += Vec::size) delta::update<R, 1>(rows + i, width, decay, weighted + first, keys + i);
     }
 
+    const BlockKeys& shared;
     const int64_t width;
-    const float* keys = nullptr;
-    const Scratch<float> kq;  // [width, keys of 16 tokens and then queries]
     // [s][t]: β_t e^(G_t − G_s) k_t·k_s, and the same of q_t without β_t
     alignas(64) float with_key[kBlockTokens][kBlockTokens], with_query[kBlockTokens][kBlockTokens];
     alignas(64) float decays[kBlockTokens], betas[kBlockTokens], beta_decays[kBlockTokens], to_end[kBlockTokens];
-    alignas(64) float products[delta::kDotRows * 2 * kBlockTokens];
     alignas(64) float plain[kBlockTokens * Vec::size], weighted[kBlockTokens * Vec::size];
 };
 

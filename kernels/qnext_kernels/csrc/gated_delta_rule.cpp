@@ -6,6 +6,7 @@
 // Token by token the physical limit is 4 vector operations an element of the state; a decode reads and writes the state
 // once.
 #include <algorithm>
+#include <vector>
 
 #include "delta_chunk.h"
 
@@ -46,7 +47,7 @@ constexpr int kRows = 4;
 constexpr int kAhead = 2048;  // elements of the state that are fetched ahead: what lies behind is the next head's
 
 struct Token {
-    float log_decay, decay, beta, kq;
+    float decay, beta, kq;  // kq: k · q
 };
 
 // One token's step for kRows rows of the state, from `src` to `dst` (which may be the same), and with Kept past the
@@ -111,26 +112,132 @@ void load_normalised(const T* from, int64_t size, float scale, float* to, int64_
     for (int64_t i = 0; i < width; i += Vec::size) (Vec::load(to + i) * factor).store(to + i);
 }
 
-// Rows `first` to `last` of one value head of one sequence. T: of the tokens, S: of the state, P: of the step pool.
+// What the value heads of a key head share: keys and queries of a tile of tokens. T: of the tokens.
+template <class T>
+class KeyTile {
+  public:
+    KeyTile(const DeltaRule& p, int64_t head)
+        : p(p), head(head), width(padded(p.key_dim)), keys(scratch<float>(kTile * width)),
+          queries(scratch<float>(kTile * width)) {}
+
+    void prepare(int64_t start, int64_t stop) {
+        for (int64_t t = start; t < stop; ++t) {
+            float* k = keys.get() + (t - start) * width;
+            float* q = queries.get() + (t - start) * width;
+            load_normalised(key(t), p.key_dim, 1.0f, k, width);
+            load_normalised(query(t), p.key_dim, 1.0f / std::sqrt(float(p.key_dim)), q, width);
+            Vec product = Vec::zero();
+            for (int64_t i = 0; i < width; i += Vec::size) product = fma(Vec::load(k + i), Vec::load(q + i), product);
+            kq[t - start] = sum(product);
+        }
+    }
+
+    // What a whole tile needs besides, to be run at once.
+    const BlockKeys& prepare_block() {
+        if (!block) block = std::make_unique<BlockKeys>(width);
+        block->prepare(keys.get(), queries.get());
+        return *block;
+    }
+
+    void fetch(int64_t start, int64_t stop) const {
+        for (int64_t t = start; t < stop; ++t) {
+            fetch_lines(key(t), p.key_dim);
+            fetch_lines(query(t), p.key_dim);
+        }
+    }
+
+    // Will be read: such rows lie too far apart for a processor to foresee it.
+    static void fetch_lines(const T* from, int64_t size) {
+        for (int64_t i = 0; i < size; i += 64 / sizeof(T))
+            _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
+    }
+
+    const DeltaRule& p;
+    const int64_t head, width;
+    const Scratch<float> keys, queries;  // [kTile, width]
+    float kq[kTile];
+
+  private:
+    const T* key(int64_t t) const { return static_cast<const T*>(p.k) + t * p.k_token + head * p.k_head; }
+    const T* query(int64_t t) const { return static_cast<const T*>(p.q) + t * p.q_token + head * p.q_head; }
+
+    std::unique_ptr<BlockKeys> block;
+};
+
+// Rows `first` to `last` of one value head of one sequence. S: of the state, P: of the step pool.
 template <class T, class S, class P>
 class Head {
   public:
-    Head(const DeltaRule& p, int64_t sequence, int64_t head, int64_t first, int64_t last)
-        : p(p), n(sequence), head(head), first(first), rows(last - first), width(padded(p.key_dim)),
-          row_groups((rows + kRows - 1) / kRows), state(scratch<float>(row_groups * kRows * width)),
-          keys(scratch<float>(kTile * width)), queries(scratch<float>(kTile * width)) {}
+    Head(const KeyTile<T>& tile, int64_t sequence, int64_t head, int64_t first, int64_t last)
+        : p(tile.p), tile(tile), n(sequence), head(head), first(first), rows(last - first), width(tile.width),
+          row_groups((rows + kRows - 1) / kRows), state(scratch<float>(row_groups * kRows * width)) {}
 
-    void run() {
-        const int64_t begin = p.query_start_loc.at(n, n), end = p.query_start_loc.at(n + 1, n + 1);
-        const int64_t columns = p.slot_columns;
-        const int64_t accepted = std::clamp<int64_t>(p.accepted.at(n, 1), 1, columns);
-        const int64_t slot = p.slots[n * columns + accepted - 1];
-        if (slot < 0) return clear(begin, end);
-        const bool starts_at_zero = p.has_initial && !p.has_initial[n];
-        if (p.every_token)
-            verify(begin, end, slot);
+    // Before the tokens [begin, end), from the state in `slot`.
+    void begin_prefill(int64_t begin, int64_t end, int64_t slot, bool starts_at_zero) {
+        this->begin = begin;
+        this->end = end;
+        own = place(slot);
+        const int64_t snapshot_slot = p.snapshot_slots.at(n, -1);
+        snapshot = snapshot_slot < 0 ? nullptr : place(snapshot_slot);
+        snapshot_at = snapshot ? begin + p.snapshot_lengths[n] : -1;
+        direct = in_place<S>() && begin < end;
+        current = direct ? reinterpret_cast<float*>(own) : state.get();
+        if (starts_at_zero)
+            std::fill_n(current, row_groups * kRows * width, 0.0f);
+        else if (!direct)
+            load(own);
+    }
+
+    // Tokens [start, stop), which the tile holds; all at once with `block`.
+    void prefill(int64_t start, int64_t stop, const BlockKeys* block) {
+        if (start == snapshot_at) store(current, snapshot);
+        const int64_t chunk = begin + (start - begin) / kChunk * kChunk;
+        const bool rounds = std::min(chunk + kChunk, end) - chunk <= kRecurrentTokens;
+        prepare(start, stop);
+        for (int64_t t = stop; t < std::min(stop + kTile, end); ++t) KeyTile<T>::fetch_lines(value(t), rows);
+        if (block)
+            advance_block(start, *block);
         else
-            prefill(begin, end, slot, starts_at_zero);
+            advance_tokens(start, stop, rounds);
+        if (stop == end || (stop - begin) % kChunk == 0)
+            for (int64_t g = 0; g < row_groups; ++g) round<S>(g);
+    }
+
+    void end_prefill() const {
+        if (end == snapshot_at) store(current, snapshot);
+        if (!direct && begin < end) store(current, own);
+    }
+
+    // Before the tokens from `begin` on.
+    void begin_verify(int64_t begin, int64_t slot) {
+        this->begin = begin;
+        direct = in_place<S>() && (!p.steps || in_place<P>());
+        current = direct ? reinterpret_cast<float*>(place(slot)) : state.get();
+        if (!direct) load(place(slot));
+    }
+
+    // The state behind token t goes to its place; the next token continues from what a pool can hold.
+    void verify(int64_t start, int64_t stop) {
+        prepare(start, stop);
+        for (int64_t t = start; t < stop; ++t) {
+            P* step = step_place(t - begin);
+            S* target = p.steps ? nullptr : slot_place(t - begin);
+            float* const kept = direct ? reinterpret_cast<float*>(step) : nullptr;
+            verify_token(t, t - start, current, direct && target ? reinterpret_cast<float*>(target) : kept);
+            current = state.get();
+            if (direct) continue;
+            for (int64_t g = 0; g < row_groups; ++g) p.steps ? round<P>(g) : round<S>(g);
+            if (step) store(state.get(), step);
+            if (target) store(state.get(), target);
+        }
+    }
+
+    // Zeros for tokens [begin, end).
+    static void clear(const DeltaRule& p, int64_t head, int64_t first, int64_t last, int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            T* row = static_cast<T*>(p.out) + (t * p.value_heads + head) * p.value_dim;
+            std::memset(row + first, 0, (last - first) * sizeof(T));
+        }
     }
 
   private:
@@ -140,34 +247,7 @@ class Head {
         return std::is_same_v<Pool, float> && width == p.key_dim && rows % kRows == 0;
     }
 
-    void prefill(int64_t begin, int64_t end, int64_t slot, bool starts_at_zero) {
-        const int64_t snapshot_slot = p.snapshot_slots.at(n, -1);
-        const int64_t snapshot_at = snapshot_slot < 0 ? -1 : begin + p.snapshot_lengths[n];
-        const bool direct = in_place<S>() && begin < end;
-        float* current = direct ? reinterpret_cast<float*>(place(slot)) : state.get();
-        if (starts_at_zero)
-            std::fill_n(current, row_groups * kRows * width, 0.0f);
-        else if (!direct)
-            load(place(slot));
-        for (int64_t start = begin; start < end; start += kTile) {
-            if (start == snapshot_at) store(current, place(snapshot_slot));
-            const int64_t stop = std::min(start + kTile, end);
-            const int64_t chunk = begin + (start - begin) / kChunk * kChunk;
-            const bool rounds = std::min(chunk + kChunk, end) - chunk <= kRecurrentTokens;
-            prepare(start, stop);
-            fetch(stop, std::min(stop + kTile, end));
-            if (stop - start == kBlockTokens && !p.recurrent)
-                advance_block(start, current);
-            else
-                advance_tokens(start, stop, current, rounds);
-            if (stop == end || (stop - begin) % kChunk == 0)
-                for (int64_t g = 0; g < row_groups; ++g) round<S>(g);
-        }
-        if (end == snapshot_at) store(current, place(snapshot_slot));
-        if (!direct && begin < end) store(current, place(slot));
-    }
-
-    void advance_tokens(int64_t start, int64_t stop, float* current, bool rounds) {
+    void advance_tokens(int64_t start, int64_t stop, bool rounds) {
         for (int64_t first_group = 0; first_group < row_groups; first_group += kGroups) {
             for (int64_t t = start; t < stop; ++t) {
                 for (int64_t g = first_group; g < std::min(first_group + kGroups, row_groups); ++g) {
@@ -179,47 +259,16 @@ class Head {
     }
 
     // All tokens of a tile at once.
-    void advance_block(int64_t start, float* current) {
-        alignas(64) float log_decay[kBlockTokens], beta[kBlockTokens];
+    void advance_block(int64_t start, const BlockKeys& shared) {
         alignas(64) float v[kBlockTokens * Vec::size], o[kBlockTokens * Vec::size];
-        for (int t = 0; t < kBlockTokens; ++t) log_decay[t] = tokens[t].log_decay, beta[t] = tokens[t].beta;
-        if (!block) block = std::make_unique<DeltaBlock>(width);
-        block->prepare(keys.get(), queries.get(), log_decay, beta);
+        if (!block) block = std::make_unique<DeltaBlock>(shared);
+        block->prepare(log_decay, beta);
         for (int64_t row = 0; row < rows; row += Vec::size) {
             const int64_t count = std::min<int64_t>(Vec::size, rows - row);
-            for (int t = 0; t < kBlockTokens; ++t) {
-                const T* from = static_cast<const T*>(p.v) + (start + t) * p.v_token + head * p.v_head + first + row;
-                load_row(from, count, v + t * Vec::size, Vec::size);
-            }
+            for (int t = 0; t < kBlockTokens; ++t) load_row(value(start + t) + row, count, v + t * Vec::size, Vec::size);
             block->advance(current + row * width, count, v, o);
-            for (int t = 0; t < kBlockTokens; ++t) {
-                T* to = static_cast<T*>(p.out) + ((start + t) * p.value_heads + head) * p.value_dim + first + row;
-                store_row(o + t * Vec::size, count, to);
-            }
+            for (int t = 0; t < kBlockTokens; ++t) store_row(o + t * Vec::size, count, out(start + t) + row);
         }
-    }
-
-    // The state behind token t goes to its place; the next token continues from what a pool can hold.
-    void verify(int64_t begin, int64_t end, int64_t slot) {
-        const bool direct = in_place<S>() && (!p.steps || in_place<P>());
-        const float* from = direct ? reinterpret_cast<const float*>(place(slot)) : state.get();
-        if (!direct) load(place(slot));
-        for (int64_t start = begin; start < end; start += kTile) {
-            const int64_t stop = std::min(start + kTile, end);
-            prepare(start, stop);
-            for (int64_t t = start; t < stop; ++t) {
-                P* step = step_place(t - begin);
-                S* target = p.steps ? nullptr : slot_place(t - begin);
-                float* const kept = direct ? reinterpret_cast<float*>(step) : nullptr;
-                verify_token(t, t - start, from, direct && target ? reinterpret_cast<float*>(target) : kept);
-                from = state.get();
-                if (direct) continue;
-                for (int64_t g = 0; g < row_groups; ++g) p.steps ? round<P>(g) : round<S>(g);
-                if (step) store(state.get(), step);
-                if (target) store(state.get(), target);
-            }
-        }
-        _mm_sfence();  // what was streamed comes before what tells others that this is done
     }
 
     // The state behind token t, to `state` and to `kept`, unless that is none.
@@ -233,6 +282,10 @@ class Head {
         }
         if (kept && !streams) std::copy_n(state.get(), rows * width, kept);
     }
+
+    const T* value(int64_t t) const { return static_cast<const T*>(p.v) + t * p.v_token + head * p.v_head + first; }
+
+    T* out(int64_t t) const { return static_cast<T*>(p.out) + (t * p.value_heads + head) * p.value_dim + first; }
 
     S* place(int64_t slot) const {
         return static_cast<S*>(p.state) + slot * p.state_slot + (head * p.value_dim + first) * p.key_dim;
@@ -248,12 +301,6 @@ class Head {
         if (!p.steps || row < 0) return nullptr;
         P* step = static_cast<P*>(p.steps) + row * p.steps_row + t * p.steps_step;
         return step + (head * p.value_dim + first) * p.key_dim;
-    }
-
-    void clear(int64_t begin, int64_t end) const {
-        for (int64_t t = begin; t < end; ++t) {
-            std::memset(static_cast<T*>(p.out) + (t * p.value_heads + head) * p.value_dim + first, 0, rows * sizeof(T));
-        }
     }
 
     void load(const S* from) {
@@ -282,74 +329,104 @@ class Head {
         }
     }
 
-    // What tokens [start, stop) will read: their rows lie too far apart for a processor to foresee it.
-    void fetch(int64_t start, int64_t stop) const {
-        const int64_t key_head = head / (p.value_heads / p.key_heads);
-        const auto lines = [](const T* from, int64_t size) {
-            for (int64_t i = 0; i < size; i += 64 / sizeof(T))
-                _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
-        };
-        for (int64_t t = start; t < stop; ++t) {
-            lines(static_cast<const T*>(p.k) + t * p.k_token + key_head * p.k_head, p.key_dim);
-            lines(static_cast<const T*>(p.q) + t * p.q_token + key_head * p.q_head, p.key_dim);
-            lines(static_cast<const T*>(p.v) + t * p.v_token + head * p.v_head + first, rows);
-        }
-    }
-
-    // Keys, queries and gates of tokens [start, stop).
+    // Gates of tokens [start, stop), those of a vector together; behind the last they are computed of zeros.
     void prepare(int64_t start, int64_t stop) {
-        const int64_t key_head = head / (p.value_heads / p.key_heads);
-        const float rate = -std::exp(p.A_log[head]), bias = p.dt_bias[head];
-        for (int64_t t = start; t < stop; ++t) {
-            float* k = keys.get() + (t - start) * width;
-            float* q = queries.get() + (t - start) * width;
-            const T* k_from = static_cast<const T*>(p.k) + t * p.k_token + key_head * p.k_head;
-            const T* q_from = static_cast<const T*>(p.q) + t * p.q_token + key_head * p.q_head;
-            load_normalised(k_from, p.key_dim, 1.0f, k, width);
-            load_normalised(q_from, p.key_dim, 1.0f / std::sqrt(float(p.key_dim)), q, width);
-            Vec kq = Vec::zero();
-            for (int64_t i = 0; i < width; i += Vec::size) kq = fma(Vec::load(k + i), Vec::load(q + i), kq);
-            const float a = p.a[t * p.a_token + head] + bias, b = p.b[t * p.b_token + head];
-            const float softplus = std::log1p(std::exp(-std::fabs(a))) + std::max(a, 0.0f);
-            tokens[t - start] = {rate * softplus, std::exp(rate * softplus), 1.0f / (1.0f + std::exp(-b)), sum(kq)};
+        const int64_t count = stop - start;
+        const Vec rate = Vec::fill(-std::exp(p.A_log[head])), bias = Vec::fill(p.dt_bias[head]);
+        for (int64_t first = 0; first < count; first += Vec::size) {
+            float a[Vec::size] = {}, b[Vec::size] = {};
+            for (int64_t i = 0; i < std::min<int64_t>(Vec::size, count - first); ++i) {
+                a[i] = p.a[(start + first + i) * p.a_token + head];
+                b[i] = p.b[(start + first + i) * p.b_token + head];
+            }
+            const Vec g = rate * softplus(Vec::load(a) + bias);
+            g.store(log_decay + first);
+            exp(g).store(decay + first);
+            sigmoid(Vec::load(b)).store(beta + first);
         }
     }
 
     // Group g of the rows at `from` becomes that at `to`, and at `kept`, behind token t.
     template <bool Kept>
     void advance(int64_t g, int64_t t, int64_t in_tile, const float* from, float* to, float* kept) {
-        const int64_t count = std::min<int64_t>(kRows, rows - g * kRows), row = first + g * kRows;
-        const T* v_from = static_cast<const T*>(p.v) + t * p.v_token + head * p.v_head + row;
-        T* out = static_cast<T*>(p.out) + (t * p.value_heads + head) * p.value_dim + row;
+        const int64_t count = std::min<int64_t>(kRows, rows - g * kRows);
+        const T* v_from = value(t) + g * kRows;
+        T* out = this->out(t) + g * kRows;
         float v[kRows] = {}, o[kRows];
         for (int64_t r = 0; r < count; ++r) v[r] = to_float(v_from[r]);
         const int64_t offset = g * kRows * width;
         float* const also = Kept ? kept + offset : nullptr;
-        step<Kept>(from + offset, to + offset, also, width, keys.get() + in_tile * width,
-                   queries.get() + in_tile * width, tokens[in_tile], v, o);
+        const Token token{decay[in_tile], beta[in_tile], tile.kq[in_tile]};
+        step<Kept>(from + offset, to + offset, also, width, tile.keys.get() + in_tile * width,
+                   tile.queries.get() + in_tile * width, token, v, o);
         for (int64_t r = 0; r < count; ++r) assign(out[r], o[r]);
     }
 
     const DeltaRule& p;
+    const KeyTile<T>& tile;
     const int64_t n, head, first, rows, width, row_groups;
-    Scratch<float> state, keys, queries;
+    Scratch<float> state;
     std::unique_ptr<DeltaBlock> block;  // of a prefill
-    Token tokens[kTile];
+    alignas(64) float log_decay[kTile], decay[kTile], beta[kTile];
+    int64_t begin = 0, end = 0, snapshot_at = -1;
+    S *own = nullptr, *snapshot = nullptr;
+    float* current = nullptr;
+    bool direct = false;
 };
+
+// Rows [first, last) of the value heads [from, to) of a sequence, which share a key head.
+template <class T, class S, class P>
+void run(const DeltaRule& p, int64_t n, int64_t from, int64_t to, int64_t first, int64_t last) {
+    const int64_t begin = p.query_start_loc.at(n, n), end = p.query_start_loc.at(n + 1, n + 1);
+    const int64_t accepted = std::clamp<int64_t>(p.accepted.at(n, 1), 1, p.slot_columns);
+    const int64_t slot = p.slots[n * p.slot_columns + accepted - 1];
+    if (slot < 0) {
+        for (int64_t head = from; head < to; ++head) Head<T, S, P>::clear(p, head, first, last, begin, end);
+        return;
+    }
+    KeyTile<T> tile(p, from / (p.value_heads / p.key_heads));
+    std::vector<Head<T, S, P>> heads;
+    heads.reserve(to - from);
+    for (int64_t head = from; head < to; ++head) heads.emplace_back(tile, n, head, first, last);
+    for (auto& head : heads) {
+        if (p.every_token)
+            head.begin_verify(begin, slot);
+        else
+            head.begin_prefill(begin, end, slot, p.has_initial && !p.has_initial[n]);
+    }
+    for (int64_t start = begin; start < end; start += kTile) {
+        const int64_t stop = std::min(start + kTile, end);
+        tile.prepare(start, stop);
+        if (p.every_token) {
+            for (auto& head : heads) head.verify(start, stop);
+            continue;
+        }
+        tile.fetch(stop, std::min(stop + kTile, end));
+        const BlockKeys* block = stop - start == kBlockTokens && !p.recurrent ? &tile.prepare_block() : nullptr;
+        for (auto& head : heads) head.prefill(start, stop, block);
+    }
+    if (p.every_token)
+        _mm_sfence();  // what was streamed comes before what tells others that this is done
+    else
+        for (auto& head : heads) head.end_prefill();
+}
 
 template <class T, class S, class P>
 void delta_rule(const DeltaRule& p) {
-    const int64_t heads = p.sequences * p.value_heads;
-    // Whole heads if there are enough for every thread: what is prepared for a head is then prepared once.
+    const int64_t group = p.value_heads / p.key_heads, threads = omp_get_max_threads();
+    const int64_t tokens = p.query_start_loc.at(p.sequences, p.sequences);
+    // All value heads of a key head together if there are enough for every thread: what they share is then prepared once.
+    const int64_t at_once = p.sequences * p.key_heads < 2 * threads ? 1 : group;
+    const int64_t units = p.sequences * p.value_heads / at_once;
     int64_t parts = 1;
-    while (heads * parts < 2 * omp_get_max_threads() && p.value_dim / (2 * parts) >= 8 * kRows) parts *= 2;
-    const int64_t rows = (p.value_dim + parts - 1) / parts;
-    const int64_t work = p.query_start_loc.at(p.sequences, p.sequences) * p.value_heads * p.value_dim * p.key_dim;
-#pragma omp parallel for schedule(dynamic, 1) if (worth_threads(work))
-    for (int64_t task = 0; task < heads * parts; ++task) {
-        const int64_t first = task % parts * rows, head = task / parts;
+    while (units * parts < 2 * threads && p.value_dim / (2 * parts) >= 8 * kRows) parts *= 2;
+    const int64_t rows = (p.value_dim + parts - 1) / parts, units_of_sequence = p.value_heads / at_once;
+#pragma omp parallel for schedule(dynamic, 1) if (worth_threads(tokens * p.value_heads * p.value_dim * p.key_dim))
+    for (int64_t task = 0; task < units * parts; ++task) {
+        const int64_t first = task % parts * rows, unit = task / parts;
+        const int64_t head = unit % units_of_sequence * at_once;
         if (first < p.value_dim)
-            Head<T, S, P>(p, head / p.value_heads, head % p.value_heads, first, std::min(first + rows, p.value_dim)).run();
+            run<T, S, P>(p, unit / units_of_sequence, head, head + at_once, first, std::min(first + rows, p.value_dim));
     }
 }
 

@@ -216,6 +216,16 @@ inline Vec exp(Vec x) {
 inline Vec sigmoid(Vec x) { return Vec::fill(1.0f) / (Vec::fill(1.0f) + exp(Vec::zero() - x)); }
 inline Vec silu(Vec x) { return x / (Vec::fill(1.0f) + exp(Vec::zero() - x)); }
 
+// log(1 + e^x) with an error of a few ulp; x where e^x is no float.
+inline Vec softplus(Vec x) {
+    const Vec zero = Vec::zero(), one = Vec::fill(1.0f);
+    // log(1 + u) = 2 artanh(s) with s = u / (2 + u) in [0, 1/3].
+    const Vec u = exp(zero - max(x, zero - x)), s = u / (u + Vec::fill(2.0f)), square = s * s;
+    Vec p = Vec::fill(1.0f / 17);
+    for (int n = 15; n > 1; n -= 2) p = fma(p, square, Vec::fill(1.0f / float(n)));
+    return fma(fma(p, square, one), s + s, max(x, zero));
+}
+
 // SiLU of N vectors, step by step so that their steps overlap, with an error of at most 4e-6 of the result: rounding it to
 // bfloat16 is 500 times as much.
 template <int N>
