@@ -87,17 +87,13 @@ def experts_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
 
 
 def experts_fp8_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
-    ours = getattr(qnext_kernels, "experts_fp8", None)
-    if ours is None:
-        return
-
     @cache
     def weights() -> tuple[Routed, Peers]:
         w13, w13_scale = fp8_blocks(s.experts, 2 * s.intermediate, s.hidden, halves=2)
         w2, w2_scale = fp8_blocks(s.experts, s.hidden, s.intermediate)
         stored = w13, w13_scale, w2, w2_scale
         peers = {each.name: found for each in libraries if (found := each.experts_fp8(*stored)) is not None}
-        return lambda x, scores, ids: ours(x, *stored, scores, ids), peers
+        return lambda x, scores, ids: qnext_kernels.experts_fp8(x, *stored, scores, ids), peers
 
     # Two sides may quantize what is between the products differently: half a unit in the last place of e4m3.
     tolerance = torch.finfo(FP8).eps / 2
