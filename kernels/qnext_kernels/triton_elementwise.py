@@ -28,3 +28,15 @@ def row_start(row, inner, outer_stride, inner_stride):  # type: ignore[no-untype
 def inverse_rms(x, eps, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """1 / √(mean(x²) + eps) of rows [ROWS, BLOCK] of WIDTH elements and zeros, as a column [ROWS, 1]."""
     return tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + eps)[:, None]
+
+
+@triton.jit
+def pairwise_sum(x, ROWS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Σ of each row of x [ROWS, SIZE], SIZE a power of two: of neighbours, then of neighbouring sums, and so on.
+
+    A sum of two has one order, so that the result does not depend on how the threads share a row.
+    """
+    for level in tl.static_range(1, 16):
+        if SIZE >> level > 0:
+            x = tl.sum(tl.reshape(x, [ROWS, SIZE >> level, 2]), axis=2)
+    return tl.reshape(x, [ROWS])

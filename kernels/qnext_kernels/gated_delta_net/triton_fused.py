@@ -12,13 +12,9 @@ from torch import Tensor
 from qnext_kernels.gated_delta_net.checks import Steps
 from qnext_kernels.gated_delta_rule.reference import L2_NORM_EPS
 from qnext_kernels.gated_delta_rule.triton import expect_contiguous_slots
-from qnext_kernels.gated_delta_rule.triton_math import (
-    inverse_norms,
-    log_decay,
-    pairwise_sum,
-    recurrence,
-    write_strength,
-)
+from qnext_kernels.gated_delta_rule.triton_math import inverse_norms, log_decay, recurrence, write_strength
+from qnext_kernels.gated_norm.triton_norm import normalised_and_gated
+from qnext_kernels.triton_elementwise import silu
 from qnext_kernels.triton_support import Target, current_target, power_of_two, rows
 
 LARGEST_BLOCK = 128
@@ -55,7 +51,7 @@ def convolved(  # type: ignore[no-untyped-def]
         total = tl.fma(tl.where(t < age, kept, token).to(tl.float32), tap, total)
     tap = tl.load(weight + channels * W + W - 1, mask=inside, other=0.0).to(tl.float32)
     total = tl.fma(tl.load(x + t * x_token, mask=inside, other=0.0).to(tl.float32), tap, total)
-    y = (total / (1.0 + tl.exp(-total))).to(x.dtype.scalar.element_ty)
+    y = silu(total).to(x.dtype.scalar.element_ty)
     return tl.where(live, y.to(tl.float32), 0.0)
 
 
@@ -103,19 +99,20 @@ def keep_inputs(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def normalise_and_gate(  # type: ignore[no-untyped-def]
+def normalise_outputs(  # type: ignore[no-untyped-def]
     out, z, z_token, weight, eps, row, tokens,
     H: tl.constexpr, G: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gated RMSNorm of ROWS outputs in place, those of a token's value heads next to each other."""
     t, member = row // G, row % G
-    values = tl.arange(0, BLOCK)[None, :]
-    inside = (t < tokens)[:, None] & (values < V)
-    place = out + (t * H * G + member)[:, None] * V + values
+    values = tl.arange(0, BLOCK)
+    inside = (t < tokens)[:, None] & (values < V)[None, :]
+    place = out + (t * H * G + member)[:, None] * V + values[None, :]
     o = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(z + t[:, None] * z_token + member[:, None] * V + values, mask=inside, other=0.0).to(tl.float32)
+    gate = z + t[:, None] * z_token + member[:, None] * V + values[None, :]
+    gate = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(weight + values, mask=values < V, other=0.0).to(tl.float32)
-    y = o * tl.rsqrt(pairwise_sum(o * o, ROWS, BLOCK) / V + eps)[:, None] * scale * (gate / (1.0 + tl.exp(-gate)))
+    y = normalised_and_gated(o, gate, scale, eps, V, ROWS, BLOCK)
     tl.store(place, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -220,7 +217,7 @@ def gated_delta_net_kernel(  # type: ignore[no-untyped-def]
             tl.store(place, rounded, mask=inside & live & has_place & (target >= 0))
     tl.debug_barrier()
     for first_row in range(0, tokens * G, ROWS):
-        normalise_and_gate(
+        normalise_outputs(
             out + (start * H + key_head) * G * V, x_n + 2 * K + G * V, x_token, norm_weight, eps,
             first_row + tl.arange(0, ROWS), tokens, H, G, V, ROWS, BLOCK,
         )  # fmt: skip

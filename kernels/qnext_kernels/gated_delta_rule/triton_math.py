@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qnext_kernels.triton_elementwise import pairwise_sum
+
 
 @triton.jit
 def log_decay(a, A_log, dt_bias):  # type: ignore[no-untyped-def]
@@ -33,18 +35,6 @@ def write_strength(b):  # type: ignore[no-untyped-def]
 def inverse_norm(x, axis: tl.constexpr, eps: tl.constexpr):  # type: ignore[no-untyped-def]
     """1 / √(Σ x² + eps) over an axis."""
     return tl.rsqrt(tl.sum(x * x, axis=axis) + eps)
-
-
-@triton.jit
-def pairwise_sum(x, ROWS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Σ of each row of x [ROWS, SIZE], SIZE a power of two: of neighbours, then of neighbouring sums, and so on.
-
-    A sum of two has one order, so that the result does not depend on how the threads share a row.
-    """
-    for level in tl.static_range(1, 16):
-        if SIZE >> level > 0:
-            x = tl.sum(tl.reshape(x, [ROWS, SIZE >> level, 2]), axis=2)
-    return tl.reshape(x, [ROWS])
 
 
 @triton.jit

@@ -6,8 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qnext_kernels.triton_elementwise import inverse_rms, row_start, silu
+from qnext_kernels.triton_elementwise import pairwise_sum, row_start, silu
 from qnext_kernels.triton_support import aligned_rows, inner_rows, row_tile, vector_of, vector_rows
+
+
+@triton.jit
+def normalised_and_gated(  # type: ignore[no-untyped-def]
+    x, z, weight, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """x / √(mean(x²) + eps) · weight · SiLU(z) of rows [ROWS, BLOCK] of WIDTH elements and zeros; weight [BLOCK]."""
+    scale = tl.rsqrt(pairwise_sum(x * x, ROWS, BLOCK) / WIDTH + eps)
+    return x * scale[:, None] * weight[None, :] * silu(z)
 
 
 @triton.jit(do_not_specialize=["x_outer", "x_inner", "z_outer", "z_inner", "inner", "rows"])
@@ -31,7 +40,7 @@ def gated_rms_norm_kernel(  # type: ignore[no-untyped-def]
     x_row = tl.load(x + x_at, mask=inside, other=0.0).to(tl.float32)
     z_row = tl.load(z + z_at, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    y = x_row * inverse_rms(x_row, eps, WIDTH) * w[None, :] * silu(z_row)
+    y = normalised_and_gated(x_row, z_row, w, eps, WIDTH, ROWS, BLOCK)
     tl.store(out + row.to(tl.int64)[:, None] * WIDTH + column[None, :], y.to(out.dtype.element_ty), mask=inside)
 
 

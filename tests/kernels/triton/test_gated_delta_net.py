@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from qnext_kernels import (
-    causal_conv1d_decode,
+    causal_conv1d_prefill,
     force_backend,
+    gated_delta_net,
     gated_delta_net_decode,
     gated_delta_net_verify,
-    gated_delta_rule_decode,
     gated_delta_rule_prefill,
     gated_rms_norm,
 )
 from qnext_kernels.gated_delta_net.split import split_convolved, split_projections
 from qnext_kernels.gated_delta_net.triton_fused import fits, run_fused
+from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from tests.kernels import delta_net_runs as runs_of
+from tests.kernels import test_gated_delta_net as of_any_backend
 from tests.kernels.delta_net_runs import (
     EPS,
     WIDTH,
-    Layer,
     Pools,
     Result,
     Run,
@@ -40,21 +41,13 @@ from tests.kernels.triton.interpreter import shuffled_programs
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 SHAPES = [Shape(2, 2, 16, 16), Shape(1, 3, 20, 28), Shape(2, 1, 32, 24)]
+"""Key and value dims that round up to one power of two."""
 CASES = [
     (SHAPES[0], torch.bfloat16, torch.bfloat16, torch.float32),
     (SHAPES[1], torch.float32, torch.bfloat16, torch.float32),
     (SHAPES[2], torch.float16, torch.float32, torch.bfloat16),
 ]
 cases = pytest.mark.parametrize(("shape", "dtype", "conv_dtype", "state_dtype"), CASES)
-
-
-def fused_decode(qkvz: Tensor, ba: Tensor, *rest: object) -> Tensor:
-    *layer, slots = rest
-    return run_fused(qkvz, ba, *layer, slots[:, None])
-
-
-def fused_verify(qkvz: Tensor, ba: Tensor, *rest: object) -> Tensor:
-    return run_fused(qkvz, ba, *rest[:10], tuple(rest[10:]) or None)
 
 
 def assert_same(actual: Result, expected: Result) -> None:
@@ -73,14 +66,11 @@ def roundings(
     return counts
 
 
-def by_reference(layer: Layer, run: Run, call: Callable[..., list[Result]], shape: Shape) -> Result:
-    truth = Run(*(x.double() for x in run))
-    with force_backend("reference"):
-        functions = {runs_of.decode: gated_delta_net_decode}
-        return call(functions.get(call, gated_delta_net_verify), shape, layer.double(), [truth])[0]
-
-
-CALLS = [(runs_of.decode, fused_decode), (runs_of.verify, fused_verify), (runs_of.verify_into_steps, fused_verify)]
+CALLS = [
+    (runs_of.decode, gated_delta_net_decode),
+    (runs_of.verify, gated_delta_net_verify),
+    (runs_of.verify_into_steps, gated_delta_net_verify),
+]
 calls = pytest.mark.parametrize(("call", "function"), CALLS)
 
 
@@ -98,7 +88,8 @@ def test_it_agrees_with_the_operations_in_float64(
     lengths = [1, 1] if call is runs_of.decode else [1, 3, COLUMNS, 2]
     runs = random_runs(shape, lengths, dtype, conv_dtype, state_dtype)
     for run, ours in zip(runs, call(function, shape, layer, runs), strict=True):
-        truth = by_reference(layer, run, call, shape)
+        with force_backend("reference"):
+            (truth,) = call(function, shape, layer.double(), [Run(*(x.double() for x in run))])
         expected = roundings(shape, len(run.qkvz), dtype, conv_dtype, state_dtype)
         assert ours.out.dtype == dtype
         for actual, exact in zip(ours, truth, strict=True):
@@ -115,8 +106,8 @@ def test_verify_equals_repeated_decode(
     state_dtype: torch.dtype,
 ) -> None:
     layer, runs = random_layer(shape), random_runs(shape, [1, 2, COLUMNS], dtype, conv_dtype, state_dtype)
-    for run, verified in zip(runs, call(fused_verify, shape, layer, runs), strict=True):
-        assert_same(verified, runs_of.repeated_decode(fused_decode, shape, layer, run))
+    for run, verified in zip(runs, call(gated_delta_net_verify, shape, layer, runs), strict=True):
+        assert_same(verified, runs_of.repeated_decode(gated_delta_net_decode, shape, layer, run))
 
 
 @calls
@@ -157,7 +148,7 @@ def test_padding_is_skipped_and_nothing_else_is_written(with_steps: bool) -> Non
     ours = [*some_pools(shape, 27, COLUMNS - 1), *steps]
     before, bytes_before = [pool.clone() for pool in ours], [memory(pool).clone() for pool in ours]
     theirs = [pool.clone() for pool in ours]
-    out = fused_verify(qkvz, ba, *layer, EPS, *ours[:2], *where, *ours[2:], *rows)
+    out = gated_delta_net_verify(qkvz, ba, *layer, EPS, *ours[:2], *where, *ours[2:], *rows)
     with force_backend("reference"):
         expected = gated_delta_net_verify(qkvz, ba, *layer, EPS, *theirs[:2], *where, *theirs[2:], *rows)
     counts = roundings(shape, COLUMNS, *CASES[0][1:])
@@ -178,38 +169,46 @@ def test_counts_that_no_host_checks_are_clamped() -> None:
     before = some_pools(shape, 11, COLUMNS - 1)
     for accepted in (torch.tensor([1, COLUMNS]), torch.tensor([-7, 2**40])):
         pools = Pools(*(pool.clone() for pool in before))
-        out = fused_verify(*join(runs), *layer, EPS, *pools, slots, start_offsets(lengths), accepted)
+        out = run_fused(*join(runs), *layer, EPS, *pools, slots, start_offsets(lengths), accepted)
         results.append((out, *pools))
     for actual, want in zip(*results, strict=True):
         assert same_bits(actual, want)
 
 
-def test_it_has_the_bits_of_the_rule_by_itself() -> None:
-    """Sums of the convolution are so large that SiLU changes nothing: however it is computed, it has the same bits."""
-    shape = SHAPES[0]
-    layer = random_layer(shape)._replace(conv_weight=torch.empty(runs_of.channels(shape), WIDTH).uniform_(20, 40))
-    runs = random_runs(shape, [1, 1, 1], *CASES[0][1:])
-    qkvz, ba = join(runs)
-    qkvz = qkvz.abs() + 1
-    ours = some_pools(shape, 5, 0)
-    ours.conv.abs_().add_(1)
-    before, slots = Pools(*(pool.clone() for pool in ours)), torch.tensor([4, 0, 2])
-    out = fused_decode(qkvz, ba, *layer, EPS, *ours, slots)
+@pytest.mark.parametrize("with_steps", [False, True])
+def test_verify_has_the_bits_of_the_operations_one_after_the_other(with_steps: bool) -> None:
+    of_any_backend.test_verify_is_the_operations_one_after_the_other("triton", with_steps)
 
-    mixed, z, b, a = split_projections(qkvz, ba, before.state)
-    with force_backend("causal_conv1d=reference"):
-        convolved = causal_conv1d_decode(mixed, layer.conv_weight, before.conv, slots)
-    tokens = *split_convolved(convolved, before.state), a, b, layer.A_log, layer.dt_bias
-    state = before.state.clone()
-    decoded = gated_delta_rule_decode(*tokens, state, slots)
-    assert same_bits(ours.state, state)
-    assert same_bits(ours.conv, before.conv)
-    tail = gated_delta_rule_prefill(*tokens, before.state, slots, start_offsets([1, 1, 1]), torch.ones(3).bool())
-    assert same_bits(before.state, state)
-    assert same_bits(tail, decoded)
-    with force_backend("gated_norm=reference"):
-        expected = gated_rms_norm(decoded, z, layer.norm_weight, EPS).flatten(1)
-    assert_close(out, expected, {torch.float32: shape.value_dim + 8})
+
+def test_decode_has_the_bits_of_the_operations_one_after_the_other() -> None:
+    of_any_backend.test_decode_is_the_operations_one_after_the_other("triton")
+
+
+def test_verify_has_the_bits_of_a_prefill_of_few_tokens() -> None:
+    shape, dtypes, lengths = CASES[0][0], CASES[0][1:], [1, RECURRENT_TOKENS]
+    layer, runs = random_layer(shape), random_runs(shape, lengths, *dtypes)
+    conv_state, state = empty_pools(shape, 5, 0, dtypes[1:])
+    slots, known = torch.tensor([3, 0]), torch.tensor([True, True])
+    for slot, run in zip(slots, runs, strict=True):
+        conv_state[slot], state[slot] = run.history, run.state
+    mixed, z, b, a = split_projections(*join(runs), state)
+    where = slots, start_offsets(lengths), known
+    convolved = causal_conv1d_prefill(mixed, layer.conv_weight, conv_state, *where)
+    tokens = *split_convolved(convolved, state), a, b, layer.A_log, layer.dt_bias
+    out = gated_rms_norm(gated_delta_rule_prefill(*tokens, state, *where), z, layer.norm_weight, EPS).flatten(1)
+    verified = runs_of.verify(gated_delta_net_verify, shape, layer, runs)
+    for slot, part, ours in zip(slots, out.split(lengths), verified, strict=True):
+        assert_same(ours, Result(part, conv_state[slot], state[slot]))
+
+
+def test_a_backend_forced_for_one_of_the_operations_ends_the_fusion() -> None:
+    shape = SHAPES[0]
+    qkvz, _ = join(random_runs(shape, [1], *CASES[0][1:]))
+    _, state = some_pools(shape, 1, 0)
+    assert gated_delta_net._one_kernel(qkvz, state)
+    for name in ("causal_conv1d", "gated_delta_rule", "gated_norm"):
+        with force_backend(f"{name}=reference"):
+            assert not gated_delta_net._one_kernel(qkvz, state)
 
 
 def test_an_empty_batch_and_sequences_without_tokens_are_served() -> None:
@@ -219,8 +218,10 @@ def test_an_empty_batch_and_sequences_without_tokens_are_served() -> None:
     none = torch.empty(0, shape.key_heads, width), torch.empty(0, shape.key_heads, 2 * shape.group)
     slots = torch.arange(2, dtype=torch.int32)
     results = [
-        fused_decode(*none, *layer, EPS, *pools, slots[:0]),
-        fused_verify(*none, *layer, EPS, *pools, slots[:, None], start_offsets([0, 0]), torch.ones_like(slots)),
+        gated_delta_net_decode(*none, *layer, EPS, *pools, slots[:0]),
+        gated_delta_net_verify(
+            *none, *layer, EPS, *pools, slots[:, None], start_offsets([0, 0]), torch.ones_like(slots)
+        ),
     ]
     assert [result.shape for result in results] == [(0, shape.value_heads * shape.value_dim)] * 2
     assert all(pool.isnan().all() for pool in pools)
