@@ -50,6 +50,14 @@ def why_missing(device_type: str, index: int | None) -> str | None:
     return _unsuitable(index)
 
 
+@torch.compiler.assume_constant_result
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
 @cache
 def _installed() -> bool:
     return find_spec("triton") is not None
@@ -63,13 +71,6 @@ def _unsuitable(index: int | None) -> str | None:
     if torch.version.hip is None and (capability := torch.cuda.get_device_capability(index)) < (8, 0):
         return f"needs compute capability 8.0, got {'.'.join(map(str, capability))}"
     return None
-
-
-def interpreting() -> bool:
-    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1)."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 class Target(NamedTuple):

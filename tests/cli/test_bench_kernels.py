@@ -13,7 +13,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from qnext_kernels.dispatch import OPERATION_NAMES, OPERATIONS, BackendError, explain
+from qnext_kernels.dispatch import OPERATION_NAMES, OPERATIONS, BackendError
 from qnext_plugins.cli.bench import kernels
 from qnext_plugins.cli.bench.cases import GROUPS
 from qnext_plugins.cli.bench.command import app

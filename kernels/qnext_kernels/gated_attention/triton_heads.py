@@ -51,7 +51,10 @@ def norm_rope_heads(  # type: ignore[no-untyped-def]
         tl.store(turned + HALF, (second * cos + first * sin).to(target.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["qkv_token", "cos_sin_row", "known_positions", "tokens"])
+@triton.jit(
+    do_not_specialize=["qkv_token", "cos_sin_row", "known_positions", "tokens"],
+    do_not_specialize_on_alignment=["positions"],
+)
 def qk_norm_rope_gate_kernel(  # type: ignore[no-untyped-def]
     qkv, positions, q_weight, k_weight, cos_sin, q, k, v, gate, qkv_token, cos_sin_row, known_positions, tokens, eps,
     H: tl.constexpr, KV: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, VECTOR: tl.constexpr,

@@ -7,17 +7,15 @@ import torch
 
 from qnext_kernels import silu_and_mul, topk_softmax
 from tests.kernels import test_moe as of_any_backend
+from tests.kernels import test_router as of_native
 from tests.kernels.kernel_inputs import assert_close, same_bits
 from tests.kernels.test_router import (  # noqa: F401
     test_experts_are_valid_and_differ_whatever_the_logits,
     test_extreme_logits_do_not_overflow,
     test_of_equal_probabilities_the_lower_index_comes_first,
     test_silu_and_mul_agrees_with_the_reference,
-    test_silu_and_mul_of_a_row_does_not_depend_on_the_batch,
     test_silu_and_mul_of_infinities_is_that_of_the_reference,
     test_strided_views_are_read_as_they_lie,
-    test_topk_softmax_agrees_with_the_reference,
-    test_topk_softmax_of_a_token_does_not_depend_on_the_batch,
 )
 from tests.kernels.triton.interpreter import shuffled_programs
 from tests.kernels.triton.reuse import served_by_triton
@@ -28,6 +26,18 @@ test_topk_softmax_agrees_with_float64 = served_by_triton(of_any_backend.test_top
 test_silu_and_mul_agrees_with_float64_and_rounds_once = served_by_triton(
     of_any_backend.test_silu_and_mul_agrees_with_float64_and_rounds_once
 )
+test_silu_and_mul_of_a_row_does_not_depend_on_the_batch = served_by_triton(
+    of_any_backend.test_silu_and_mul_of_a_row_does_not_depend_on_the_batch
+)
+
+
+@pytest.mark.parametrize("num_experts", [1, 7, 17])
+def test_topk_softmax_of_few_experts_agrees_with_the_reference(num_experts: int) -> None:
+    of_native.test_topk_softmax_agrees_with_the_reference(num_experts, torch.bfloat16, renormalize=True)
+
+
+def test_topk_softmax_of_a_token_does_not_depend_on_the_batch() -> None:
+    of_any_backend.test_topk_softmax_of_a_token_does_not_depend_on_the_batch("triton", torch.bfloat16)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])

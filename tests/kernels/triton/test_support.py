@@ -44,6 +44,19 @@ def test_a_gpu_is_served_before_the_reference(dtype: torch.dtype) -> None:
     assert isinstance(OPERATION.select(GPU, dtype), TritonGatedDeltaRule)
 
 
+def test_a_graph_takes_what_is_known_of_the_gpu_for_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untraceable(index: int | None) -> None:
+        torch._dynamo.graph_break()
+
+    monkeypatch.setattr(triton_support, "_unsuitable", untraceable)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        return x + (1 if isinstance(OPERATION.select(GPU, torch.bfloat16), TritonGatedDeltaRule) else 0)
+
+    assert chosen(torch.zeros(1)) == 1
+
+
 @pytest.mark.usefixtures("gpu")
 def test_other_dtypes_are_declined() -> None:
     backend = TritonGatedDeltaRule()
