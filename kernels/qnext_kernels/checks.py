@@ -82,12 +82,13 @@ def expect_snapshots(
     snapshot_slots: Tensor, snapshot_lengths: Tensor, query_start_loc: Tensor, num_slots: int, *, multiple_of: int = 1
 ) -> None:
     """Check, for N sequences, further slots [N] and after how many tokens [N] they are written; slot −1 is none."""
-    lengths = query_start_loc.diff()
-    expect_shape("snapshot_slots", snapshot_slots, lengths.shape)
+    num_sequences = query_start_loc.numel() - 1
+    expect_shape("snapshot_slots", snapshot_slots, (num_sequences,))
     expect_indices("snapshot_slots", snapshot_slots, -1, num_slots)
-    expect_shape("snapshot_lengths", snapshot_lengths, lengths.shape)
+    expect_shape("snapshot_lengths", snapshot_lengths, (num_sequences,))
     expect_dtype("snapshot_lengths", snapshot_lengths, INTEGERS)
     if query_start_loc.is_cpu:
+        lengths = query_start_loc.diff()
         fits = (snapshot_lengths >= 0) & (snapshot_lengths <= lengths) & (snapshot_lengths % multiple_of == 0)
         if not bool((fits | (snapshot_slots < 0)).all()):
             raise ValueError(

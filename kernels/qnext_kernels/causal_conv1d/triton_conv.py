@@ -37,7 +37,8 @@ def inputs_behind(  # type: ignore[no-untyped-def]
     source = count + column - (W - 1)
     there = (column < limit) & (source < length) & (channel[None, :] < D)
     tokens = tl.load(x + source.to(tl.int64) * x_token + channel[None, :], mask=there & (source >= 0), other=0.0)
-    earlier_at = channel.to(tl.int64)[None, :] * history_channel + (source + (W - 1)) * history_column
+    of_column = (source + (W - 1)).to(tl.int64) * history_column
+    earlier_at = channel.to(tl.int64)[None, :] * history_channel + of_column
     earlier = tl.load(history + earlier_at, mask=there & (source < 0) & known, other=0.0)
     return tl.where(source < 0, earlier, tokens.to(history.dtype.element_ty)), there
 
@@ -69,7 +70,8 @@ def convolve(  # type: ignore[no-untyped-def]
         if w < W - 1:
             value = value.to(history.dtype.element_ty)
             if WITH_HISTORY:
-                earlier_at = channel.to(tl.int64)[None, :] * history_channel + (token + w) * history_column
+                of_column = (token + w).to(tl.int64) * history_column
+                earlier_at = channel.to(tl.int64)[None, :] * history_channel + of_column
                 earlier = tl.load(history + earlier_at, mask=inside & (source < 0) & known, other=0.0)
                 value = tl.where(source < 0, earlier, value)
         weights = tl.sum(tl.where(tap == w, taps, -0.0), axis=1)[None, :]
@@ -129,7 +131,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         has_history = (column < tl.minimum(length, W - 1)) & (channel[None, :] < D)
         tl.store(of_tokens + column * D, early.to(y.dtype.element_ty), mask=has_history)
 
-        at = channel.to(tl.int64)[None, :] * pool_channel + column * pool_column
+        at = channel.to(tl.int64)[None, :] * pool_channel + column.to(tl.int64) * pool_column
         snapshot = tl.load(snapshot_slots + n, mask=with_snapshots != 0, other=-1).to(tl.int64)
         behind = tl.load(snapshot_lengths + n, mask=snapshot >= 0, other=0).to(tl.int64)
         behind = tl.minimum(tl.maximum(behind, 0), length).to(tl.int32)
@@ -197,7 +199,9 @@ def verify_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, COLUMNS)[:, None]
     if IN_STEPS:
         row = tl.load(step_rows + n).to(tl.int64)
-        step = steps + row * steps_row + channel.to(tl.int64)[None, :] * steps_channel + column * steps_column
+        step = (
+            steps + row * steps_row + channel.to(tl.int64)[None, :] * steps_channel + column.to(tl.int64) * steps_column
+        )
         for t in range(tl.minimum(length, most_steps)):
             inputs, there = inputs_behind(
                 t + 1, W - 1, tokens, x_token, history, pool_channel, pool_column, live, length, channel,
@@ -212,7 +216,7 @@ def verify_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         # What one thread stores, another may have yet to load.
         tl.debug_barrier()
-        at = of_slot + channel.to(tl.int64)[None, :] * pool_channel + column * pool_column
+        at = of_slot + channel.to(tl.int64)[None, :] * pool_channel + column.to(tl.int64) * pool_column
         tl.store(at, inputs, mask=there & live & (length > 0))
 
 
