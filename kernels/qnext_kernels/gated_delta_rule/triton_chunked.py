@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, L2_NORM_EPS
-from qnext_kernels.gated_delta_rule.triton_math import inverse_norm, log_decay, write_strength
+from qnext_kernels.gated_delta_rule.triton_math import log_decay, write_strength
 from qnext_kernels.triton_support import Target, current_target, power_of_two
 
 
@@ -81,7 +81,7 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
     q, k, a, b, A_log, dt_bias, slots, query_start_loc, solve, attend, factors, decays,
     q_token, q_head, k_token, k_head, a_token, b_token, sequences,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, SHORT: tl.constexpr,
-    EPS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """M, P and the decays of one chunk of one value head: what does not depend on the state.
 
@@ -122,15 +122,23 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
     from_start = tl.exp(tl.cumsum(g, axis=0))
     to_end = tl.sum(tl.where(index[:, None] == C - 1, between, 0.0), axis=0)
 
-    keys = tl.arange(0, BLOCK_K)
-    inside = valid[:, None] & (keys[None, :] < K)
+    # Registers hold the factors of these products, on some targets only for a part of the keys.
     key_head = head // (HV // H)
-    ks = tl.load(k + tokens[:, None] * k_token + key_head * k_head + keys[None, :], mask=inside, other=0.0)
-    ks = ks.to(solve.dtype.element_ty)
-    k_norms = inverse_norm(ks.to(tl.float32), 1, EPS)
-    qs = tl.load(q + tokens[:, None] * q_token + key_head * q_head + keys[None, :], mask=inside, other=0.0)
-    qs = qs.to(solve.dtype.element_ty)
-    q_norms = inverse_norm(qs.to(tl.float32), 1, EPS) * (K**-0.5)
+    k_squares, q_squares = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    attended, system = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for first_key in range(0, BLOCK_K, KEYS):
+        keys = first_key + tl.arange(0, KEYS)
+        inside = valid[:, None] & (keys[None, :] < K)
+        ks = tl.load(k + tokens[:, None] * k_token + key_head * k_head + keys[None, :], mask=inside, other=0.0)
+        qs = tl.load(q + tokens[:, None] * q_token + key_head * q_head + keys[None, :], mask=inside, other=0.0)
+        ks = ks.to(solve.dtype.element_ty)
+        qs = qs.to(solve.dtype.element_ty)
+        k_squares += tl.sum(ks.to(tl.float32) * ks.to(tl.float32), axis=1)
+        q_squares += tl.sum(qs.to(tl.float32) * qs.to(tl.float32), axis=1)
+        attended = tl.dot(qs, tl.trans(ks), attended, input_precision=PRECISION, out_dtype=tl.float32)
+        system = tl.dot(ks, tl.trans(ks), system, input_precision=PRECISION, out_dtype=tl.float32)
+    k_norms = tl.rsqrt(k_squares + EPS)
+    q_norms = tl.rsqrt(q_squares + EPS) * (K**-0.5)
     entry = chunk.to(tl.int64) * HV + head
     vector = factors + entry * 3 * C + index
     tl.store(vector, from_start * k_norms)
@@ -138,12 +146,9 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
     tl.store(vector + 2 * C, to_end * k_norms)
     tl.store(decays + entry, tl.exp(tl.sum(g, axis=0)))
 
-    # One matrix after the other: they do not fit into registers together.
     matrix = entry * C * C + index[:, None] * C + index[None, :]
-    attended = tl.dot(qs, tl.trans(ks), input_precision=PRECISION, out_dtype=tl.float32)
     attended = tl.where(index[:, None] >= index[None, :], attended * q_norms[:, None] * k_norms[None, :] * between, 0.0)
     tl.store(attend + matrix, attended.to(attend.dtype.element_ty))
-    system = tl.dot(ks, tl.trans(ks), input_precision=PRECISION, out_dtype=tl.float32)
     system = tl.where(later, system * (beta * k_norms)[:, None] * k_norms[None, :] * between, 0.0)
     solved = unit_lower_inverse(system, C, 16, PRECISION) * beta[None, :]
     tl.store(solve + matrix, solved.to(solve.dtype.element_ty))
@@ -242,6 +247,10 @@ def state_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + place, nothing, mask=(tokens[:, None] < end) & (values[None, :] < V))
 
 
+FACTORS_IN_SHARED_MEMORY = 200 << 10
+"""NVIDIA's GPUs that give a program so many bytes multiply from shared memory; others load factors into registers."""
+
+
 class Configuration:
     """Block sizes, warps and stages of the two kernels: from shapes, dtype and target, never from the batch."""
 
@@ -258,6 +267,9 @@ class Configuration:
         self.precision = target.precision(dtype)
         # AMD's warps have 64 threads.
         self.chunk_warps, self.state_warps = (8, self.block_v // 4) if target.nvidia else (4, 4)
+        self.keys = self.block_k
+        if target.nvidia and target.shared_memory < FACTORS_IN_SHARED_MEMORY:
+            self.chunk_warps, self.keys = 4, min(32, self.block_k)
 
 
 def run_chunked(
@@ -302,7 +314,7 @@ def run_chunked(
     chunk_kernel[(entries[0] * value_heads,)](
         q, k, a, b, A_log, dt_bias, slots, query_start_loc, solve, attend, factors, decays,
         *q.stride()[:2], *k.stride()[:2], a.stride(0), b.stride(0), sequences,
-        EPS=L2_NORM_EPS, num_warps=config.chunk_warps, num_stages=1, **shapes,
+        KEYS=config.keys, EPS=L2_NORM_EPS, num_warps=config.chunk_warps, num_stages=1, **shapes,
     )  # fmt: skip
     snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
     state_kernel[(sequences * value_heads * triton.cdiv(value_dim, config.block_v),)](

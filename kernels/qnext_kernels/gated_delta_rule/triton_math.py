@@ -32,12 +32,6 @@ def write_strength(b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def inverse_norm(x, axis: tl.constexpr, eps: tl.constexpr):  # type: ignore[no-untyped-def]
-    """1 / √(Σ x² + eps) over an axis."""
-    return tl.rsqrt(tl.sum(x * x, axis=axis) + eps)
-
-
-@triton.jit
 def inverse_norms(x, ROWS: tl.constexpr, SIZE: tl.constexpr, eps: tl.constexpr):  # type: ignore[no-untyped-def]
     """1 / √(Σ x² + eps) of each row of x [ROWS, SIZE], the sum as in :func:`pairwise_sum`."""
     return tl.rsqrt(pairwise_sum(x * x, ROWS, SIZE) + eps)
