@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qnext_kernels.gated_delta_rule.reference import L2_NORM_EPS
-from qnext_kernels.gated_delta_rule.triton_math import inverse_norm
+from qnext_kernels.gated_delta_rule.triton_math import inverse_norms
 from qnext_kernels.triton_support import power_of_two, rows
 
 BLOCK = 4096
@@ -32,7 +32,7 @@ def normalize_kernel(  # type: ignore[no-untyped-def]
     inside = (row < count)[:, None] & (keys < K)[None, :]
     at = (row // H) * x_token + (row % H) * x_head
     values = tl.load(x + at[:, None] + keys[None, :], mask=inside, other=0.0).to(tl.float32)
-    values = values * inverse_norm(values, 1, EPS)[:, None]
+    values = values * inverse_norms(values, ROWS, BLOCK_K, EPS)[:, None]
     tl.store(out + row[:, None] * K + keys[None, :], values.to(out.dtype.element_ty), mask=inside)
 
 
