@@ -122,7 +122,7 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
     from_start = tl.exp(tl.cumsum(g, axis=0))
     to_end = tl.sum(tl.where(index[:, None] == C - 1, between, 0.0), axis=0)
 
-    # Registers hold the factors of these products, on some targets only for a part of the keys.
+    # Some targets load the factors of products into registers, which hold only a part of the keys.
     key_head = head // (HV // H)
     k_squares, q_squares = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     attended, system = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
@@ -247,10 +247,6 @@ def state_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + place, nothing, mask=(tokens[:, None] < end) & (values[None, :] < V))
 
 
-FACTORS_IN_SHARED_MEMORY = 200 << 10
-"""NVIDIA's GPUs that give a program so many bytes multiply from shared memory; others load factors into registers."""
-
-
 class Configuration:
     """Block sizes, warps and stages of the two kernels: from shapes, dtype and target, never from the batch."""
 
@@ -265,11 +261,9 @@ class Configuration:
         # The next chunk is loaded during this one where both fit into shared memory.
         self.stages = 2 if 2 * stage + operands <= target.shared_memory else 1
         self.precision = target.precision(dtype)
-        # AMD's warps have 64 threads.
-        self.chunk_warps, self.state_warps = (8, self.block_v // 4) if target.nvidia else (4, 4)
-        self.keys = self.block_k
-        if target.nvidia and target.shared_memory < FACTORS_IN_SHARED_MEMORY:
-            self.chunk_warps, self.keys = 4, min(32, self.block_k)
+        # Two programs fill a multiprocessor of NVIDIA's; AMD's warps have 64 threads and more registers.
+        self.chunk_warps, self.state_warps = 4, self.block_v // 4 if target.nvidia else 4
+        self.keys = min(32, self.block_k) if target.nvidia else self.block_k
 
 
 def run_chunked(
