@@ -35,7 +35,7 @@ test: lint ## Lint, then the tests of kernels, model and both engines (starts en
 	@$(MAKE) --no-print-directory --keep-going test-kernels test-cli test-vllm test-sglang
 
 test-kernels: env ## The tests of the kernels, of the model and of the documentation, one a core at a time
-	"$(BIN)/python" -m pytest -n auto --durations=10 tests/kernels tests/model tests/docs $(ARGS)
+	"$(BIN)/python" -m pytest -n auto --durations=10 tests/kernels tests/model tests/docs tests/benchmarks $(ARGS)
 
 test-cli: env env-sglang ## The tests of the command line that start no engine and are not slow
 	QNEXT_SGLANG_PYTHON="$$(cd "$(SGLANG_BIN)" && pwd)/python" \
