@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 logger = logging.getLogger("sglang.qnext")
 
@@ -65,20 +66,46 @@ def refusal() -> str | None:
     """Return why this SGLang on this machine is not served, or None."""
     if (reason := _version_refusal()) is not None:
         return reason
-    import torch
     from sglang.srt.platforms import current_platform
+
+    return cpu_refusal() if current_platform.device_type == "cpu" else gpu_refusal(current_platform)
+
+
+def cpu_refusal() -> str | None:
+    """Return why this CPU is not served, or None."""
+    import torch
 
     from qnext_kernels import selected_backends
 
-    device = torch.device(current_platform.device_type)
-    slow = [name for name, backend in selected_backends(device, torch.bfloat16).items() if backend == "reference"]
+    backends = selected_backends(torch.device("cpu"), torch.bfloat16)
+    slow = [name for name, backend in backends.items() if backend == "reference"]
     if slow and not _settings().backend:
-        return f"this release has no fast kernels on {device} for {', '.join(slow)} (QNEXT_BACKEND=reference tries it)"
+        return f"it has no fast kernels on a CPU for {', '.join(slow)} (QNEXT_BACKEND=reference tries it)"
     return None
 
 
+def gpu_refusal(platform: Any) -> str | None:
+    """Return why no GPU of SGLang's ``platform`` is served, or None."""
+    from qnext_kernels.dispatch import is_deterministic
+    from qnext_plugins import gpus
+
+    cuda = platform.is_cuda()
+    return gpus.gpu_refusal(
+        platform=platform.device_name,
+        served=cuda or platform.is_rocm(),
+        deterministic=is_deterministic(),
+        triton_missing=None if gpus.triton_works() else "no Triton works on this machine",
+        capability=tuple(platform.get_device_capability()) if cuda else None,
+    )
+
+
 def decline(reason: str) -> None:
-    """Say that SGLang's own model stays in place.
+    """Say that SGLang's own model stays in place; raises as :func:`step_back` does."""
+    step_back("qnext-plugins leaves SGLang's own Qwen3-Next in place: %s", reason)
+
+
+def step_back(line: str, reason: str) -> None:
+    """Log ``line`` with the reason in it, where something of SGLang's own stays in place.
 
     Raises:
         UnsupportedEngineError: with ``QNEXT_STRICT=1``.
@@ -88,7 +115,7 @@ def decline(reason: str) -> None:
     if strict():
         raise UnsupportedEngineError(f"qnext-plugins: {reason}")
     # Not a warning: sglang.Engine's default log level hides those, and its own model would look like ours.
-    logger.error("qnext-plugins leaves SGLang's own Qwen3-Next in place: %s", reason)
+    logger.error(line, reason)
 
 
 def _settings():  # type: ignore[no-untyped-def]

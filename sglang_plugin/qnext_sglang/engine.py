@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qnext_plugins.model import CoreWeights, Qwen3NextConfig
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_sglang import sglang_api as api
-from qnext_sglang.experts import QnextMoEMethod, SparseExperts
+from qnext_sglang.experts import SparseExperts
 from qnext_sglang.linear import on_our_kernel
 from qnext_sglang.loading import rope_parameters
 
@@ -110,14 +110,8 @@ class SglangEngine:
         return RecurrentState(config, self.tensor_parallel_size, self.batch, layer_id(prefix))
 
     def experts(self, config: Qwen3NextConfig, shared_expert: nn.Module | None, *, prefix: str) -> nn.Module:
-        return SparseExperts(
-            config,
-            shared_expert,
-            layer_id=layer_id(prefix),
-            quant_config=self.quant_config,
-            quant_method=QnextMoEMethod() if self.quant_config is None else None,
-            prefix=prefix,
-        )
+        options = {"layer_id": layer_id(prefix), "quant_config": self.quant_config, "prefix": prefix}
+        return SparseExperts(config, shared_expert, **options)
 
     @cached_property
     def _rope_parameters(self) -> dict[str, Any]:

@@ -1,27 +1,39 @@
-"""The routed experts: SGLang's loading, sharding, dispatch and quantization around our routing and our kernel."""
+"""The routed experts: SGLang's loading, sharding, dispatch and quantization around our routing and our kernels."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qnext_kernels import topk_softmax
+from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle
 from qnext_plugins.model import Qwen3NextConfig
-from qnext_plugins.packed_methods import PackedExperts
+from qnext_plugins.packed_methods import Fp8Experts, PackedExperts
+from qnext_sglang import serving, step_back
 from qnext_sglang import sglang_api as api
 
 
-class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
-    """Unquantized experts on our kernel."""
+class _OurKernel:
+    """``apply`` is a direct kernel on standard top-k with local expert indices: there is no runner of SGLang's."""
 
     def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:
-        """No runner of SGLang's: ``apply`` is a direct kernel on standard top-k with local expert indices."""
         self.moe_runner_config = moe_runner_config
 
     def apply(self, layer: Any, dispatch_output: Any) -> Any:
         weights, ids = dispatch_output.topk_output[:2]
-        return api.StandardCombineInput(hidden_states=self.run(layer, dispatch_output.hidden_states, weights, ids))
+        out = self.run(layer, dispatch_output.hidden_states, weights, ids)  # type: ignore[attr-defined]
+        return api.StandardCombineInput(hidden_states=out)
+
+
+class QnextMoEMethod(_OurKernel, PackedExperts, api.UnquantizedFusedMoEMethod):
+    """Unquantized experts on our kernel."""
+
+
+class QnextFp8MoEMethod(_OurKernel, Fp8Experts, api.Fp8MoEMethod):
+    """Experts in block-wise FP8 on our kernel, which reads weights and scales as the checkpoint stores them."""
 
 
 class SparseExperts(api.FusedMoE):
@@ -34,9 +46,10 @@ class SparseExperts(api.FusedMoE):
         *,
         layer_id: int,
         quant_config: Any,
-        quant_method: Any,
         prefix: str,
     ) -> None:
+        middle = config.moe_intermediate_size // api.get_parallel().moe_tp_size
+        routing = api.RoutingMethodType.RenormalizeNaive if config.norm_topk_prob else api.RoutingMethodType.Default
         super().__init__(
             num_experts=config.num_experts,
             hidden_size=config.hidden_size,
@@ -44,17 +57,75 @@ class SparseExperts(api.FusedMoE):
             layer_id=layer_id,
             top_k=config.num_experts_per_tok,
             quant_config=quant_config,
-            quant_method=quant_method,
+            quant_method=our_method(quant_config, prefix, middle, serving.device(), torch.get_default_dtype()),
             inplace=False,  # the shared expert reads the same hidden states afterwards
             prefix=prefix,
+            routing_method_type=routing,
         )
         self.renormalize = config.norm_topk_prob
+        self.sglangs_topk = None
+        if serving.device().type != "cpu" and not isinstance(self.quant_method, _OurKernel):
+            # Some of SGLang's experts route by themselves.
+            self.sglangs_topk = api.TopK(self.top_k, renormalize=self.renormalize, layer_id=layer_id)
+            self.sglangs_topk.bind_runner_backend(self.runner_backend, routing_method_type=self.routing_method_type)
         # Held in a tuple: it is a child of the block, under the checkpoint's name for it.
         self._shared_expert = (shared_expert,)
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
-        weights, ids = topk_softmax(router_logits, self.top_k, self.renormalize)
-        out = super().forward(hidden_states, api.StandardTopKOutput(weights, ids, router_logits))
+        out = super().forward(hidden_states, self._route(hidden_states, router_logits))
         if (shared_expert := self._shared_expert[0]) is not None:
             out = out + shared_expert(hidden_states)
         return api.tensor_model_parallel_all_reduce(out)
+
+    def _route(self, hidden_states: Tensor, router_logits: Tensor) -> Any:
+        if self.sglangs_topk is not None:
+            return self.sglangs_topk(hidden_states, router_logits)
+        weights, ids = topk_softmax(router_logits, self.top_k, self.renormalize)
+        return api.StandardTopKOutput(weights, ids, router_logits)
+
+
+def our_method(quant_config: Any, prefix: str, middle: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """Our method for the experts at ``prefix``; None, on a GPU with one line, where they stay SGLang's own.
+
+    Args:
+        quant_config: SGLang's, or None.
+        prefix: the experts' name in the checkpoint.
+        middle: this rank's columns between the two products of an expert.
+        device, dtype: of the activations.
+
+    Raises:
+        UnsupportedEngineError: with ``QNEXT_STRICT=1`` they would stay SGLang's own.
+    """
+    if device.type == "cpu":
+        return QnextMoEMethod() if quant_config is None else None
+    if isinstance(quant_config, api.Fp8Config) and api.is_layer_skipped(
+        prefix, quant_config.ignored_layers, fused_mapping=quant_config.packed_modules_mapping
+    ):
+        quant_config = None
+    if (reason := obstacle(quant_config, middle, device, dtype)) is not None:
+        _say_once(reason)
+        return None
+    return QnextMoEMethod() if quant_config is None else QnextFp8MoEMethod(quant_config)
+
+
+def obstacle(quant_config: Any, middle: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why experts stay SGLang's own on a GPU, their routing with them, or None."""
+    server_args, runner = api.get_server_args(), api.get_moe_runner_backend()
+    reasons = {
+        # Where SGLang itself chooses another one than auto, as on sm_100, that one is its fastest.
+        f"--moe-runner-backend is {runner.value}": not runner.is_auto(),
+        "--kt-weight-path leaves some of them to a CPU": server_args.kt_weight_path is not None,
+        "--enable-paged-experts moves their weights": server_args.enable_paged_experts,
+        "SGLANG_USE_AITER=1 asks for AITER's": api.get_bool_env_var("SGLANG_USE_AITER"),
+    }
+    if quant_config is not None:
+        block = quant_config.weight_block_size if isinstance(quant_config, api.Fp8Config) else None
+        reason = fp8_experts_obstacle(quant_config.get_name(), block, middle, device, dtype)
+    else:
+        reason = experts_obstacle(device, dtype)
+    return next((flag for flag, given in reasons.items() if given), reason)
+
+
+@cache
+def _say_once(reason: str) -> None:
+    step_back("qnext-plugins leaves SGLang's own experts in place: %s", reason)

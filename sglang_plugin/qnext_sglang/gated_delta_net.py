@@ -2,7 +2,8 @@
 
 SGLang's base class owns the metadata, its static buffers for CUDA graphs included; here it becomes the shared model's
 :class:`~qnext_plugins.model.RecurrentBatch`, once a batch. Whatever a captured graph reads is a view of those buffers
-or a constant, never a tensor made outside the graph.
+or a constant, never a tensor made outside the graph. A prefill is never captured: SGLang's graphs break around it, and
+hand it the tokens without their padding.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ class GatedDeltaNetBackend(api.MambaAttnBackendBase):
         self.conv_states_shape = pool.mamba_pool.mamba_cache.conv[0].shape
         self.verify_rows = api.build_verify_intermediate_state_indices(pool.size, self.device)
         self._one_accepted = torch.ones_like(self.verify_rows)
-        self.batch = RecurrentBatch()
+
+    @property
+    def batch(self) -> RecurrentBatch:
+        """Who does what in the present batch; it lies with the metadata, which SGLang keeps and puts back."""
+        return self.forward_metadata.qnext_batch
 
     def init_forward_metadata(self, forward_batch: api.ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
-        self.batch = self._recurrent_batch(forward_batch, forward_batch.logical_forward_mode)
+        self.forward_metadata.qnext_batch = self._recurrent_batch(forward_batch, forward_batch.logical_forward_mode)
 
     def init_forward_metadata_out_graph(self, forward_batch: api.ForwardBatch, in_capture: bool = False) -> None:
         super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
-        self.batch = self._recurrent_batch(forward_batch, forward_batch.forward_mode)
+        self.forward_metadata.qnext_batch = self._recurrent_batch(forward_batch, forward_batch.forward_mode)
 
     def forward_decode(self, layer: Any = None, forward_batch: Any = None, **inputs: Any) -> Tensor:
         out = self._run(layer, **inputs)

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 import qnext_plugins
 from qnext_kernels import selected_backends
 from qnext_kernels.dispatch import is_deterministic
+from qnext_plugins.gpus import ENGINES_OWN
 from qnext_plugins.model import ConfigError
 from qnext_sglang import UnsupportedEngineError, decline, hooks, logger
 
@@ -26,6 +27,11 @@ IN_TREE = {
 }
 
 
+def device() -> torch.device:
+    """Of the model."""
+    return torch.device(current_platform.device_type)
+
+
 def unserved_flags(server_args: Any) -> str | None:
     """Why this configuration is not served by our model, or None."""
     reasons = {
@@ -33,6 +39,9 @@ def unserved_flags(server_args: Any) -> str | None:
         "--pp-size above 1": server_args.pp_size > 1,
         f"--moe-a2a-backend {server_args.moe_a2a_backend}": server_args.moe_a2a_backend not in (None, "none"),
         "--enable-eplb": server_args.enable_eplb,
+        "--enable-deterministic-inference on a GPU": server_args.enable_deterministic_inference
+        and device().type != "cpu",
+        "--enable-mis": server_args.enable_mis,
         "--enable-two-batch-overlap": server_args.enable_two_batch_overlap,
         "--enable-lora": bool(server_args.enable_lora or server_args.lora_paths),
         "--enable-linear-replayssm": server_args.enable_linear_replayssm,
@@ -93,8 +102,8 @@ def announce(architecture: str, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         # SGLang keeps it in bfloat16 whatever the dtype of the model.
         os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
-    device = torch.device(current_platform.device_type)
-    kernels = ", ".join(f"{name}={backend}" for name, backend in selected_backends(device, dtype).items())
+    backends = selected_backends(device(), dtype, but=() if device().type == "cpu" else ENGINES_OWN)
+    kernels = ", ".join(f"{name}={backend}" for name, backend in backends.items())
     mode = ", deterministic" if is_deterministic() else ""
     logger.info("qnext-plugins %s serves %s in %s%s: %s", qnext_plugins.__version__, architecture, dtype, mode, kernels)
 

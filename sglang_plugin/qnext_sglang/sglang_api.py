@@ -19,12 +19,15 @@ from sglang.srt.layers.linear import (
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
-from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
+from sglang.srt.layers.moe.utils import RoutingMethodType, get_moe_runner_backend
+from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
 from sglang.srt.layers.quantization.unquant import (
     UnquantizedEmbeddingMethod,
     UnquantizedFusedMoEMethod,
     UnquantizedLinearMethod,
 )
+from sglang.srt.layers.quantization.utils import is_layer_skipped
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
 from sglang.srt.layers.rotary_embedding import get_rope
@@ -32,11 +35,13 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_parallel, get_server_args
-from sglang.srt.utils import add_prefix
+from sglang.srt.utils import add_prefix, get_bool_env_var
 
 __all__ = [
     "ColumnParallelLinear",
     "ForwardBatch",
+    "Fp8Config",
+    "Fp8MoEMethod",
     "FusedMoE",
     "HybridLinearAttnBackend",
     "LogitsProcessor",
@@ -47,9 +52,11 @@ __all__ = [
     "RadixAttention",
     "RadixLinearAttention",
     "ReplicatedLinear",
+    "RoutingMethodType",
     "RowParallelLinear",
     "StandardCombineInput",
     "StandardTopKOutput",
+    "TopK",
     "UnquantizedEmbeddingMethod",
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
@@ -57,9 +64,12 @@ __all__ = [
     "add_prefix",
     "build_verify_intermediate_state_indices",
     "default_weight_loader",
+    "get_bool_env_var",
+    "get_moe_runner_backend",
     "get_parallel",
     "get_rope",
     "get_server_args",
     "hybrid_gdn_config",
+    "is_layer_skipped",
     "tensor_model_parallel_all_reduce",
 ]

@@ -92,7 +92,14 @@ class Engine:
 
 
 @contextmanager
-def engine(checkpoint: Path, *, dtype: str = "float32", drafts: int = 0, **options: Any) -> Iterator[Engine]:
+def engine(
+    checkpoint: Path,
+    *,
+    dtype: str = "float32",
+    drafts: int = 0,
+    engine_class: type[sglang.Engine] = sglang.Engine,
+    **options: Any,
+) -> Iterator[Engine]:
     """Start ``sglang.Engine`` on a checkpoint; everything not named here is the plugin's or SGLang's default."""
     if drafts:
         options |= {
@@ -101,7 +108,7 @@ def engine(checkpoint: Path, *, dtype: str = "float32", drafts: int = 0, **optio
             "speculative_eagle_topk": 1,
             "speculative_num_draft_tokens": drafts + 1,
         }
-    running = sglang.Engine(model_path=str(checkpoint), device="cpu", dtype=dtype, context_length=1024, **options)
+    running = engine_class(model_path=str(checkpoint), device="cpu", dtype=dtype, context_length=1024, **options)
     try:
         yield Engine(running)
     finally:

@@ -359,7 +359,7 @@ class TestGraph:
         captured = self.capture(graph, mode, MAX_BATCH)
         replayed = graph_batch(mode, requests, padding)
         graph.init_forward_metadata_out_graph(replayed)
-        graph.batch = captured
+        graph.forward_metadata.qnext_batch = captured
         each = 1 if mode.is_decode() else DRAFT_TOKENS
         real = len(requests) * each
         # On a CPU, a verify refuses tokens of no sequence.

@@ -18,15 +18,16 @@ import pytest
 import sglang.srt.models.registry as registry_module
 import torch
 from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
-from sglang.srt.platforms.cuda import CudaSRTPlatform
 from sglang.srt.platforms.interface import SRTPlatform
 from sglang.srt.plugins import GENERAL_PLUGINS_GROUP, PLATFORM_PLUGINS_GROUP
 from sglang.srt.server_args import ServerArgs
 
 import qnext_sglang
+from qnext_plugins import gpus
 from qnext_sglang import MODELS_PACKAGE, MODELS_VARIABLE, SUPPORTED_SGLANG, activate, register
 from qnext_sglang.cpu.platform import ATTENTION_BACKEND
 from qnext_sglang.serving import unserved_flags
+from tests.sglang.platforms import Gpu
 
 REGISTRY = registry_module.__name__
 OURS = {
@@ -72,8 +73,9 @@ def lines() -> Iterator[list[str]]:
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process on SGLang's CUDA platform, which has imported nothing of the CPU's."""
-    monkeypatch.setattr("sglang.srt.platforms._current_platform", CudaSRTPlatform())
+    """A process on a GPU of NVIDIA, where Triton works, which has imported nothing of the CPU's."""
+    monkeypatch.setattr("sglang.srt.platforms._current_platform", Gpu())
+    monkeypatch.setattr(gpus, "triton_works", lambda: True)
     for module in [name for name in sys.modules if name.startswith("qnext_sglang.cpu")]:
         monkeypatch.delitem(sys.modules, module)
 
@@ -224,17 +226,18 @@ def test_disabled_leaves_the_in_tree_model_silently(
 
 
 @pytest.mark.usefixtures("on_cuda")
-def test_cuda_without_fast_kernels_leaves_the_in_tree_model_with_one_line(lines: list[str]) -> None:
+def test_a_gpu_that_is_not_served_keeps_the_in_tree_model_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    monkeypatch.setattr(gpus, "triton_works", lambda: False)
     register()
     assert_nothing_registered()
-    (line,) = lines
-    assert "no fast kernels on cuda" in line
+    assert lines == ["qnext-plugins leaves SGLang's own Qwen3-Next in place: no Triton works on this machine"]
     assert "qnext" not in ATTENTION_BACKEND_CHOICES
 
 
 @pytest.mark.usefixtures("on_cuda")
-def test_cuda_is_served_where_the_reference_is_asked_for(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
-    monkeypatch.setenv("QNEXT_BACKEND", "reference")
+def test_a_gpu_is_served_by_ours_and_nothing_of_the_cpu_is_imported(lines: list[str]) -> None:
     register()
     assert serving() == OURS
     assert not lines
@@ -265,6 +268,7 @@ UNSERVED: list[tuple[str, dict[str, Any]]] = [
     ("--enable-two-batch-overlap", {"enable_two_batch_overlap": True}),
     ("--enable-lora", {"enable_lora": True}),
     ("--enable-lora", {"lora_paths": ["adapter"]}),
+    ("--enable-mis", {"enable_mis": True}),
     ("--enable-linear-replayssm", {"enable_linear_replayssm": True}),
     ("--enable-linear-replayssm-spec", {"enable_linear_replayssm_spec": True}),
     ("--speculative-algorithm NGRAM", {"speculative_algorithm": "NGRAM"}),

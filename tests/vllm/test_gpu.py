@@ -24,6 +24,7 @@ import qnext_vllm
 from qnext_kernels import triton_support, without_kernels
 from qnext_kernels.dispatch import OPERATIONS, deterministic
 from qnext_kernels.triton_support import TritonBackend
+from qnext_plugins.gpus import ENGINES_OWN
 from qnext_plugins.model import CoreWeights, Qwen3NextConfig
 from qnext_vllm import UnsupportedEngineError, experts, gpu_refusal
 from qnext_vllm.gated_delta_net import OPERATOR, GatedDeltaNetState, batch_of, recurrent_batch
@@ -66,7 +67,7 @@ class Tpu(Platform):
 def all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM finds Triton, and every operation has a Triton backend."""
     monkeypatch.setattr(triton_utils, "HAS_TRITON", True)
-    for name in set(without_kernels("cuda")) - set(qnext_vllm.VLLMS_OWN_ON_GPUS):
+    for name in set(without_kernels("cuda")) - set(ENGINES_OWN):
         monkeypatch.setattr(OPERATIONS[name], "backends", (TritonBackend(), *OPERATIONS[name].backends))
 
 

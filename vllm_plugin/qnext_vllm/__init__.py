@@ -17,8 +17,6 @@ ARCHITECTURES = {
     "Qwen3NextForCausalLM": "qnext_vllm.model:Qwen3NextForCausalLM",
     "Qwen3NextMTP": "qnext_vllm.mtp:Qwen3NextMTP",
 }
-VLLMS_OWN_ON_GPUS = ("linear", "paged_attention")
-"""Operations that vLLM's own code serves on a GPU."""
 
 
 class UnsupportedEngineError(RuntimeError):
@@ -84,19 +82,14 @@ def gpu_refusal(platform: Any) -> str | None:
     from vllm import envs
     from vllm.triton_utils import HAS_TRITON
 
-    from qnext_kernels import without_kernels
     from qnext_kernels.dispatch import is_deterministic
-    from qnext_plugins.settings import Settings
+    from qnext_plugins import gpus
 
-    if not platform.is_cuda_alike():
-        return f"it serves CPUs and GPUs of NVIDIA and AMD, and the platform is {platform.device_name}"
-    if is_deterministic() or envs.VLLM_BATCH_INVARIANT:
-        return "the deterministic mode is served on CPUs only"
-    if not HAS_TRITON:
-        return "vLLM finds no Triton that works on this machine"
-    if platform.is_cuda() and (capability := platform.get_device_capability()) is not None and capability.major < 8:
-        return f"it needs compute capability 8.0, and this GPU has {capability.as_version_str()}"
-    slow = [name for name in without_kernels("cuda") if name not in VLLMS_OWN_ON_GPUS]
-    if slow and not Settings().backend:
-        return f"it has no GPU kernels for {', '.join(slow)} (QNEXT_BACKEND=reference tries it, slowly)"
-    return None
+    capability = platform.get_device_capability() if platform.is_cuda() else None
+    return gpus.gpu_refusal(
+        platform=platform.device_name,
+        served=platform.is_cuda_alike(),
+        deterministic=is_deterministic() or envs.VLLM_BATCH_INVARIANT,
+        triton_missing=None if HAS_TRITON else "vLLM finds no Triton that works on this machine",
+        capability=capability and (capability.major, capability.minor),
+    )

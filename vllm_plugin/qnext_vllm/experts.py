@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext_kernels import OPERATIONS, experts_fp8, topk_softmax
-from qnext_kernels.moe.reference import FP8_GROUP
-from qnext_plugins.packed_methods import PackedExperts
-from qnext_plugins.settings import Settings
+from qnext_kernels import topk_softmax
+from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle
+from qnext_plugins.packed_methods import Fp8Experts, PackedExperts
 from qnext_vllm import step_back
 from qnext_vllm import vllm_api as api
 
@@ -46,13 +45,10 @@ class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
         return self.run(layer, x, topk_weights, local_ids(layer, topk_ids))
 
 
-class QnextFp8MoEMethod(api.Fp8MoEMethod):
+class QnextFp8MoEMethod(Fp8Experts, api.Fp8MoEMethod):
     """Experts in block-wise FP8 on our kernel, which reads weights and scales as the checkpoint stores them."""
 
     is_monolithic = False
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        pass
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         return None
@@ -66,9 +62,7 @@ class QnextFp8MoEMethod(api.Fp8MoEMethod):
         shared_experts: Any,
         shared_experts_input: Tensor | None,
     ) -> Tensor:
-        up = layer.w13_weight, layer.w13_weight_scale_inv
-        down = layer.w2_weight, layer.w2_weight_scale_inv
-        return experts_fp8(x, *up, *down, topk_weights, local_ids(layer, topk_ids))
+        return self.run(layer, x, topk_weights, local_ids(layer, topk_ids))
 
 
 def local_ids(layer: Any, topk_ids: Tensor) -> Tensor:
@@ -121,21 +115,13 @@ def obstacle(vllm_config: api.VllmConfig) -> str | None:
         return "LoRA adapters reach into vLLM's kernels"
     if parallel.data_parallel_size > 1:
         return "data parallelism sends their tokens between the ranks"
-    if OPERATIONS["moe"].select(device, dtype).name == "reference" and not Settings().backend:
-        return f"only the reference serves them in {dtype}"
-    return None
+    return experts_obstacle(device, dtype)
 
 
 def fp8_obstacle(quant_config: Any, middle: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why quantized experts with ``middle`` columns between their products on this rank are not ours, or None."""
-    if getattr(quant_config, "weight_block_size", None) != [FP8_GROUP] * 2 or not isinstance(
-        quant_config, api.Fp8Config
-    ):
-        return f"their weights are quantized ({quant_config.get_name()})"
-    if middle % FP8_GROUP:
-        return f"a rank's {middle} columns of them are not whole blocks of FP8"
-    serves = OPERATIONS["moe"].select(device, dtype).name
-    return None if serves == "triton" else f"the {serves} backend serves them, without FP8"
+    block = quant_config.weight_block_size if isinstance(quant_config, api.Fp8Config) else None
+    return fp8_experts_obstacle(quant_config.get_name(), block, middle, device, dtype)
 
 
 @cache

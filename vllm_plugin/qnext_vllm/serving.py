@@ -7,7 +7,8 @@ import torch
 import qnext_plugins
 from qnext_kernels import selected_backends
 from qnext_kernels.dispatch import is_deterministic
-from qnext_vllm import VLLMS_OWN_ON_GPUS, determinism, logger
+from qnext_plugins.gpus import ENGINES_OWN
+from qnext_vllm import determinism, logger
 from qnext_vllm import vllm_api as api
 from qnext_vllm.host_kernels import register_host_kernels
 from qnext_vllm.seeded_prefill import withhold_generators
@@ -24,7 +25,7 @@ def prepare_process(vllm_config: api.VllmConfig, architecture: str) -> None:
     register_host_kernels()
     withhold_generators()
     device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
-    backends = selected_backends(device, dtype, but=() if device.type == "cpu" else VLLMS_OWN_ON_GPUS)
+    backends = selected_backends(device, dtype, but=() if device.type == "cpu" else ENGINES_OWN)
     kernels = ", ".join(f"{name}={backend}" for name, backend in backends.items())
     determinism.prepare(vllm_config)
     mode = ", deterministic" if is_deterministic() else ""

@@ -1,0 +1,334 @@
+"""What can be known of a GPU without one: who serves, whose experts run, and what a CUDA graph would capture."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+from sglang.srt.layers.moe.utils import MoeRunnerBackend
+from sglang.srt.layers.quantization.fp8 import Fp8Config
+from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.platforms.interface import SRTPlatform
+from sglang.srt.runtime_context import get_context
+from sglang.srt.server_args import ServerArgs
+from torch import Tensor, nn
+
+import qnext_sglang
+from qnext_kernels import force_backend, triton_support
+from qnext_kernels.dispatch import OPERATIONS, deterministic
+from qnext_plugins import gpus
+from qnext_sglang import UnsupportedEngineError, experts, gpu_refusal, serving
+from qnext_sglang.gated_delta_net import GatedDeltaNetBackend
+from tests.kernels.triton.ahead_of_time import compiling_for
+from tests.kernels.triton.interpreter import interpreted, kernel_modules
+from tests.sglang import recurrent_runs as runs
+from tests.sglang.platforms import Gpu, Musa, OldGpu, RocmGpu
+
+CUDA = torch.device("cuda")
+PREFIX = "model.layers.0.mlp.experts"
+MAX_BATCH = 4
+
+
+@pytest.fixture(autouse=True)
+def configured() -> Iterator[None]:
+    """A process that has published its configuration, with SGLang's chunk size for this model."""
+    with get_context().override_server_args(_mamba_cache_chunk_size=64):
+        yield
+
+
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    """What the plugin logs."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    qnext_sglang.logger.addHandler(handler)
+    qnext_sglang.logger.setLevel(logging.INFO)
+    experts._say_once.cache_clear()
+    yield messages
+    qnext_sglang.logger.removeHandler(handler)
+    qnext_sglang.logger.setLevel(logging.NOTSET)
+    experts._say_once.cache_clear()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> ServerArgs:
+    """A process on a GPU that our kernels serve, and its configuration."""
+    monkeypatch.setattr(gpus, "triton_works", lambda: True)
+    monkeypatch.setattr(triton_support, "why_missing", lambda device_type, index: None)
+    monkeypatch.setattr(serving, "current_platform", Gpu())
+    server_args = ServerArgs(model_path="checkpoint")
+    monkeypatch.setattr(experts.api, "get_server_args", lambda: server_args)
+    return server_args
+
+
+@pytest.mark.usefixtures("on_gpu")
+class TestRefusal:
+    @pytest.mark.parametrize("platform", [Gpu, RocmGpu])
+    def test_a_gpu_is_served(self, platform: type[SRTPlatform]) -> None:
+        assert gpu_refusal(platform()) is None
+
+    def test_what_is_not_served_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert "musa" in (gpu_refusal(Musa()) or "")
+        assert gpu_refusal(OldGpu()) == "it needs compute capability 8.0, and this GPU has 7.5"
+        with deterministic():
+            assert gpu_refusal(Gpu()) == "the deterministic mode is served on CPUs only"
+        monkeypatch.setattr(gpus, "triton_works", lambda: False)
+        assert gpu_refusal(Gpu()) == "no Triton works on this machine"
+
+    def test_an_operation_without_a_gpu_kernel_is_named_unless_a_backend_is_forced(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        only_on_cpus = tuple(backend for backend in OPERATIONS["moe"].backends if backend.devices != ("cuda",))
+        monkeypatch.setattr(OPERATIONS["moe"], "backends", only_on_cpus)
+        assert gpu_refusal(Gpu()) == "it has no GPU kernels for moe (QNEXT_BACKEND=reference tries it, slowly)"
+        monkeypatch.setenv("QNEXT_BACKEND", "reference")
+        assert gpu_refusal(Gpu()) is None
+
+    def test_the_deterministic_flag_is_not_served(self) -> None:
+        reason = serving.unserved_flags(ServerArgs(model_path="checkpoint", enable_deterministic_inference=True))
+        assert reason == "it does not serve --enable-deterministic-inference on a GPU"
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_the_line_names_only_what_ours_serve_there(lines: list[str]) -> None:
+    serving.announce("Qwen3NextForCausalLM", torch.bfloat16)
+    (line,) = lines
+    assert "gated_delta_rule=" in line
+    assert "moe=triton" in line
+    assert "linear=" not in line
+    assert "paged_attention=" not in line
+
+
+def test_no_triton_works_without_a_gpu() -> None:
+    assert gpus.triton_works() == torch.cuda.is_available()
+
+
+class TestExperts:
+    @pytest.fixture(autouse=True)
+    def server_args(self, on_gpu: ServerArgs) -> ServerArgs:
+        return on_gpu
+
+    @staticmethod
+    def method(quant_config: Fp8Config | None = None, middle: int = 128) -> Any:
+        return experts.our_method(quant_config, PREFIX, middle, CUDA, torch.bfloat16)
+
+    def test_unquantized_ones_are_ours(self, lines: list[str]) -> None:
+        assert type(self.method()) is experts.QnextMoEMethod
+        assert not lines
+
+    def test_block_wise_fp8_is_ours_where_a_rank_has_whole_blocks(self, lines: list[str]) -> None:
+        config = Fp8Config(True, weight_block_size=[128, 128])
+        assert type(self.method(config)) is experts.QnextFp8MoEMethod
+        assert not lines
+        assert self.method(config, middle=64) is None
+        assert self.method(config, middle=64) is None
+        assert lines == [
+            "qnext-plugins leaves SGLang's own experts in place: a rank's 64 columns of them are not whole blocks of FP8"
+        ]
+
+    def test_those_that_a_quantized_checkpoint_leaves_out_are_unquantized(self) -> None:
+        config = Fp8Config(True, weight_block_size=[128, 128], ignored_layers=[PREFIX])
+        assert type(self.method(config)) is experts.QnextMoEMethod
+
+    def test_other_quantization_stays_sglangs_own_and_strict_makes_it_an_error(
+        self, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.method(Fp8Config(True)) is None
+        assert lines == ["qnext-plugins leaves SGLang's own experts in place: their weights are quantized (fp8)"]
+        experts._say_once.cache_clear()
+        monkeypatch.setenv("QNEXT_STRICT", "1")
+        with pytest.raises(UnsupportedEngineError, match="quantized"):
+            self.method(Fp8Config(True))
+
+    def test_what_only_sglangs_experts_do_keeps_them(
+        self, server_args: ServerArgs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def obstacle() -> str:
+            return experts.obstacle(None, 128, CUDA, torch.bfloat16) or ""
+
+        with monkeypatch.context() as patch:
+            patch.setattr(experts.api, "get_moe_runner_backend", lambda: MoeRunnerBackend.FLASHINFER_TRTLLM)
+            assert obstacle() == "--moe-runner-backend is flashinfer_trtllm"
+        with monkeypatch.context() as patch:
+            patch.setenv("SGLANG_USE_AITER", "1")
+            assert "AITER" in obstacle()
+        for field, value in (("kt_weight_path", "weights"), ("enable_paged_experts", True)):
+            with monkeypatch.context() as patch:
+                patch.setattr(experts.api, "get_server_args", lambda f=field, v=value: args_with(server_args, f, v))
+                assert field.replace("_", "-") in obstacle()
+        monkeypatch.setattr(triton_support, "why_missing", lambda device_type, index: "no")
+        assert obstacle() == "only the reference serves them in torch.bfloat16"
+
+    @pytest.mark.parametrize("config", [None, Fp8Config(True, weight_block_size=[128, 128])], ids=["bfloat16", "fp8"])
+    def test_they_launch_their_kernels_without_reading_a_tensor(self, config: Fp8Config | None) -> None:
+        method = self.method(config)
+        tokens, top_k, num_experts, hidden, middle = 5, 4, 16, 256, 128
+        layer = nn.Module()
+        layer.moe_tp_size, layer.moe_runner_config = 1, SimpleNamespace(is_gated=True)
+        with torch.device("meta"):
+            method.create_weights(layer, num_experts, hidden, middle, torch.bfloat16, weight_loader=None)
+            x = torch.empty(tokens, hidden, dtype=torch.bfloat16)
+            weights, ids = torch.empty(tokens, top_k), torch.empty(tokens, top_k, dtype=torch.int32)
+        method.create_moe_runner(layer, None)
+        method.process_weights_after_loading(layer)
+        with compiling_for("sm_90") as compiled:
+            out = method.apply(layer, StandardDispatchOutput(x, None, (weights, ids, None)))
+        assert out.hidden_states.shape == x.shape
+        assert ("quantize_kernel" in {kernel.name for kernel in compiled}) == (config is not None)
+
+
+def args_with(server_args: ServerArgs, field: str, value: object) -> SimpleNamespace:
+    """The configuration with another value in one field."""
+    return SimpleNamespace(**{"kt_weight_path": None, "enable_paged_experts": False, field: value})
+
+
+class OnNoDevice(GatedDeltaNetBackend):
+    """On pools, and with metadata, that have shapes but no values, as a GPU's have none for the host."""
+
+    def _run(self, layer: Any, **inputs: Any) -> Tensor:
+        real, cache = self.req_to_token_pool, self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
+        self.forward_metadata.qnext_batch = dataclasses.replace(
+            self.batch, **{name: without_values(segment) for name, segment in vars(self.batch).items()}
+        )
+        fields = ("conv", "temporal", "intermediate_ssm", "intermediate_conv_window")
+        values = {name: getattr(cache, name) for name in fields}
+        on_meta = {n: [x.to("meta") for x in v] if isinstance(v, list) else v.to("meta") for n, v in values.items()}
+        self.req_to_token_pool = SimpleNamespace(mamba2_layer_cache=lambda layer_id: SimpleNamespace(**on_meta))
+        try:
+            return super()._run(layer, **inputs)
+        finally:
+            self.req_to_token_pool = real
+
+
+def without_values(segment: Any) -> Any:
+    if segment is None:
+        return None
+    return dataclasses.replace(segment, **{n: v.to("meta") for n, v in vars(segment).items() if isinstance(v, Tensor)})
+
+
+def captured(backend: GatedDeltaNetBackend, mode: ForwardMode) -> Any:
+    make = runs.decode_batch if mode.is_decode() else runs.verify_batch
+    batch = make([0] * MAX_BATCH)
+    backend.init_cuda_graph_state(MAX_BATCH, MAX_BATCH * (1 if mode.is_decode() else runs.DRAFT_TOKENS))
+    backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    return batch
+
+
+def replayed_with_padding(backend: GatedDeltaNetBackend, mode: ForwardMode) -> Any:
+    captured(backend, mode)
+    batch = (runs.decode_batch if mode.is_decode() else runs.verify_batch)([3, 1, 6, 6])
+    batch.num_padding = 2  # type: ignore[attr-defined]
+    backend.init_forward_metadata_out_graph(batch)
+    return batch
+
+
+def prefilled(backend: GatedDeltaNetBackend, mode: ForwardMode) -> Any:
+    tracked = runs.Tracked([True, False], [64, 0], [15, 16])
+    batch = runs.prefill_batch([2, 5], [70, 3], [0, 64], tracked)
+    backend.init_forward_metadata(batch)
+    return batch
+
+
+def large_heads(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
+    monkeypatch.setattr(runs, "HEAD_DIM", head_dim)
+    monkeypatch.setattr(runs, "CHANNELS", (2 * runs.KEY_HEADS + runs.VALUE_HEADS) * head_dim)
+
+
+@pytest.mark.parametrize(
+    ("make", "mode"),
+    [
+        (captured, ForwardMode.DECODE),
+        (captured, ForwardMode.TARGET_VERIFY),
+        (replayed_with_padding, ForwardMode.DECODE),
+        (replayed_with_padding, ForwardMode.TARGET_VERIFY),
+        (prefilled, ForwardMode.EXTEND),
+    ],
+    ids=lambda value: getattr(value, "__name__", getattr(value, "name", None)),
+)
+def test_a_layer_launches_its_kernels_without_reading_a_tensor(
+    make: Callable[..., Any], mode: ForwardMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large_heads(monkeypatch, 128)
+    backend = OnNoDevice(runs.runner())
+    batch = make(backend, mode)
+    layer, tokens = runs.layer(), len(batch.input_ids)
+    layer.qnext_weights = type(layer.qnext_weights)(*(weight.to("meta") for weight in layer.qnext_weights))
+    x = runs.inputs(tokens, seed=1)
+    with compiling_for("sm_90") as compiled:
+        run = backend.forward_decode if mode.is_decode() else backend.forward_extend
+        out = run(layer, batch, mixed_qkv=x.qkvz.bfloat16().to("meta"), a=x.ba.bfloat16().to("meta"), b=None)
+    assert out.shape == (1, tokens, runs.VALUE_HEADS, runs.HEAD_DIM)
+    assert {"gated_delta_net_kernel", "chunk_kernel"} & {kernel.name for kernel in compiled}
+
+
+def test_metadata_that_sglang_puts_back_brings_its_batch_along() -> None:
+    """SGLang replays the making of metadata as a graph too, and then only sets the object that it made."""
+    backend = runs.backend()
+    captured(backend, ForwardMode.DECODE)
+    kept, batch = backend.forward_metadata, backend.batch
+    backend.init_forward_metadata(runs.prefill_batch([2], [5], [0]))
+    assert backend.batch.prefill is not None
+    backend.forward_metadata = kept
+    assert backend.batch is batch
+
+
+def test_a_prefill_behind_a_graph_gets_its_tokens_without_padding() -> None:
+    backend, layer = runs.backend(), real_layer()
+    batch, x = runs.prefill_batch([2, 5], [7, 3], [0, 64]), runs.inputs(16, seed=3)
+    batch.global_num_token_non_padded_cpu = 10
+    backend.init_forward_metadata(batch)
+    with forward_context(ForwardContext(attn_backend=runs.hybrid(backend))):
+        out = layer(batch, x.qkvz, x.ba, x.ba)
+    assert torch.equal(out[0, :10], runs.run(runs.backend(), batch, x[:10]))
+    assert not out[0, 10:].any()
+
+
+def real_layer() -> RadixLinearAttention:
+    """SGLang's layer with what ours carries to the backend."""
+    layer = RadixLinearAttention(
+        layer_id=2,
+        num_q_heads=runs.KEY_HEADS,
+        num_k_heads=runs.KEY_HEADS,
+        num_v_heads=runs.VALUE_HEADS,
+        head_q_dim=runs.HEAD_DIM,
+        head_k_dim=runs.HEAD_DIM,
+        head_v_dim=runs.HEAD_DIM,
+    )
+    layer.qnext_eps, layer.qnext_weights = runs.layer().qnext_eps, runs.layer().qnext_weights
+    return layer
+
+
+TOLERANCE = 1e-4
+"""Of outputs and states of order one in float32, whose sums the two kernels take in another order."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: runs.decode_batch([4, 1, 3]),
+        lambda: runs.verify_batch([5, 2]),
+        lambda: runs.prefill_batch([2, 5], [70, 3], [0, 64], runs.Tracked([True, False], [64, 0], [15, 16])),
+    ],
+    ids=["decode", "verify", "prefill with a snapshot"],
+)
+def test_interpreted_kernels_give_outputs_and_states_of_the_native_ones(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large_heads(monkeypatch, 16)
+    native, triton, x = runs.backend(), runs.backend(), runs.inputs(len(make().input_ids), seed=4)
+    expected = runs.run(native, make(), x)
+    with interpreted(*kernel_modules()), force_backend("triton"):
+        out = runs.run(triton, make(), x)
+    pairs = [(out, expected), *zip(runs.states(triton), runs.states(native), strict=True)]
+    pairs += zip(runs.step_states(triton), runs.step_states(native), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)

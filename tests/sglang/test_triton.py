@@ -1,0 +1,40 @@
+"""A real engine on the kernels for GPUs, interpreted: transformers' greedy tokens, with and without drafts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import reference
+from tests.checkpoints import write_random_checkpoint
+from tests.sglang.engines import engine
+from tests.sglang.interpreted import LAUNCHED, InterpretedEngine
+
+pytestmark = pytest.mark.sglang
+
+SMALL = {"num_hidden_layers": 4, "linear_num_value_heads": 4, "linear_value_head_dim": 16, "num_experts": 4}
+"""Little of what the interpreter takes time for, programs."""
+PROMPTS = ((7, 3, 11), tuple(range(20, 86)))
+"""Less than a chunk of the delta rule, and more."""
+MAX_TOKENS = 5
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("small") / "checkpoint", agreement=1.0, **SMALL)
+
+
+@pytest.mark.parametrize("drafts", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_greedy_tokens_equal_those_of_transformers_in_float32(
+    checkpoint: Path, drafts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "launched"
+    monkeypatch.setenv(LAUNCHED, str(file))
+    options = {"max_running_requests": 2, "skip_server_warmup": True}
+    with engine(checkpoint, drafts=drafts, engine_class=InterpretedEngine, **options) as running:
+        tokens = running.greedy(PROMPTS, MAX_TOKENS)
+    assert tokens == [reference.greedy(checkpoint, prompt, MAX_TOKENS) for prompt in PROMPTS]
+    assert {"recurrent_kernel", "chunk_kernel", "state_kernel"} <= set(file.read_text().split())
+    seen = running.drafts
+    assert 0 < seen.accepted < seen.drafted if drafts else not seen.drafted
