@@ -96,34 +96,38 @@ def our_method(quant_config: Any, prefix: str, middle: int, device: torch.device
     Raises:
         UnsupportedEngineError: with ``QNEXT_STRICT=1`` they would stay SGLang's own.
     """
-    if device.type == "cpu":
-        return QnextMoEMethod() if quant_config is None else None
     if isinstance(quant_config, api.Fp8Config) and api.is_layer_skipped(
         prefix, quant_config.ignored_layers, fused_mapping=quant_config.packed_modules_mapping
     ):
         quant_config = None
     if (reason := obstacle(quant_config, middle, device, dtype)) is not None:
-        _say_once(reason)
+        if device.type != "cpu":
+            _say_once(reason)
         return None
     return QnextMoEMethod() if quant_config is None else QnextFp8MoEMethod(quant_config)
 
 
 def obstacle(quant_config: Any, middle: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why experts stay SGLang's own on a GPU, their routing with them, or None."""
-    server_args, runner = api.get_server_args(), api.get_moe_runner_backend()
-    reasons = {
-        # Where SGLang itself chooses another one than auto, as on sm_100, that one is its fastest.
-        f"--moe-runner-backend is {runner.value}": not runner.is_auto(),
-        "--kt-weight-path leaves some of them to a CPU": server_args.kt_weight_path is not None,
-        "--enable-paged-experts moves their weights": server_args.enable_paged_experts,
-        "SGLANG_USE_AITER=1 asks for AITER's": api.get_bool_env_var("SGLANG_USE_AITER"),
-    }
+    """Why experts stay SGLang's own, on a GPU their routing with them, or None."""
     if quant_config is not None:
         block = quant_config.weight_block_size if isinstance(quant_config, api.Fp8Config) else None
         reason = fp8_experts_obstacle(quant_config.get_name(), block, middle, device, dtype)
     else:
-        reason = experts_obstacle(device, dtype)
-    return next((flag for flag, given in reasons.items() if given), reason)
+        reason = None if device.type == "cpu" else experts_obstacle(device, dtype)
+    return reason if device.type == "cpu" else _asked_for() or reason
+
+
+def _asked_for() -> str | None:
+    """What this configuration asks of SGLang's own experts on a GPU, or None."""
+    server_args, moe_runner = api.get_server_args(), api.get_moe_runner_backend()
+    reasons = {
+        # Where SGLang itself chooses another one than auto, as on sm_100, that one is its fastest.
+        f"--moe-runner-backend is {moe_runner.value}": not moe_runner.is_auto(),
+        "--kt-weight-path leaves some of them to a CPU": server_args.kt_weight_path is not None,
+        "--enable-paged-experts moves their weights": server_args.enable_paged_experts,
+        "SGLANG_USE_AITER=1 asks for AITER's": api.get_bool_env_var("SGLANG_USE_AITER"),
+    }
+    return next((reason for reason, given in reasons.items() if given), None)
 
 
 @cache

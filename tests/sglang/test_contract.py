@@ -17,7 +17,7 @@ import qnext_sglang
 from qnext_sglang import MODELS_VARIABLE, determinism, hooks, serving
 from qnext_sglang.cpu import attention, defaults, gated_delta_net, platform, speculation
 from qnext_sglang.cpu import hooks as cpu_hooks
-from qnext_sglang.experts import QnextMoEMethod, SparseExperts
+from qnext_sglang.experts import QnextFp8MoEMethod, QnextMoEMethod, SparseExperts
 from qnext_sglang.gated_delta_net import GatedDeltaNetBackend
 
 PACKAGE = Path(qnext_sglang.__file__).parent
@@ -66,6 +66,7 @@ CALLS: dict[str, tuple[list[str], set[str]]] = {
             "quant_method",
             "inplace",
             "prefix",
+            "routing_method_type",
         },
     ),
     "layers.moe.fused_moe_triton.layer.FusedMoE.forward": (["self", "hidden_states", "topk_output"], set()),
@@ -77,6 +78,12 @@ CALLS: dict[str, tuple[list[str], set[str]]] = {
         ["self", "param", "loaded_weight", "weight_name"],
         {"shard_id", "expert_id"},
     ),
+    "layers.moe.topk.TopK": (["top_k"], {"renormalize", "layer_id"}),
+    "layers.moe.topk.TopK.forward_cuda": (["self", "hidden_states", "router_logits"], set()),
+    "layers.moe.topk.TopK.bind_runner_backend": (["self", "runner_backend"], {"routing_method_type"}),
+    "layers.moe.utils.get_moe_runner_backend": ([], set()),
+    "layers.quantization.fp8.Fp8MoEMethod": (["quant_config"], set()),
+    "layers.quantization.utils.is_layer_skipped": (["prefix", "ignored_layers"], {"fused_mapping"}),
     "layers.moe.topk.StandardTopKOutput": (["topk_weights", "topk_ids", "router_logits"], set()),
     "layers.moe.token_dispatcher.StandardCombineInput": ([], {"hidden_states"}),
     "layers.vocab_parallel_embedding.ParallelLMHead": (
@@ -118,7 +125,9 @@ CALLS: dict[str, tuple[list[str], set[str]]] = {
     "model_loader.weight_utils.default_weight_loader": (["param", "loaded_weight"], set()),
     "models.registry.import_model_classes": (["package_name"], {"strict"}),
     "plugins.hook_registry.HookRegistry.register": (["target", "hook", "hook_type"], set()),
+    "platforms.cuda.CudaSRTPlatform.get_device_capability": (["self"], set()),
     "utils.add_prefix": (["name", "prefix"], set()),
+    "utils.get_bool_env_var": (["name"], set()),
     "utils.get_cpu_ids_by_node": ([], set()),
 }
 
@@ -144,6 +153,10 @@ OBJECTS: list[tuple[str, str, set[str] | None]] = [
     ("layer", "layers.radix_attention.RadixAttention", {"cpu/attention.py"}),
     ("layer", "layers.radix_linear_attention.RadixLinearAttention", {"engine.py", "gated_delta_net.py"}),
     ("dispatch_output", "layers.moe.token_dispatcher.StandardDispatchOutput", None),
+    ("moe_runner", "layers.moe.utils.MoeRunnerBackend", None),
+    ("quant_config", "layers.quantization.fp8.Fp8Config", {"experts.py"}),
+    ("RoutingMethodType", "layers.moe.utils.RoutingMethodType", None),
+    ("platform", "platforms.interface.SRTPlatform", {"__init__.py"}),
     ("sampling_info", "sampling.sampling_batch_info.SamplingBatchInfo", None),
     ("info", "sampling.sampling_batch_info.SamplingBatchInfo", {"determinism.py"}),
     ("current_platform", "platforms.interface.SRTPlatform", None),
@@ -152,7 +165,7 @@ OBJECTS: list[tuple[str, str, set[str] | None]] = [
     ("ModelRegistry", "models.registry._ModelRegistry", None),
 ]
 # Attributes of them that are ours.
-OURS = {"is_qnext", "qnext_best", "qnext_config", "qnext_eps", "qnext_weights"}
+OURS = {"is_qnext", "qnext_batch", "qnext_best", "qnext_config", "qnext_eps", "qnext_weights"}
 
 # Our classes under SGLang's, and the methods that they add.
 CLASSES: dict[type, set[str]] = {
@@ -163,7 +176,8 @@ CLASSES: dict[type, set[str]] = {
     attention.CpuKVPool: set(),
     attention.CpuAttentionBackend: {"_attend"},
     QnextMoEMethod: set(),
-    SparseExperts: set(),
+    QnextFp8MoEMethod: set(),
+    SparseExperts: {"_route"},
 }
 # Overridden methods whose arguments are ours to choose, because we call them ourselves.
 OWN_ARGUMENTS = {"SparseExperts.forward"}
@@ -175,6 +189,7 @@ VARIABLES = {
     MODELS_VARIABLE: "models.registry",
     defaults.THREADS_BIND: "utils.numa_utils",
     "SGLANG_MAMBA_CONV_DTYPE": "configs.mamba_utils",
+    "SGLANG_USE_AITER": "layers.moe.token_dispatcher.standard",
     "SGLANG_USE_CPU_ENGINE": "platforms",
 }
 

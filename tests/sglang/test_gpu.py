@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
@@ -19,7 +18,7 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.platforms.interface import SRTPlatform
 from sglang.srt.runtime_context import get_context
 from sglang.srt.server_args import ServerArgs
-from torch import Tensor, nn
+from torch import Tensor
 
 import qnext_sglang
 from qnext_kernels import force_backend, triton_support
@@ -131,9 +130,9 @@ class TestExperts:
         assert not lines
         assert self.method(config, middle=64) is None
         assert self.method(config, middle=64) is None
-        assert lines == [
-            "qnext-plugins leaves SGLang's own experts in place: a rank's 64 columns of them are not whole blocks of FP8"
-        ]
+        (line,) = lines
+        assert line.startswith("qnext-plugins leaves SGLang's own experts in place: ")
+        assert line.endswith("a rank's 64 columns of them are not whole blocks of FP8")
 
     def test_those_that_a_quantized_checkpoint_leaves_out_are_unquantized(self) -> None:
         config = Fp8Config(True, weight_block_size=[128, 128], ignored_layers=[PREFIX])
@@ -167,23 +166,6 @@ class TestExperts:
                 assert field.replace("_", "-") in obstacle()
         monkeypatch.setattr(triton_support, "why_missing", lambda device_type, index: "no")
         assert obstacle() == "only the reference serves them in torch.bfloat16"
-
-    @pytest.mark.parametrize("config", [None, Fp8Config(True, weight_block_size=[128, 128])], ids=["bfloat16", "fp8"])
-    def test_they_launch_their_kernels_without_reading_a_tensor(self, config: Fp8Config | None) -> None:
-        method = self.method(config)
-        tokens, top_k, num_experts, hidden, middle = 5, 4, 16, 256, 128
-        layer = nn.Module()
-        layer.moe_tp_size, layer.moe_runner_config = 1, SimpleNamespace(is_gated=True)
-        with torch.device("meta"):
-            method.create_weights(layer, num_experts, hidden, middle, torch.bfloat16, weight_loader=None)
-            x = torch.empty(tokens, hidden, dtype=torch.bfloat16)
-            weights, ids = torch.empty(tokens, top_k), torch.empty(tokens, top_k, dtype=torch.int32)
-        method.create_moe_runner(layer, None)
-        method.process_weights_after_loading(layer)
-        with compiling_for("sm_90") as compiled:
-            out = method.apply(layer, StandardDispatchOutput(x, None, (weights, ids, None)))
-        assert out.hidden_states.shape == x.shape
-        assert ("quantize_kernel" in {kernel.name for kernel in compiled}) == (config is not None)
 
 
 def args_with(server_args: ServerArgs, field: str, value: object) -> SimpleNamespace:

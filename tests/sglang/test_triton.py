@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import reference
-from tests.checkpoints import write_random_checkpoint
+from tests.checkpoints import quantize_experts, write_random_checkpoint
 from tests.sglang.engines import engine
 from tests.sglang.interpreted import LAUNCHED, InterpretedEngine
 
@@ -18,6 +19,11 @@ SMALL = {"num_hidden_layers": 4, "linear_num_value_heads": 4, "linear_value_head
 PROMPTS = ((7, 3, 11), tuple(range(20, 86)))
 """Less than a chunk of the delta rule, and more."""
 MAX_TOKENS = 5
+INTERPRETED: dict[str, Any] = {
+    "engine_class": InterpretedEngine,
+    "max_running_requests": 2,
+    "skip_server_warmup": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +37,24 @@ def test_greedy_tokens_equal_those_of_transformers_in_float32(
 ) -> None:
     file = tmp_path / "launched"
     monkeypatch.setenv(LAUNCHED, str(file))
-    options = {"max_running_requests": 2, "skip_server_warmup": True}
-    with engine(checkpoint, drafts=drafts, engine_class=InterpretedEngine, **options) as running:
+    with engine(checkpoint, drafts=drafts, **INTERPRETED) as running:
         tokens = running.greedy(PROMPTS, MAX_TOKENS)
     assert tokens == [reference.greedy(checkpoint, prompt, MAX_TOKENS) for prompt in PROMPTS]
     assert {"recurrent_kernel", "chunk_kernel", "state_kernel"} <= set(file.read_text().split())
     seen = running.drafts
     assert 0 < seen.accepted < seen.drafted if drafts else not seen.drafted
+
+
+@pytest.mark.slow
+def test_experts_in_fp8_are_ours_and_give_the_tokens_of_the_unquantized_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The head of this checkpoint leaves wide gaps between its logits.
+    checkpoint = write_random_checkpoint(tmp_path / "fp8", agreement=1.0, moe_intermediate_size=128, **SMALL)
+    expected = [reference.greedy(checkpoint, prompt, MAX_TOKENS) for prompt in PROMPTS]
+    quantize_experts(checkpoint)
+    file = tmp_path / "launched"
+    monkeypatch.setenv(LAUNCHED, str(file))
+    with engine(checkpoint, dtype="bfloat16", **INTERPRETED) as running:
+        assert running.greedy(PROMPTS, MAX_TOKENS) == expected
+    assert "quantize_kernel" in file.read_text().split()
