@@ -10,22 +10,29 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+from sglang.srt.layers.moe.topk import TopKOutputFormat
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
 from sglang.srt.layers.quantization.fp8 import Fp8Config
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.platforms.interface import SRTPlatform
-from sglang.srt.runtime_context import get_context
+from sglang.srt.runtime_context import get_context, get_flags, get_parallel
 from sglang.srt.server_args import ServerArgs
-from torch import Tensor
+from torch import Tensor, nn
 
 import qnext_sglang
-from qnext_kernels import force_backend, triton_support
+from qnext_kernels import experts as our_experts
+from qnext_kernels import experts_fp8, force_backend, topk_softmax, triton_support
 from qnext_kernels.dispatch import OPERATIONS, deterministic
 from qnext_plugins import gpus
+from qnext_plugins.model import Qwen3NextConfig
 from qnext_sglang import UnsupportedEngineError, experts, gpu_refusal, serving
 from qnext_sglang.gated_delta_net import GatedDeltaNetBackend
+from qnext_sglang.loading import load_parameters
+from tests.checkpoints import random_config
 from tests.kernels.triton.ahead_of_time import compiling_for
 from tests.kernels.triton.interpreter import interpreted, kernel_modules
 from tests.sglang import recurrent_runs as runs
@@ -34,6 +41,8 @@ from tests.sglang.platforms import Gpu, Musa, OldGpu, RocmGpu
 CUDA = torch.device("cuda")
 PREFIX = "model.layers.0.mlp.experts"
 MAX_BATCH = 4
+TOLERANCE = 1e-4
+"""Of outputs and states of order one in float32, whose sums two kernels take in another order."""
 
 
 @pytest.fixture(autouse=True)
@@ -111,11 +120,8 @@ def test_no_triton_works_without_a_gpu() -> None:
     assert gpus.triton_works() == torch.cuda.is_available()
 
 
+@pytest.mark.usefixtures("on_gpu")
 class TestExperts:
-    @pytest.fixture(autouse=True)
-    def server_args(self, on_gpu: ServerArgs) -> ServerArgs:
-        return on_gpu
-
     @staticmethod
     def method(quant_config: Fp8Config | None = None, middle: int = 128) -> Any:
         return experts.our_method(quant_config, PREFIX, middle, CUDA, torch.bfloat16)
@@ -148,9 +154,7 @@ class TestExperts:
         with pytest.raises(UnsupportedEngineError, match="quantized"):
             self.method(Fp8Config(True))
 
-    def test_what_only_sglangs_experts_do_keeps_them(
-        self, server_args: ServerArgs, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_what_only_sglangs_experts_do_keeps_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def obstacle() -> str:
             return experts.obstacle(None, 128, CUDA, torch.bfloat16) or ""
 
@@ -162,13 +166,80 @@ class TestExperts:
             assert "AITER" in obstacle()
         for field, value in (("kt_weight_path", "weights"), ("enable_paged_experts", True)):
             with monkeypatch.context() as patch:
-                patch.setattr(experts.api, "get_server_args", lambda f=field, v=value: args_with(server_args, f, v))
+                patch.setattr(experts.api, "get_server_args", lambda f=field, v=value: args_with(f, v))
                 assert field.replace("_", "-") in obstacle()
         monkeypatch.setattr(triton_support, "why_missing", lambda device_type, index: "no")
         assert obstacle() == "only the reference serves them in torch.bfloat16"
 
 
-def args_with(server_args: ServerArgs, field: str, value: object) -> SimpleNamespace:
+class TestExpertsLayer:
+    """SGLang's real layer of experts, of one rank, on a CPU, built as on a GPU."""
+
+    @pytest.fixture(autouse=True)
+    def one_rank(self, on_gpu: ServerArgs) -> Iterator[None]:
+        with get_parallel().override(moe_ep_rank=0, moe_tp_rank=0):
+            yield
+
+    @staticmethod
+    def build(quant_config: Fp8Config | None = None) -> experts.SparseExperts:
+        config = Qwen3NextConfig.from_hf(random_config(hidden_size=128, moe_intermediate_size=128, num_experts=4))
+        return experts.SparseExperts(config, None, layer_id=0, quant_config=quant_config, prefix=PREFIX)
+
+    @pytest.mark.parametrize(
+        ("runner", "output"),
+        [
+            (MoeRunnerBackend.TRITON, TopKOutputFormat.STANDARD),
+            (MoeRunnerBackend.FLASHINFER_TRTLLM, TopKOutputFormat.BYPASSED),
+        ],
+        ids=lambda value: value.name,
+    )
+    def test_sglangs_own_get_their_tokens_from_sglangs_router(
+        self, runner: MoeRunnerBackend, output: TopKOutputFormat, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(get_flags().moe, "runner_backend", runner)
+        layer = self.build()
+        assert type(layer.quant_method) is UnquantizedFusedMoEMethod
+        assert layer.sglangs_topk is not None
+        assert layer.sglangs_topk.topk_config.output_format is output
+
+    @pytest.mark.parametrize("quantized", [False, True], ids=["float32", "fp8"])
+    def test_ours_run_what_sglang_has_loaded(self, quantized: bool) -> None:
+        layer = self.build(Fp8Config(True, weight_block_size=[128, 128]) if quantized else None)
+        assert layer.sglangs_topk is None
+        assert layer.runner_backend is None, "SGLang then hands on the indices of this rank's experts"
+        random = torch.Generator().manual_seed(1)
+        checkpoint: dict[str, Tensor] = {}
+        for expert in range(layer.num_experts):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                weight = torch.randn(128, 128, generator=random) * 0.1
+                if quantized:
+                    scale = torch.rand(1, 1, generator=random) * 1e-3 + 1e-4
+                    checkpoint[f"layer.mlp.experts.{expert}.{name}.weight_scale_inv"] = scale
+                    weight = (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+                checkpoint[f"layer.mlp.experts.{expert}.{name}.weight"] = weight
+        model = nn.ModuleDict({"layer": nn.ModuleDict({"mlp": nn.ModuleDict({"experts": layer})})})
+        load_parameters(model, checkpoint.items(), layer.num_experts)
+
+        def stacked(kind: str, *names: str) -> Tensor:
+            tensors = [[checkpoint[f"layer.mlp.experts.{n}.{name}.{kind}"] for name in names] for n in range(4)]
+            return torch.stack([torch.cat(parts) for parts in tensors])
+
+        kinds = ("weight", "weight_scale_inv") if quantized else ("weight",)
+        weights = [stacked(kind, *names) for names in (("gate_proj", "up_proj"), ("down_proj",)) for kind in kinds]
+        x, logits = torch.randn(5, 128, generator=random), torch.randn(5, 4, generator=random)
+        with force_backend("moe=reference"):
+            routed = topk_softmax(logits, layer.top_k, True)
+            expected = (experts_fp8 if quantized else our_experts)(x, *weights, *routed)
+        with interpreted(*kernel_modules()), force_backend("triton"):
+            layer.quant_method.process_weights_after_loading(layer)
+            batch = StandardDispatchOutput(x, None, layer._route(x, logits))
+            out = layer.quant_method.apply(layer, batch).hidden_states
+        # A sum in another order may round one of an expert's 128 activations to the next e4m3, 2⁻³ away.
+        tolerance = 2**-3 / 128**0.5 if quantized else TOLERANCE
+        assert (out - expected).norm() <= tolerance * expected.norm()
+
+
+def args_with(field: str, value: object) -> SimpleNamespace:
     """The configuration with another value in one field."""
     return SimpleNamespace(**{"kt_weight_path": None, "enable_paged_experts": False, field: value})
 
@@ -287,10 +358,6 @@ def real_layer() -> RadixLinearAttention:
     )
     layer.qnext_eps, layer.qnext_weights = runs.layer().qnext_eps, runs.layer().qnext_weights
     return layer
-
-
-TOLERANCE = 1e-4
-"""Of outputs and states of order one in float32, whose sums the two kernels take in another order."""
 
 
 @pytest.mark.parametrize(
