@@ -19,6 +19,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from qnext_kernels import force_backend
+from qnext_kernels.gated_delta_net import triton_fused
+from qnext_kernels.gated_delta_net.triton_fused import run_fused
 from qnext_kernels.gated_delta_rule import triton_chunked, triton_math, triton_recurrent
 from qnext_kernels.gated_delta_rule.triton import TritonGatedDeltaRule
 from qnext_plugins.cli.bench import cases, gated_delta_net, kernels
@@ -30,7 +32,7 @@ from qnext_plugins.cli.bench.output import Files
 from qnext_plugins.cli.bench.roofs import Roofs
 from qnext_plugins.cli.bench.torch_peers import TorchPeers
 from qnext_plugins.cli.progress import Progress
-from tests.kernels.triton.interpreter import interpreted
+from tests.kernels.triton.interpreter import interpreted, kernel_modules
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RUN_BARE = BENCHMARKS / "run_bare.sh"
@@ -116,6 +118,12 @@ def test_ragged_lengths_have_their_mean_and_differ(sequences: int, mean: int) ->
         ("delta rule prefill", "T=32768 N=16 ragged", 120_259_084_288, 838_860_800),
         # Tokens in and out, and windows of three inputs read and written, of 8192 channels in bfloat16.
         ("conv decode", "B=64", 4_194_304, 8_388_608),
+        # A token is 12288 + 64 numbers in and 4096 out; a sequence has its window and its state, read and written.
+        ("gated delta net decode", "B=64", 239_075_328, 276_832_256),
+        # Three tokens, a window of five inputs, and the state read once and written three times.
+        ("gated delta net verify", "B=64 × 3 tokens", 717_225_984, 553_672_704),
+        # 2048 tokens in and out, one window of three inputs and one state.
+        ("gated delta net prefill", "T=2048", 7_650_410_496, 69_566_464),
         ("linear qkvz", "M=64 2048→12288", 3_221_225_472, 52_166_656),
     ],
 )
@@ -151,7 +159,7 @@ def test_part_of_a_long_row_is_what_the_reference_says_of_the_whole(monkeypatch:
             assert difference(whole, part, tolerance=1e-2) is None, row
             assert sum(tensor.numel() for tensor in part) > 0
             seen.add(row.op)
-    assert {"experts", "attention prefill", "delta rule prefill", "conv prefill"} <= seen
+    assert {"experts", "attention prefill", "delta rule prefill", "conv prefill", "gated delta net prefill"} <= seen
 
 
 def test_peers_of_pytorch_agree_with_the_reference_on_every_operation_they_have(
@@ -191,6 +199,27 @@ def test_triton_is_checked_with_the_reference_which_is_not_timed(
         for shape in shapes
     ]
     assert report.exit_code == 0
+
+
+def test_one_kernel_for_a_layer_is_checked_with_the_reference_of_its_parts(
+    gpu_ops: ModuleType, quiet: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[int] = []
+
+    def fused(*arguments: Any) -> torch.Tensor:
+        launched.append(len(arguments[0]))
+        return run_fused(*arguments)
+
+    monkeypatch.setattr(triton_fused, "run_fused", fused)
+    with interpreted(*kernel_modules()):
+        report = run_interpreted(gpu_ops, quiet, ("gated delta net decode", "gated delta net verify"))
+    assert report.problems == []
+    assert [(row.op, row.shape, row.backend) for row in report.rows] == [
+        (f"gated delta net {op}", shape, "triton")
+        for op, shapes in (("decode", ("B=1", "B=3")), ("verify", ("B=1 × 3 tokens", "B=3 × 3 tokens")))
+        for shape in shapes
+    ]
+    assert set(launched) == {1, 3, 9}
 
 
 def test_a_wrong_state_is_named_and_makes_the_exit_status_1(

@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+import qnext_kernels
 from qnext_kernels.dispatch import OPERATION_NAMES, OPERATIONS, BackendError
 from qnext_plugins.cli.bench import kernels
 from qnext_plugins.cli.bench.cases import GROUPS
@@ -44,6 +46,56 @@ class PyTorch(Library):
         raise RuntimeError("has none")
 
 
+class Apart(Library):
+    """A peer with the parts of a Gated DeltaNet layer; its delta rule keeps states with the keys first."""
+
+    name, version = "apart", "1"
+
+    def convolution(self, weight: torch.Tensor, pool: torch.Tensor, heads: tuple[int, int, int]) -> Any:
+        def convolve(x: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor | None, speculation: bool) -> Any:
+            state = pool.transpose(1, 2)
+            if starts is None:
+                return qnext_kernels.causal_conv1d_decode(x, weight, state, slots)
+            new = torch.zeros(len(slots), dtype=torch.bool)
+            return qnext_kernels.causal_conv1d_prefill(x, weight, state, slots, starts, new)
+
+        def verify(x: torch.Tensor, slots: torch.Tensor, *offsets: torch.Tensor) -> torch.Tensor:
+            return qnext_kernels.causal_conv1d_verify(x, weight, pool.transpose(1, 2), slots[:, 0], *offsets)
+
+        return SimpleNamespace(name=lambda call: "conv", convolve=convolve, verify=verify)
+
+    def delta_rule(self, heads: tuple[int, int, int]) -> Any:
+        def form(name: str) -> Callable[..., torch.Tensor]:
+            def run(convolved: torch.Tensor, a: Any, b: Any, A_log: Any, dt_bias: Any, state: Any, *where: Any) -> Any:
+                parts = convolved.split([heads[0] * heads[2]] * 2 + [heads[1] * heads[2]], dim=1)
+                q, k, v = (part.unflatten(1, (-1, heads[2])) for part in parts)
+                if name == "prefill":
+                    where = (*where, torch.zeros(len(where[0]), dtype=torch.bool))
+                own = state.transpose(2, 3).contiguous()
+                function = getattr(qnext_kernels, f"gated_delta_rule_{name}")
+                out = function(q, k, v, a, b, A_log, dt_bias, own, *(where[:1] if name == "decode" else where))
+                state.copy_(own.transpose(2, 3))
+                return out
+
+            return run
+
+        forms = ("prefill", "decode", "verify")
+        names = dict.fromkeys(forms, "rule")
+        return SimpleNamespace(key_first=True, names=names, **{name: form(name) for name in forms})
+
+    def gated_rms_norm(self, weight: torch.Tensor, eps: float) -> tuple[str, Callable[..., Any]]:
+        return "norm", lambda x, z: qnext_kernels.gated_rms_norm(x, z, weight, eps)
+
+
+class WithoutNorm(Apart):
+    """What lacks one of the parts has no layer."""
+
+    name = "without norm"
+
+    def gated_rms_norm(self, weight: torch.Tensor, eps: float) -> None:
+        return None
+
+
 def run(tmp_path: Path, *arguments: str) -> tuple[Result, KernelsReport]:
     file = tmp_path / "report.json"
     result = CliRunner().invoke(app, ["kernels", *ALONE, "--json", str(file), *arguments])
@@ -53,9 +105,9 @@ def run(tmp_path: Path, *arguments: str) -> tuple[Result, KernelsReport]:
 
 def test_every_operation_and_form_of_the_kernels_has_rows() -> None:
     rows = [row for group in GROUPS for row in group(TINY, [])]
-    assert {row.operation for row in rows} == set(OPERATION_NAMES)
-    forms = {row.op for row in rows}
-    assert {f"{op} {form}" for op in ("delta rule", "conv") for form in ("prefill", "decode", "verify")} <= forms
+    assert {name for row in rows for name in row.operations} == set(OPERATION_NAMES)
+    names, forms = ("delta rule", "conv", "gated delta net"), ("prefill", "decode", "verify")
+    assert {f"{op} {form}" for op in names for form in forms} <= {row.op for row in rows}
 
 
 def test_every_backend_that_serves_is_timed_beside_the_reference(tmp_path: Path) -> None:
@@ -133,6 +185,31 @@ def test_peer_is_timed_where_it_agrees_and_named_where_it_does_not(
     assert "delta rule decode B=1, PyTorch not made: not timed; RuntimeError: has none" in report.problems
     (header,) = (line for line in table.read_text().splitlines() if line.startswith("op,"))
     assert "PyTorch_kernel,PyTorch_ms,PyTorch_ratio" in header
+
+
+def test_parts_of_a_library_make_up_the_layer_that_ours_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "libraries_for", lambda *_: ([Apart(), WithoutNorm()], {}))
+    result, report = run(tmp_path, "--peers", "--ops", "gated delta net")
+    assert result.exit_code == 0, result.output
+    parts = ("gated_delta_rule", "causal_conv1d", "gated_norm")
+    serving = [{name for name, reason in report.backends[part].items() if reason is None} for part in parts]
+    forms = ("prefill", "decode", "verify")
+    for form in forms:
+        rows = [row for row in report.rows if row.op == f"gated delta net {form}"]
+        assert {row.backend for row in rows} == set.intersection(*serving)
+        assert {tuple(peer.kernel for peer in row.peers) for row in rows} == {("conv + rule + norm",)}
+    assert {row.op for row in report.rows} == {f"gated delta net {form}" for form in forms}
+
+
+def test_layer_is_compared_with_the_reference_of_all_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = OPERATIONS["gated_norm"].backends[0]
+    right = type(backend).gated_rms_norm
+    monkeypatch.setattr(type(backend), "gated_rms_norm", lambda *arguments: 1.1 * right(*arguments))
+    result, report = run(tmp_path, "--ops", "gated delta net decode")
+    assert result.exit_code == 2
+    assert backend.name not in {row.backend for row in report.rows}
+    line = f"gated delta net decode B=1, {backend.name}: not timed; result 0 differs by 10.0% from reference"
+    assert line in report.problems
 
 
 def test_results_before_an_interrupt_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import qnext_kernels
 from qnext_kernels.dispatch import OPERATIONS
 from qnext_plugins.cli.bench.elementwise import elementwise_rows
 from qnext_plugins.cli.bench.gated_delta_net import conv_rows, delta_rule_rows
+from qnext_plugins.cli.bench.gated_delta_net_layer import layer_rows
 from qnext_plugins.cli.bench.inputs import (
     BLOCK_SIZE,
     PART,
@@ -275,6 +276,7 @@ GROUPS: tuple[Callable[[Sizes, Sequence[Library]], Iterator[Row]], ...] = (
     attention_rows,
     delta_rule_rows,
     conv_rows,
+    layer_rows,
     linear_rows,
     elementwise_rows,
 )

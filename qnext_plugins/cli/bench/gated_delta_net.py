@@ -1,4 +1,4 @@
-"""Rows of Gated DeltaNet: the convolution and the delta rule."""
+"""Rows of Gated DeltaNet: the convolution and the delta rule, each apart."""
 
 from __future__ import annotations
 
@@ -42,13 +42,31 @@ def ends_of(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([tokens[:first], tokens[len(tokens) - last :]])
 
 
-def _accepted(batch: int) -> Tensor:
+def accepted(batch: int) -> Tensor:
+    """Of a verify: every sequence starts behind its second token."""
     return torch.full((batch,), 2).int()
 
 
-def _verify_starts(s: Sizes, batch: int) -> Tensor:
+def verify_starts(s: Sizes, batch: int) -> Tensor:
+    """Where each sequence of a verify starts."""
     tokens = 1 + s.drafts
     return int32(torch.arange(0, tokens * batch + 1, tokens))
+
+
+def conv_pool(s: Sizes, slots: int, speculation: bool) -> Tensor:
+    """[slots, state_len, channels], channels last as vLLM lays it out by default."""
+    return normal(slots, s.conv_width - 1 + (s.drafts if speculation else 0), s.channels)
+
+
+def rule_pool(s: Sizes, slots: int) -> Tensor:
+    """[slots, HV, V, K] in float32, the same state in every slot."""
+    pool = (torch.randn(s.value_heads * s.linear_dim**2) * 0.1).expand(slots, -1).contiguous()
+    return pool.view(slots, s.value_heads, s.linear_dim, s.linear_dim)
+
+
+def state_bytes(s: Sizes) -> int:
+    """Of the delta rule's state of one sequence."""
+    return s.value_heads * s.linear_dim**2 * 4
 
 
 def conv_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
@@ -89,14 +107,10 @@ def conv_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
             states=lambda: [pool[written, :columns]],
         )
 
-    def make_pool(slots: int, speculation: bool) -> Tensor:
-        """[slots, state_len, channels], channels last as vLLM lays it out by default."""
-        return normal(slots, s.conv_width - 1 + (s.drafts if speculation else 0), s.channels)
-
     def prefill(lengths: tuple[int, ...], speculation: bool) -> Case:
         tokens = sum(lengths)
         x = [normal(tokens, s.channels) for _ in range(rotations(4 * tokens * s.channels))]
-        pool = make_pool(1 + len(lengths), speculation)
+        pool = conv_pool(s, 1 + len(lengths), speculation)
         slots, starts, initial = fresh(lengths)
         state = pool.transpose(1, 2)
 
@@ -134,7 +148,7 @@ def conv_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
 
     def verify(batch: int) -> Case:
         x, slots, pool = batched(batch, 1 + s.drafts, speculation=True)
-        rest, state = (_verify_starts(s, batch), _accepted(batch)), pool.transpose(1, 2)
+        rest, state = (verify_starts(s, batch), accepted(batch)), pool.transpose(1, 2)
         return case(
             lambda i: qnext_kernels.causal_conv1d_verify(x, weight, state, slots[i % len(slots)], *rest),
             pool,
@@ -149,7 +163,7 @@ def conv_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
     def batched(batch: int, tokens: int, speculation: bool) -> tuple[Tensor, list[Tensor], Tensor]:
         sets = rotations(batch * s.channels * 2 * 5)
         slots = [int32(1 + n * batch + torch.arange(batch)) for n in range(sets)]
-        return normal(batch * tokens, s.channels), slots, make_pool(1 + sets * batch, speculation)
+        return normal(batch * tokens, s.channels), slots, conv_pool(s, 1 + sets * batch, speculation)
 
     row = partial(Row, operation="causal_conv1d")
     for lengths in (*((tokens,) for tokens in s.conv_prefills), *s.packed):
@@ -164,7 +178,7 @@ def conv_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
 
 def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
     key_dims, value_dims = s.key_heads * s.linear_dim, s.value_heads * s.linear_dim
-    state_bytes = s.value_heads * s.linear_dim**2 * 4
+    one_state = state_bytes(s)
 
     def inputs(tokens: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """What the convolution leaves, then a, b, A_log and dt_bias."""
@@ -175,10 +189,6 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         parts = convolved.split([key_dims, key_dims, value_dims], dim=1)
         q, k, v = (part.unflatten(1, (-1, s.linear_dim)) for part in parts)
         return q, k, v
-
-    def make_pool(slots: int) -> Tensor:
-        pool = (torch.randn(s.value_heads * s.linear_dim**2) * 0.1).expand(slots, -1).contiguous()
-        return pool.view(slots, s.value_heads, s.linear_dim, s.linear_dim)
 
     def case(
         ours: Call,
@@ -220,7 +230,7 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
     def prefill(lengths: tuple[int, ...]) -> Case:
         tokens = sum(lengths)
         convolved, rest = inputs(tokens)
-        pool = make_pool(1 + len(lengths))
+        pool = rule_pool(s, 1 + len(lengths))
         slots, starts, initial = fresh(lengths)
 
         def ends() -> tuple[Tensor, ...]:
@@ -239,14 +249,14 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
             "prefill",
             lambda call, own, i: call(convolved, *rest, own, slots, starts),
             tokens,
-            2 * tokens * (s.channels + value_dims) + len(lengths) * state_bytes,
+            2 * tokens * (s.channels + value_dims) + len(lengths) * one_state,
             Part(ends, lambda out, states: (out[:first], out[-(last // 8) :], states[-1:])),
         )
 
     def decode(batch: int) -> Case:
         convolved, rest = inputs(batch)
-        sets = rotations(batch * state_bytes)
-        pool = make_pool(1 + sets * batch)
+        sets = rotations(batch * one_state)
+        pool = rule_pool(s, 1 + sets * batch)
         slots = [int32(1 + n * batch + torch.arange(batch)) for n in range(sets)]
         starts = int32(torch.arange(batch + 1))
         return case(
@@ -256,16 +266,16 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
             "decode",
             lambda call, own, i: call(convolved, *rest, own, slots[i % sets], starts),
             batch,
-            2 * batch * state_bytes,
+            2 * batch * one_state,
         )
 
     def verify(batch: int) -> Case:
         tokens = 1 + s.drafts
         convolved, rest = inputs(batch * tokens)
-        sets = rotations(batch * tokens * state_bytes)
-        pool = make_pool(1 + sets * batch * tokens)
+        sets = rotations(batch * tokens * one_state)
+        pool = rule_pool(s, 1 + sets * batch * tokens)
         slots = int32(1 + torch.arange(sets * batch * tokens)).view(sets, batch, tokens)
-        last = _verify_starts(s, batch), _accepted(batch)
+        last = verify_starts(s, batch), accepted(batch)
         return case(
             lambda i: qnext_kernels.gated_delta_rule_verify(*split(convolved), *rest, pool, slots[i % sets], *last),
             pool,
@@ -273,7 +283,7 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
             "verify",
             lambda call, own, i: call(convolved, *rest, own, slots[i % sets], *last),
             batch * tokens,
-            (1 + tokens) * batch * state_bytes,
+            (1 + tokens) * batch * one_state,
         )
 
     row = partial(Row, operation="gated_delta_rule")

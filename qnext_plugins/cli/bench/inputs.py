@@ -181,12 +181,23 @@ class Row:
     build: Callable[[], Case]
     operation: str
     """Of :data:`qnext_kernels.OPERATIONS`, whose backends can serve it."""
+    parts: tuple[str, ...] = ()
+    """Further operations that it is made of, all of which a backend must serve."""
     quick: bool = True
     """Whether ``--quick`` has it."""
     heavy: bool = False
     """Whether the reference, which goes token by token, would take minutes."""
     stepped: bool = False
     """Whether it is part of a step of decode, which a GPU replays from a CUDA graph."""
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """All that it is made of."""
+        return self.operation, *self.parts
+
+    def forcing(self, backend: str) -> str:
+        """What :func:`qnext_kernels.force_backend` takes to have it computed by one backend."""
+        return ",".join(f"{name}={backend}" for name in self.operations)
 
 
 class Library:

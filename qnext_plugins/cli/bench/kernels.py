@@ -229,10 +229,16 @@ class KernelsBench:
             line = f"{name}: no backend but the reference serves {self.options.device}; its rows are left out"
             if self._serving(name) == [REFERENCE] and line not in self.report.notes:
                 self.report.notes.append(line)
-        return [row for row in rows if self._serving(row.operation) != [REFERENCE]]
+        return [row for row in rows if self._serving(*row.operations) != [REFERENCE]]
 
-    def _serving(self, operation: str) -> list[str]:
-        return [name for name, reason in self.report.backends[operation].items() if reason is None]
+    def _serving(self, operation: str, *parts: str) -> list[str]:
+        """The backends that serve all of these, fastest first."""
+        reasons = self.report.backends
+        return [
+            name
+            for name in reasons[operation]
+            if all(reasons[each].get(name, "has no such backend") is None for each in (operation, *parts))
+        ]
 
     def run(self) -> None:
         """Measure every row; what fails is a line of the report."""
@@ -289,7 +295,7 @@ class KernelsBench:
         part: Outcome | None = None
         if row.heavy and self.options.on_gpu and case.part is not None:
             try:
-                with force_backend(f"{row.operation}={REFERENCE}"):
+                with force_backend(row.forcing(REFERENCE)):
                     part = [tensor.clone() for tensor in case.part.ours()]
             except Exception as error:
                 self._problem(row, "reference of a part", one_line(error))
@@ -299,7 +305,7 @@ class KernelsBench:
         """The backends that say what the definition says, or what the slowest does that is run."""
         sides: dict[str, Side] = {}
         for backend in reversed(self._backends(row)):
-            within = partial(force_backend, f"{row.operation}={backend}")
+            within = partial(force_backend, row.forcing(backend))
             try:
                 with within():
                     found = outcome_of_ours(case)
@@ -324,7 +330,7 @@ class KernelsBench:
         """Those to run, fastest first; the reference among them wherever it is not too slow to compare with."""
         wanted = [
             name
-            for name in self._serving(row.operation)
+            for name in self._serving(*row.operations)
             if not self.options.backends
             or name in self.options.backends
             or (name == REFERENCE and not self.options.time_reference)
@@ -362,7 +368,7 @@ class KernelsBench:
             # Not in turns with the others, which it would keep from their caches and from running often.
             (alone,) = timed([reference], seconds=min(seconds, 0.5), least=1)
             ours[REFERENCE] = Timed(alone)
-        chosen = OPERATIONS[row.operation].select(self.device, BF16).name
+        chosen = {OPERATIONS[name].select(self.device, BF16).name for name in row.operations}
         for backend, took in ours.items():
             percent = roof = None
             if case.moved is not None:
@@ -373,7 +379,7 @@ class KernelsBench:
                     op=row.op,
                     shape=row.shape,
                     backend=backend,
-                    selected=backend == chosen,
+                    selected=chosen == {backend},
                     threads=threads,
                     ms=took.seconds * 1e3,
                     one_by_one_ms=_milliseconds(took.one_by_one),
