@@ -9,6 +9,11 @@ if TYPE_CHECKING:
 
 ENGINES_OWN = ("linear", "paged_attention")
 """Operations that the engine's own code serves on a GPU."""
+UNTRIED = (
+    "qnext-plugins: these kernels are tested without a GPU and have not run on one yet; "
+    "QNEXT_DISABLE=1 leaves the engine's own model in place"
+)
+"""What either engine logs on a GPU."""
 
 
 def gpu_refusal(
