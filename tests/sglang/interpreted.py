@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import sglang
+from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.managers.scheduler import run_scheduler_process
 from triton.runtime.interpreter import GridExecutor
 
@@ -39,5 +39,5 @@ def run_interpreted_scheduler(*args: Any, **options: Any) -> Any:
         return run_scheduler_process(*args, **options)
 
 
-class InterpretedEngine(sglang.Engine):
+class InterpretedEngine(Engine):
     run_scheduler_process_func = staticmethod(run_interpreted_scheduler)

@@ -260,7 +260,7 @@ def run_fused(
         steps: the step pools of the convolution and of the rule, and their rows.
 
     Returns:
-        [T, HV · V] in the dtype of ``qkvz``.
+        [T, HV · V] in the dtype of ``qkvz``; tokens behind the last sequence have zero outputs.
     """
     expect_contiguous_slots("state", state, 1)
     conv_steps, written, step_rows = (conv_state, state, slots) if steps is None else steps
@@ -269,7 +269,9 @@ def run_fused(
     num_tokens, key_heads, _ = qkvz.shape
     value_heads, value_dim, key_dim = state.shape[1:]
     sequences, columns = slots.shape
-    out = torch.empty(num_tokens, value_heads * value_dim, dtype=qkvz.dtype, device=qkvz.device)
+    # A graph of a verify may hold tokens behind the last sequence.
+    allocate = torch.empty if query_start_loc is None else torch.zeros
+    out = allocate(num_tokens, value_heads * value_dim, dtype=qkvz.dtype, device=qkvz.device)
     if sequences == 0 or out.numel() == 0:
         return out
     qkvz, ba, slots = rows(qkvz), rows(ba), slots.contiguous()

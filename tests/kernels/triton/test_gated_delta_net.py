@@ -161,6 +161,23 @@ def test_padding_is_skipped_and_nothing_else_is_written(with_steps: bool) -> Non
         assert torch.equal(memory(pool), bytes_)
 
 
+def test_padding_behind_the_last_sequence_of_a_verify_has_zero_outputs() -> None:
+    shape, padding = SHAPES[0], 3
+    layer = random_layer(shape)
+    qkvz, ba = join(random_runs(shape, [2, 1, padding], *CASES[0][1:]))
+    slots, accepted = distinct_slots(4 * COLUMNS, 17).view(4, COLUMNS), torch.ones(4, dtype=torch.int64)
+    slots[2:] = -1
+    ends = start_offsets([2, 1, 0, 0])
+    padded, exact = (some_pools(shape, 17, COLUMNS - 1) for _ in range(2))
+    for pool, other in zip(padded, exact, strict=True):
+        other.copy_(pool)
+    out = run_fused(qkvz, ba, *layer, EPS, *padded, slots, ends, accepted)
+    expected = run_fused(qkvz[:3], ba[:3], *layer, EPS, *exact, slots, ends, accepted)
+    assert not out[3:].any()
+    for actual, want in zip((out[:3], *padded), (expected, *exact), strict=True):
+        assert same_bits(actual, want)
+
+
 def test_counts_that_no_host_checks_are_clamped() -> None:
     shape, lengths = SHAPES[0], [2, 2]
     layer, runs = random_layer(shape), random_runs(shape, lengths, *CASES[0][1:])
