@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_checkpoint(tmp_path_factory.mktemp("small") / "checkpoint", agreement=1.0, **SMALL)
 
 
-@pytest.mark.parametrize("drafts", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("drafts", [0, 2])
 def test_greedy_tokens_equal_those_of_transformers_in_float32(
     checkpoint: Path, drafts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
