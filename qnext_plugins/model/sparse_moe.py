@@ -31,6 +31,10 @@ class MLP(nn.Module):
         # Held in a tuple: the gate is a child of the block, under the checkpoint's name for it.
         self._gate = (gate,)
 
+    def linears(self) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+        """Gate and up projection in one, down projection and ``gate``, for kernels that read their weights."""
+        return self.gate_up_proj, self.down_proj, self._gate[0]
+
     def forward(self, x: Tensor) -> Tensor:
         out = self.down_proj(silu_and_mul(self.gate_up_proj(x)))
         gate = self._gate[0]

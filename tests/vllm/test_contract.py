@@ -45,6 +45,7 @@ PARAMETERS: dict[str, set[str]] = {
         "enable_eplb",
         "num_redundant_experts",
         "routed_experts_cls",
+        "routed_experts_args",
     },
     "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner.forward": {"hidden_states", "router_logits"},
     "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method.UnquantizedFusedMoEMethod.apply": {

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests import reference
 from tests.checkpoints import quantize_experts, write_random_checkpoint
 from tests.vllm.greedy_on_triton import MAX_TOKENS, PROMPTS
 
@@ -40,6 +41,20 @@ def test_greedy_tokens_equal_those_of_the_native_kernels_in_float32(checkpoint: 
     assert [len(tokens) for tokens in answer["triton"]] == [MAX_TOKENS] * len(PROMPTS)
     accepted, drafted = answer["drafts"]
     assert 0 < accepted < drafted if drafts else not drafted
+
+
+def test_shared_expert_of_the_size_of_the_others_is_computed_along_and_the_tokens_are_those_of_transformers(
+    tmp_path: Path,
+) -> None:
+    same_size = {"shared_expert_intermediate_size": 32, "mlp_only_layers": []}
+    # Little agreement: here the tokens change where the shared expert does.
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", agreement=0.1, **SMALL, **same_size)
+    answer = run(checkpoint, 2, "float32")
+    assert "up_kernel" in answer["kernels"]
+    assert "silu_and_mul_kernel" not in answer["kernels"], "an MLP has run on its own"
+    expected = [list(reference.greedy(checkpoint, prompt, MAX_TOKENS)) for prompt in PROMPTS]
+    assert answer["triton"] == expected
+    assert answer["native"] == expected
 
 
 @pytest.mark.slow

@@ -96,10 +96,9 @@ class VllmEngine:
             renormalize=config.norm_topk_prob,
             quant_config=self.quant_config,
             prefix=prefix,
-            shared_experts=shared_expert,
             enable_eplb=parallel.enable_eplb,
             num_redundant_experts=parallel.eplb_config.num_redundant_experts,
-            **experts_options(self.vllm_config),
+            **experts_options(self.vllm_config, shared_expert),
         )
 
     def _linear(self, prefix: str, *, bias: bool = False) -> dict:

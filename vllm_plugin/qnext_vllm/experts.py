@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext_kernels import topk_softmax
+from qnext_kernels import OPERATIONS, experts, topk_softmax
 from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle
 from qnext_plugins.packed_methods import Fp8Experts, PackedExperts
 from qnext_vllm import step_back
@@ -42,7 +42,11 @@ class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
         shared_experts: Any,
         shared_experts_input: Tensor | None,
     ) -> Tensor:
-        return self.run(layer, x, topk_weights, local_ids(layer, topk_ids))
+        ids, shared_expert = local_ids(layer, topk_ids), layer.shared_expert[0]
+        if shared_expert is None:
+            return self.run(layer, x, topk_weights, ids)
+        up, down, gate = (linear.weight for linear in shared_expert.linears())
+        return experts(x, layer.w13_weight, layer.w2_weight, topk_weights, ids, shared=(up, down, gate[0]))
 
 
 class QnextFp8MoEMethod(Fp8Experts, api.Fp8MoEMethod):
@@ -71,7 +75,15 @@ def local_ids(layer: Any, topk_ids: Tensor) -> Tensor:
 
 
 class QnextRoutedExperts(api.RoutedExperts):
-    """Takes our method where vLLM would take its unquantized or its FP8 one; layers quantized otherwise keep vLLM's."""
+    """Takes our method where vLLM would take its unquantized or its FP8 one; layers quantized otherwise keep vLLM's.
+
+    ``shared_expert``: an MLP that our unquantized method computes along, in the same launches.
+    """
+
+    def __init__(self, *args: Any, shared_expert: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Held in a tuple: it is a child of the block.
+        self.shared_expert = (shared_expert,)
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
         if quant_config is not None:
@@ -85,8 +97,10 @@ class QnextRoutedExperts(api.RoutedExperts):
         return QnextMoEMethod(moe_config)
 
 
-def experts_options(vllm_config: api.VllmConfig) -> dict[str, Any]:
-    """What makes vLLM's experts ours; nothing, with one line, where they stay vLLM's own.
+def experts_options(vllm_config: api.VllmConfig, shared_expert: Any) -> dict[str, Any]:
+    """What makes vLLM's experts ours, and who computes the shared one (an MLP or None).
+
+    Where the routed experts stay vLLM's own, which is said in one line, vLLM's runner calls the shared one too.
 
     Raises:
         UnsupportedEngineError: with ``QNEXT_STRICT=1`` they would stay vLLM's own.
@@ -94,8 +108,32 @@ def experts_options(vllm_config: api.VllmConfig) -> dict[str, Any]:
     reason = obstacle(vllm_config)
     if reason is not None:
         _say_once(reason)
-        return {}
-    return {"custom_routing_function": route, "routed_experts_cls": QnextRoutedExperts}
+        return {"shared_experts": shared_expert}
+    ours = {"custom_routing_function": route, "routed_experts_cls": QnextRoutedExperts}
+    if shared_expert is None or not computes_shared(vllm_config):
+        return ours | {"shared_experts": shared_expert}
+    for linear in shared_expert.linears():
+        linear.packable = False  # our kernel for experts reads the weight, too
+    return ours | {"routed_experts_args": {"shared_expert": shared_expert}}
+
+
+def computes_shared(vllm_config: api.VllmConfig) -> bool:
+    """Whether the launches of our routed experts compute the shared one along: where Triton serves, both of one size.
+
+    Not in FP8, where vLLM lays the weights of a linear out as its own kernels want them.
+    """
+    device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
+    if vllm_config.quant_config is not None or OPERATIONS["moe"].select(device, dtype).name != "triton":
+        return False
+    shared = vllm_config.model_config.hf_text_config.shared_expert_intermediate_size
+    return shared // vllm_config.parallel_config.tensor_parallel_size == columns_of_a_rank(vllm_config)
+
+
+def columns_of_a_rank(vllm_config: api.VllmConfig) -> int:
+    """Columns between the two products of a routed expert, on one rank."""
+    parallel = vllm_config.parallel_config
+    ranks = 1 if parallel.enable_expert_parallel else parallel.tensor_parallel_size
+    return vllm_config.model_config.hf_text_config.moe_intermediate_size // ranks
 
 
 def obstacle(vllm_config: api.VllmConfig) -> str | None:
@@ -105,9 +143,8 @@ def obstacle(vllm_config: api.VllmConfig) -> str | None:
         return None
     backend, parallel = vllm_config.kernel_config.moe_backend, vllm_config.parallel_config
     if vllm_config.quant_config is not None:
-        ranks = 1 if parallel.enable_expert_parallel else parallel.tensor_parallel_size
-        middle = vllm_config.model_config.hf_text_config.moe_intermediate_size // ranks
-        if (reason := fp8_obstacle(vllm_config.quant_config, middle, device, dtype)) is not None:
+        reason = fp8_obstacle(vllm_config.quant_config, columns_of_a_rank(vllm_config), device, dtype)
+        if reason is not None:
             return reason
     if backend != "auto":
         return f"--moe-backend {backend} is asked for"
