@@ -300,8 +300,9 @@ def gpu_config(monkeypatch: pytest.MonkeyPatch, all_kernels: None) -> VllmConfig
 
 
 def test_the_experts_are_ours_on_a_gpu(gpu_config: VllmConfig, lines: list[str]) -> None:
-    options = experts.experts_options(gpu_config)
-    assert options == {"custom_routing_function": experts.route, "routed_experts_cls": experts.QnextRoutedExperts}
+    options = experts.experts_options(gpu_config, None)
+    ours = {"custom_routing_function": experts.route, "routed_experts_cls": experts.QnextRoutedExperts}
+    assert options == ours | {"shared_experts": None}
     assert not lines
 
 
@@ -309,12 +310,14 @@ def test_quantized_experts_stay_vllms_own_with_one_line(
     gpu_config: VllmConfig, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu_config.quant_config, gpu_config.model_config.quantization = Fp8Config(), "fp8"
-    assert experts.experts_options(gpu_config) == experts.experts_options(gpu_config) == {}
+    shared = object()
+    for _ in range(2):
+        assert experts.experts_options(gpu_config, shared) == {"shared_experts": shared}
     assert lines == ["qnext-plugins leaves vLLM's own experts in place: their weights are quantized (fp8)"]
     monkeypatch.setenv("QNEXT_STRICT", "1")
     experts._say_once.cache_clear()
     with pytest.raises(UnsupportedEngineError, match="quantized"):
-        experts.experts_options(gpu_config)
+        experts.experts_options(gpu_config, shared)
 
 
 def test_experts_in_block_wise_fp8_are_ours_where_a_rank_has_whole_blocks(
@@ -322,7 +325,7 @@ def test_experts_in_block_wise_fp8_are_ours_where_a_rank_has_whole_blocks(
 ) -> None:
     gpu_config.quant_config = Fp8Config(weight_block_size=[128, 128])
     monkeypatch.setattr(gpu_config.model_config.hf_text_config, "moe_intermediate_size", 512)
-    assert experts.experts_options(gpu_config)["routed_experts_cls"] is experts.QnextRoutedExperts
+    assert experts.experts_options(gpu_config, None)["routed_experts_cls"] is experts.QnextRoutedExperts
     monkeypatch.setattr(gpu_config.parallel_config, "tensor_parallel_size", 8)
     assert experts.obstacle(gpu_config) == "a rank's 64 columns of them are not whole blocks of FP8"
     monkeypatch.setattr(gpu_config.parallel_config, "enable_expert_parallel", True)
