@@ -25,11 +25,12 @@ from qnext_kernels import triton_support, without_kernels
 from qnext_kernels.dispatch import OPERATIONS, deterministic
 from qnext_kernels.triton_support import TritonBackend
 from qnext_plugins.gpus import ENGINES_OWN
-from qnext_plugins.model import CoreWeights, Qwen3NextConfig
+from qnext_plugins.model import MLP, CoreWeights, Qwen3NextConfig
 from qnext_vllm import UnsupportedEngineError, experts, gpu_refusal
 from qnext_vllm.gated_delta_net import OPERATOR, GatedDeltaNetState, batch_of, recurrent_batch
 from tests.checkpoints import TINY
 from tests.kernels.triton.ahead_of_time import compiling_for
+from tests.model.plain_engine import PlainEngine
 
 DRAFTS, REQUESTS = 2, 4
 CPU = torch.device("cpu")
@@ -301,23 +302,71 @@ def gpu_config(monkeypatch: pytest.MonkeyPatch, all_kernels: None) -> VllmConfig
 
 def test_the_experts_are_ours_on_a_gpu(gpu_config: VllmConfig, lines: list[str]) -> None:
     options = experts.experts_options(gpu_config, None)
-    ours = {"custom_routing_function": experts.route, "routed_experts_cls": experts.QnextRoutedExperts}
-    assert options == ours | {"shared_experts": None}
+    assert options["custom_routing_function"] is experts.route
+    assert options["routed_experts_cls"] is experts.QnextRoutedExperts
     assert not lines
+
+
+@pytest.fixture
+def shared_expert() -> MLP:
+    engine = PlainEngine(torch.empty(0))
+    gate = engine.replicated_linear(16, 1, quantized=False, prefix="gate")
+    return MLP(16, 8, engine, reduce=False, gate=gate, prefix="shared_expert")
+
+
+def of_vllm(vllm_config: VllmConfig, shared_expert: MLP) -> bool:
+    """Whether vLLM's runner calls the shared expert; otherwise our experts have it."""
+    options = experts.experts_options(vllm_config, shared_expert)
+    if "routed_experts_args" in options:
+        assert options["routed_experts_args"]["shared_expert"] is shared_expert
+        return "shared_experts" in options
+    assert options["shared_experts"] is shared_expert
+    return True
+
+
+def test_our_experts_compute_the_shared_one_where_a_rank_has_parts_of_one_size(
+    gpu_config: VllmConfig, shared_expert: MLP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, parallel = gpu_config.model_config.hf_text_config, gpu_config.parallel_config
+    monkeypatch.setattr(sizes, "moe_intermediate_size", 512)
+    monkeypatch.setattr(sizes, "shared_expert_intermediate_size", 512)
+    assert not of_vllm(gpu_config, shared_expert)
+    monkeypatch.setattr(parallel, "tensor_parallel_size", 4)
+    assert not of_vllm(gpu_config, shared_expert)
+    monkeypatch.setattr(parallel, "enable_expert_parallel", True)
+    assert of_vllm(gpu_config, shared_expert), "whole routed experts, a part of the shared one"
+    monkeypatch.setattr(parallel, "enable_expert_parallel", False)
+    monkeypatch.setattr(sizes, "shared_expert_intermediate_size", 1024)
+    assert of_vllm(gpu_config, shared_expert)
+
+
+def test_shared_expert_stays_vllms_where_experts_are_quantized_or_vllms_and_on_a_cpu(
+    gpu_config: VllmConfig, shared_expert: MLP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = gpu_config.model_config.hf_text_config
+    monkeypatch.setattr(sizes, "moe_intermediate_size", 512)
+    monkeypatch.setattr(sizes, "shared_expert_intermediate_size", 512)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_config, "quant_config", Fp8Config(weight_block_size=[128, 128]))
+        assert of_vllm(gpu_config, shared_expert)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_config.kernel_config, "moe_backend", "flashinfer_cutlass")
+        assert of_vllm(gpu_config, shared_expert)
+    gpu_config.device_config.device = CPU
+    assert of_vllm(gpu_config, shared_expert)
 
 
 def test_quantized_experts_stay_vllms_own_with_one_line(
     gpu_config: VllmConfig, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu_config.quant_config, gpu_config.model_config.quantization = Fp8Config(), "fp8"
-    shared = object()
     for _ in range(2):
-        assert experts.experts_options(gpu_config, shared) == {"shared_experts": shared}
+        assert experts.experts_options(gpu_config, None) == {"shared_experts": None}
     assert lines == ["qnext-plugins leaves vLLM's own experts in place: their weights are quantized (fp8)"]
     monkeypatch.setenv("QNEXT_STRICT", "1")
     experts._say_once.cache_clear()
     with pytest.raises(UnsupportedEngineError, match="quantized"):
-        experts.experts_options(gpu_config, shared)
+        experts.experts_options(gpu_config, None)
 
 
 def test_experts_in_block_wise_fp8_are_ours_where_a_rank_has_whole_blocks(
