@@ -109,7 +109,8 @@ class TestRefusal:
 @pytest.mark.usefixtures("on_gpu")
 def test_the_line_names_only_what_ours_serve_there(lines: list[str]) -> None:
     serving.announce("Qwen3NextForCausalLM", torch.bfloat16)
-    (line,) = lines
+    untried, line = lines
+    assert untried == gpus.UNTRIED
     assert "gated_delta_rule=" in line
     assert "moe=triton" in line
     assert "linear=" not in line
