@@ -149,6 +149,8 @@ def test_kernels_of_vllm_stand_beside_ours(tmp_path: Path) -> None:
     report = KernelsReport.model_validate_json(file.read_text())
     assert list(report.libraries) == ["vLLM"]
     for row in report.rows:
+        if row.op == "experts fp8":  # which vLLM has for GPUs alone
+            continue
         (peer,) = row.peers
         assert peer.kernel
         assert peer.ratio == pytest.approx(peer.ms / row.ms)

@@ -115,7 +115,7 @@ TINY = Sizes(
     conv_prefills=(70,),
     contexts=(300,),
     batches=(1, 3),
-    packed=((65, 5, 0, 30),),
+    packed=((65, 4, 1, 30),),
     rows=(40, 8),
 )
 
