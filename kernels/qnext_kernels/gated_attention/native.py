@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qnext_kernels.checks import expect_indices
 from qnext_kernels.gated_attention.cpu import CpuBackend
+from qnext_kernels.gated_attention.results import empty_heads
 from qnext_kernels.native import DTYPES, NativeBackend
 from qnext_kernels.operators import operator
 from qnext_kernels.rows import floats, packed_function, row_counts, rows
@@ -42,23 +43,7 @@ class GatedAttentionNative(NativeBackend, CpuBackend):
         return sigmoid_gate(x, gate)
 
 
-def _empty_heads(
-    qkv: Tensor,
-    positions: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos_sin: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, head_dim = qkv.shape[0], q_weight.shape[0]
-    q, gate = qkv.new_empty(tokens, num_heads * head_dim), qkv.new_empty(tokens, num_heads * head_dim)
-    k, v = qkv.new_empty(tokens, num_kv_heads * head_dim), qkv.new_empty(tokens, num_kv_heads * head_dim)
-    return q, k, v, gate
-
-
-@operator(_empty_heads)
+@operator(empty_heads)
 def qk_norm_rope_gate(
     qkv: Tensor,
     positions: Tensor,
@@ -69,7 +54,7 @@ def qk_norm_rope_gate(
     num_kv_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, gate = _empty_heads(qkv, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads, eps)
+    q, k, v, gate = empty_heads(qkv, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads, eps)
     qkv, (projection, dtype, _, token_stride) = rows(qkv)
     cos_sin, (table, table_dtype, _, table_stride) = rows(cos_sin)
     q_weight, k_weight, positions = q_weight.contiguous(), k_weight.contiguous(), positions.contiguous()

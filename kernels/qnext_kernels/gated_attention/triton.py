@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qnext_kernels.gated_attention.results import empty_heads
 from qnext_kernels.operators import operator
 from qnext_kernels.triton_support import TritonBackend
 
@@ -34,23 +35,7 @@ class TritonGatedAttention(TritonBackend):
         return triton_sigmoid_gate(x, gate)
 
 
-def _empty_heads(
-    qkv: Tensor,
-    positions: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos_sin: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, head_dim = qkv.shape[0], q_weight.shape[0]
-    q, gate = qkv.new_empty(tokens, num_heads * head_dim), qkv.new_empty(tokens, num_heads * head_dim)
-    k, v = qkv.new_empty(tokens, num_kv_heads * head_dim), qkv.new_empty(tokens, num_kv_heads * head_dim)
-    return q, k, v, gate
-
-
-@operator(_empty_heads)
+@operator(empty_heads)
 def triton_qk_norm_rope_gate(
     qkv: Tensor,
     positions: Tensor,
@@ -64,7 +49,7 @@ def triton_qk_norm_rope_gate(
     """:func:`qnext_kernels.qk_norm_rope_gate`."""
     from qnext_kernels.gated_attention.triton_heads import run_qk_norm_rope_gate
 
-    results = _empty_heads(qkv, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads, eps)
+    results = empty_heads(qkv, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads, eps)
     with torch.cuda.device_of(qkv):
         run_qk_norm_rope_gate(qkv, positions, q_weight, k_weight, cos_sin, eps, results)
     return results
