@@ -49,12 +49,13 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.4g}"
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line of ``parser``, with the options that both benchmarks have."""
+def parse(parser: argparse.ArgumentParser, *, plot: bool = True) -> argparse.Namespace:
+    """The command line of ``parser``, with the options that the benchmarks share."""
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=positive_numbers, default="1,2" if cores > 1 else "1", help="default 1,2")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table and the machine to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
+    if plot:
+        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
     args = parser.parse_args()
     if max(args.threads) > cores:
         parser.error(f"--threads: this process may use {cores} cores")

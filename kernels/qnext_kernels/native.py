@@ -117,11 +117,11 @@ def build(isa: str, folder: Path) -> Path:
         objects = [Path(work) / f"{source.stem}.o" for source in sources]
         compile_commands = [[*command, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, compile_commands))
+            list(pool.map(run, compile_commands))
         linked = Path(work) / "linked.so"
         # PyTorch's own OpenMP runtime, under the name that it is loaded by, lies beside its libraries.
         runtime = Path(torch.__file__).parent / "lib"
-        _run([*command, "-shared", *map(str, objects), "-o", str(linked), f"-L{runtime}"])
+        run([*command, "-shared", *map(str, objects), "-o", str(linked), f"-L{runtime}"])
         linked.replace(library)
         logger.warning("qnext-kernels: compiled in %.0f s", time.monotonic() - start)
     return library
@@ -129,13 +129,14 @@ def build(isa: str, folder: Path) -> Path:
 
 def _digest(command: Sequence[str]) -> str:
     digest = hashlib.sha256(" ".join(command).encode())
-    digest.update(_run([command[0], "--version"]).encode())
+    digest.update(run([command[0], "--version"]).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _run(command: list[str]) -> str:
+def run(command: list[str]) -> str:
+    """What a command of the compiler prints; raises NativeError where it cannot run or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
