@@ -108,7 +108,7 @@ def engine(
             "speculative_eagle_topk": 1,
             "speculative_num_draft_tokens": drafts + 1,
         }
-    running = engine_class(model_path=str(checkpoint), device="cpu", dtype=dtype, context_length=1024, **options)
+    running = engine_class(model_path=str(checkpoint), dtype=dtype, context_length=1024, **options)
     try:
         yield Engine(running)
     finally:

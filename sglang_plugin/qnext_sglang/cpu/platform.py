@@ -22,6 +22,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         apply_defaults(server_args)
 
+    def get_device(self, device_id: int | None = 0) -> str:
+        # Without --device SGLang takes a name from here, and splits it.
+        return "cpu"
+
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False
 
