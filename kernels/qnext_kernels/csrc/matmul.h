@@ -25,7 +25,8 @@ constexpr int kFew = Vec::size == 16 ? 3 : 1;
 // Activations whose products are kept together, and that are converted together where they have to be.
 constexpr int64_t kTokens = 48 * kTogether;
 constexpr int64_t kAhead = 16;   // steps that are fetched ahead
-constexpr int64_t kBlock = 256;  // steps of a chain of sums: a longer one would lose accuracy
+// Steps of a chain of sums. A core's first cache holds so many of a panel, and as many that are fetched meanwhile.
+constexpr int64_t kBlock = 64;
 
 struct DotFloat {
     using Packed = float;
@@ -290,16 +291,21 @@ void multiply_panels(const Packed<T>* const* x, int64_t count, const T* const* p
 //
 // All activations meet a block of a panel before the next. Those of one tile fetch what they are about to read; several
 // tiles share in fetching the next block: what comes behind a panel in memory is mostly the panel that is needed next.
+// They meet one panel after the other, so that what is read and what is fetched stay in that cache.
 template <class T>
 void multiply(const Packed<T>* const* x, int64_t count, const T* const* panels, int64_t num_panels, int64_t k,
               float* const* c) {
     constexpr int64_t row = kPanel * 4;  // bytes
     const int64_t steps = steps_of<T>(k), tiles = (count + kTogether - 1) / kTogether;
+    if (num_panels == 2 && tiles > 1) {
+        for (int p = 0; p < 2; ++p) multiply<T>(x, count, panels + p, 1, k, c + p);
+        return;
+    }
     for (int64_t first = 0; first == 0 || first < steps; first += kBlock) {
         const int64_t some = std::min(kBlock, steps - first);
         for (int64_t tile = 0, a = 0; tile < tiles; ++tile) {
             const int64_t together = (count - a) / (tiles - tile);
-            float* const to[] = {c[0] + a * kPanel, c[1] + a * kPanel};
+            float* const to[] = {c[0] + a * kPanel, num_panels == 2 ? c[1] + a * kPanel : nullptr};
             const auto run = [&](auto lines, Fetch fetch) {
                 if (num_panels == 2)
                     multiply_panels<T, 2, lines>(x + a, together, panels, first, some, fetch, to);
