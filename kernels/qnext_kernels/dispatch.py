@@ -22,7 +22,7 @@ import torch
 
 from qnext_kernels import backend_table
 
-BACKEND_NAMES = ("reference", "cpu", "native", "triton", "flashinfer", "flash_qla")
+BACKEND_NAMES = ("reference", "cpu", "native", "triton", "triton_context_parallel", "flashinfer", "flash_qla")
 OPERATION_NAMES = (
     "causal_conv1d",
     "gated_attention",

@@ -75,7 +75,7 @@ def test_forced_backends_are_parsed(value: str, expected: dict[str, str]) -> Non
 def test_an_unknown_backend_is_refused_with_the_known_ones(value: str) -> None:
     with pytest.raises(
         BackendError,
-        match=r"^QNEXT_BACKEND: expected one of reference, cpu, native, triton, flashinfer, flash_qla, got",
+        match=r"^QNEXT_BACKEND: expected one of reference, cpu, native, triton, triton_context_parallel, flashinfer, flash_qla, got",
     ):
         parse_forced(value)
 

@@ -12,7 +12,8 @@ For one value head with state S (value dim × key dim, the key dim last; Gated D
 A value head h reads key head h // (HV / H). Gating, norm and scale are part of the operation. Three promises hold
 bitwise: verify over T tokens equals T decodes; a sequence's result does not depend on what else is in the batch; a
 prefill split at multiples of :data:`CHUNK_SIZE` equals the unsplit one (in the deterministic mode split anywhere).
-They are those of our own backends; FlashInfer and FlashQLA, which serve where they are asked for, do not keep them.
+They are those of our own backends, with larger multiples in :class:`TritonContextParallel`; FlashInfer and FlashQLA do
+not keep them. These three serve where they are asked for.
 
 Common arguments:
 
@@ -39,6 +40,7 @@ from qnext_kernels.checks import (
     longest_sequence,
 )
 from qnext_kernels.dispatch import Call, Operation, refuse_if_deterministic
+from qnext_kernels.gated_delta_rule.context_parallel import TritonContextParallel
 from qnext_kernels.gated_delta_rule.cpu import CpuBackend
 from qnext_kernels.gated_delta_rule.flash_qla import FlashQlaGatedDeltaRule
 from qnext_kernels.gated_delta_rule.flashinfer import FlashInferGatedDeltaRule
@@ -54,6 +56,7 @@ operation = Operation(
         GatedDeltaRuleNative(),
         CpuBackend(),
         TritonGatedDeltaRule(),
+        TritonContextParallel(),
         FlashInferGatedDeltaRule(),
         FlashQlaGatedDeltaRule(),
         ReferenceBackend(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,6 @@ class TritonGatedDeltaRule(TritonBackend):
         has_initial: Tensor,
         snapshots: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        from qnext_kernels.gated_delta_rule.triton_chunked import run_chunked
         from qnext_kernels.gated_delta_rule.triton_recurrent import run_recurrent
 
         expect_contiguous_slots("state", state, 1)
@@ -49,9 +50,15 @@ class TritonGatedDeltaRule(TritonBackend):
             snapshots = snapshots[0].contiguous(), snapshots[1].contiguous()
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         with torch.cuda.device_of(v):
-            run_chunked(tokens, out, state, slots, query_start_loc, has_initial, snapshots)
+            self.run_chunks(tokens, out, state, slots, query_start_loc, has_initial, snapshots)
             run_recurrent(tokens, out, state, slots[:, None], query_start_loc, has_initial=has_initial)
         return out
+
+    def run_chunks(self, *batch: Any) -> None:
+        """All of a prefill but last chunks of at most RECURRENT_TOKENS; arguments as of ``run_chunked``."""
+        from qnext_kernels.gated_delta_rule.triton_chunked import run_chunked
+
+        run_chunked(*batch)
 
     def verify(
         self,

@@ -154,6 +154,59 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
     tl.store(solve + matrix, solved.to(solve.dtype.element_ty))
 
 
+@triton.jit
+def new_values(S, ks, vs, M, from_start, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """n of a chunk: ks [C, K], vs [C, V], M [C, C], from_start [C]; S [K, V] in the dtype of ks."""
+    predicted = tl.dot(ks, S, input_precision=PRECISION, out_dtype=tl.float32) * from_start[:, None]
+    return tl.dot(M, (vs - predicted).to(M.dtype), input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def written(S, ks, new, to_end, decay, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The state [K, V] behind a chunk with keys ks [C, K] and values new [C, V]."""
+    new = (new * to_end[:, None]).to(ks.dtype)
+    return S * decay + tl.dot(tl.trans(ks), new, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def walk_chunk(  # type: ignore[no-untyped-def]
+    S, q, k, v, out, solve, attend, factors, decays, first, end, entry, head, values,
+    q_token, q_head, k_token, k_head, v_token, v_head,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the outputs of the chunk that begins with token ``first``; return the state behind it.
+
+    Args:
+        S: [BLOCK_K, BLOCK_V] float32, the columns ``values`` of the state before it.
+        entry: of the chunk and value head in solve, attend, factors and decays; others as in :func:`state_kernel`.
+    """
+    index = tl.arange(0, C)
+    keys = tl.arange(0, BLOCK_K)
+    key_head = head // (HV // H)
+    tokens = first + index
+    valid = tokens < end
+    rows = valid[:, None] & (keys[None, :] < K)
+    outputs = valid[:, None] & (values[None, :] < V)
+    matrix = entry * C * C + index[:, None] * C + index[None, :]
+    vector = factors + entry * 3 * C + index
+    ks = tl.load(k + tokens[:, None] * k_token + key_head * k_head + keys[None, :], mask=rows, other=0.0)
+    qs = tl.load(q + tokens[:, None] * q_token + key_head * q_head + keys[None, :], mask=rows, other=0.0)
+    vs = tl.load(v + tokens[:, None] * v_token + head * v_head + values[None, :], mask=outputs, other=0.0)
+    M = tl.load(solve + matrix)
+    P = tl.load(attend + matrix)
+    ks = ks.to(M.dtype)
+    qs = qs.to(M.dtype)
+
+    before = S.to(M.dtype)
+    new = new_values(before, ks, vs.to(tl.float32), M, tl.load(vector), PRECISION)
+    o = tl.dot(qs, before, input_precision=PRECISION, out_dtype=tl.float32) * tl.load(vector + C)[:, None]
+    o += tl.dot(P, new.to(M.dtype), input_precision=PRECISION, out_dtype=tl.float32)
+    place = tokens[:, None] * (HV * V) + head * V + values[None, :]
+    tl.store(out + place, o.to(out.dtype.element_ty), mask=outputs)
+    return written(S, ks, new, tl.load(vector + 2 * C), tl.load(decays + entry), PRECISION)
+
+
 @triton.jit(do_not_specialize=["with_snapshots"])
 def state_kernel(  # type: ignore[no-untyped-def]
     q, k, v, out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths,
@@ -183,7 +236,6 @@ def state_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     head = (program // BLOCKS) % HV
     n = program // (BLOCKS * HV)
-    key_head = head // (HV // H)
     index = tl.arange(0, C)
     keys = tl.arange(0, BLOCK_K)
     values = (program % BLOCKS) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -209,32 +261,10 @@ def state_kernel(  # type: ignore[no-untyped-def]
     for c in range(served):
         if c * C == snapshot_at:
             tl.store(state + snapshot * state_slot + tile, tl.trans(S).to(state.dtype.element_ty), mask=inside)
-        tokens = start + c * C + index
-        valid = tokens < end
-        rows = valid[:, None] & (keys[None, :] < K)
-        outputs = valid[:, None] & (values[None, :] < V)
-        entry = first_entry + c * HV
-        matrix = entry * C * C + index[:, None] * C + index[None, :]
-        vector = factors + entry * 3 * C + index
-        ks = tl.load(k + tokens[:, None] * k_token + key_head * k_head + keys[None, :], mask=rows, other=0.0)
-        qs = tl.load(q + tokens[:, None] * q_token + key_head * q_head + keys[None, :], mask=rows, other=0.0)
-        vs = tl.load(v + tokens[:, None] * v_token + head * v_head + values[None, :], mask=outputs, other=0.0)
-        M = tl.load(solve + matrix)
-        P = tl.load(attend + matrix)
-        ks = ks.to(M.dtype)
-        qs = qs.to(M.dtype)
-
-        before = S.to(M.dtype)
-        predicted = tl.dot(ks, before, input_precision=PRECISION, out_dtype=tl.float32) * tl.load(vector)[:, None]
-        new = (vs.to(tl.float32) - predicted).to(M.dtype)
-        new = tl.dot(M, new, input_precision=PRECISION, out_dtype=tl.float32)
-        o = tl.dot(qs, before, input_precision=PRECISION, out_dtype=tl.float32) * tl.load(vector + C)[:, None]
-        o += tl.dot(P, new.to(M.dtype), input_precision=PRECISION, out_dtype=tl.float32)
-        place = tokens[:, None] * (HV * V) + head * V + values[None, :]
-        tl.store(out + place, o.to(out.dtype.element_ty), mask=outputs)
-        new = (new * tl.load(vector + 2 * C)[:, None]).to(M.dtype)
-        S = S * tl.load(decays + entry)
-        S += tl.dot(tl.trans(ks), new, input_precision=PRECISION, out_dtype=tl.float32)
+        S = walk_chunk(
+            S, q, k, v, out, solve, attend, factors, decays, start + c * C, end, first_entry + c * HV, head, values,
+            q_token, q_head, k_token, k_head, v_token, v_head, H, HV, K, V, BLOCK_K, C, PRECISION,
+        )  # fmt: skip
         S = S.to(state.dtype.element_ty).to(tl.float32)
 
     last = tl.trans(S).to(state.dtype.element_ty)
@@ -266,6 +296,39 @@ class Configuration:
         self.keys = min(32, self.block_k) if target.nvidia else self.block_k
 
 
+def solve_chunks(
+    tokens: tuple[Tensor, ...], slots: Tensor, query_start_loc: Tensor, config: Configuration
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Launch :func:`chunk_kernel`; return solve, attend, factors and decays, and what the next kernels share with it.
+
+    These are, in bfloat16, 16 KiB for every chunk and value head: 256 bytes a token and head.
+    """
+    q, k, v, a, b, A_log, dt_bias = tokens
+    num_tokens, value_heads = v.shape[:2]
+    key_heads, key_dim = q.shape[1:]
+    sequences = slots.shape[0]
+    entries = (num_tokens // CHUNK_SIZE + sequences, value_heads)
+    solve, attend = torch.empty(2, *entries, CHUNK_SIZE, CHUNK_SIZE, dtype=config.products, device=v.device)
+    factors = torch.empty(*entries, 3, CHUNK_SIZE, dtype=torch.float32, device=v.device)
+    decays = torch.empty(entries, dtype=torch.float32, device=v.device)
+    shapes: dict[str, Any] = {
+        "H": key_heads,
+        "HV": value_heads,
+        "K": key_dim,
+        "BLOCK_K": config.block_k,
+        "C": CHUNK_SIZE,
+        "PRECISION": config.precision,
+        "enable_fp_fusion": True,
+    }
+    chunk_kernel[(entries[0] * value_heads,)](
+        q, k, a, b, A_log, dt_bias, slots, query_start_loc, solve, attend, factors, decays,
+        *q.stride()[:2], *k.stride()[:2], a.stride(0), b.stride(0), sequences,
+        SHORT=RECURRENT_TOKENS, KEYS=config.keys, EPS=L2_NORM_EPS,
+        num_warps=config.chunk_warps, num_stages=1, **shapes,
+    )  # fmt: skip
+    return (solve, attend, factors, decays), shapes
+
+
 def run_chunked(
     tokens: tuple[Tensor, ...],
     out: Tensor,
@@ -277,43 +340,22 @@ def run_chunked(
 ) -> None:
     """Launch :func:`chunk_kernel` and :func:`state_kernel`.
 
-    Between them lie, in bfloat16, 16 KiB for every chunk and value head: 256 bytes a token and head.
-
     Args:
         tokens: q, k, v (aligned rows of unit stride), a, b (rows of unit stride), A_log and dt_bias (contiguous).
         out: [T, HV, V], written, except where a sequence ends in a chunk of at most RECURRENT_TOKENS.
         state, slots, query_start_loc, has_initial, snapshots: of the public function, all but ``state`` contiguous.
     """
-    q, k, v, a, b, A_log, dt_bias = tokens
-    num_tokens, value_heads, value_dim = v.shape
-    key_heads, key_dim = q.shape[1:]
+    q, k, v, *_ = tokens
+    value_heads, value_dim = v.shape[1:]
     sequences = slots.shape[0]
     if sequences == 0:
         return
-    config = Configuration(value_heads, key_dim, value_dim, v.dtype, current_target())
-    entries = (num_tokens // CHUNK_SIZE + sequences, value_heads)
-    solve, attend = torch.empty(2, *entries, CHUNK_SIZE, CHUNK_SIZE, dtype=config.products, device=v.device)
-    factors = torch.empty(*entries, 3, CHUNK_SIZE, dtype=torch.float32, device=v.device)
-    decays = torch.empty(entries, dtype=torch.float32, device=v.device)
-    shapes: dict[str, Any] = {
-        "H": key_heads,
-        "HV": value_heads,
-        "K": key_dim,
-        "BLOCK_K": config.block_k,
-        "C": CHUNK_SIZE,
-        "SHORT": RECURRENT_TOKENS,
-        "PRECISION": config.precision,
-        "enable_fp_fusion": True,
-    }
-    chunk_kernel[(entries[0] * value_heads,)](
-        q, k, a, b, A_log, dt_bias, slots, query_start_loc, solve, attend, factors, decays,
-        *q.stride()[:2], *k.stride()[:2], a.stride(0), b.stride(0), sequences,
-        KEYS=config.keys, EPS=L2_NORM_EPS, num_warps=config.chunk_warps, num_stages=1, **shapes,
-    )  # fmt: skip
+    config = Configuration(value_heads, q.shape[2], value_dim, v.dtype, current_target())
+    chunks, shapes = solve_chunks(tokens, slots, query_start_loc, config)
     snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
     state_kernel[(sequences * value_heads * triton.cdiv(value_dim, config.block_v),)](
-        q, k, v, out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths,
-        solve, attend, factors, decays,
+        q, k, v, out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths, *chunks,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], state.stride(0), int(snapshots is not None),
-        V=value_dim, BLOCK_V=config.block_v, num_warps=config.state_warps, num_stages=config.stages, **shapes,
+        V=value_dim, BLOCK_V=config.block_v, SHORT=RECURRENT_TOKENS,
+        num_warps=config.state_warps, num_stages=config.stages, **shapes,
     )  # fmt: skip
