@@ -181,8 +181,10 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield
 
 
-def run_interpreted(gpu_ops: ModuleType, quiet: Progress, ops: tuple[str, ...]) -> Any:
-    chosen = options(backends=("triton",), ops=ops, time_reference=False, quick=True)
+def run_interpreted(
+    gpu_ops: ModuleType, quiet: Progress, ops: tuple[str, ...], backends: tuple[str, ...] = ("triton",)
+) -> Any:
+    chosen = options(backends=backends, ops=ops, time_reference=False, quick=True)
     bench = KernelsBench(chosen, Files(None, None), quiet, gpu_ops.OpsReport)
     bench.run()
     return bench.report
@@ -199,6 +201,18 @@ def test_triton_is_checked_with_the_reference_which_is_not_timed(
         for shape in shapes
     ]
     assert report.exit_code == 0
+
+
+def test_a_prefill_in_segments_is_a_row_beside_the_one_from_chunk_to_chunk(
+    gpu_ops: ModuleType, quiet: Progress
+) -> None:
+    backends = "triton", "triton_context_parallel"
+    with interpreted(*kernel_modules()):
+        report = run_interpreted(gpu_ops, quiet, ("delta rule prefill",), backends)
+    assert report.problems == []
+    shapes = dict.fromkeys(row.shape for row in report.rows)
+    assert shapes
+    assert [(row.shape, row.backend) for row in report.rows] == [(shape, name) for shape in shapes for name in backends]
 
 
 def test_one_kernel_for_a_layer_is_checked_with_the_reference_of_its_parts(
