@@ -48,6 +48,26 @@ def sequence_of_chunk(chunk, query_start_loc, sequences, C: tl.constexpr):  # ty
 
 
 @triton.jit
+def tf32_parts(x):  # type: ignore[no-untyped-def]
+    """Two float32 of ten bits each, whose sum is x but for 2⁻²² of it."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    low = ((x - high).to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return high, low.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """a b in float32. Triton's own tf32x3 splits b in a layout of whole columns a thread, which registers do not hold."""
+    if PRECISION == "tf32x3":
+        a, a_low = tf32_parts(a)
+        b, b_low = tf32_parts(b)
+        small = tl.dot(a_low, b, input_precision="tf32", out_dtype=tl.float32)
+        small = tl.dot(a, b_low, small, input_precision="tf32", out_dtype=tl.float32)
+        return tl.dot(a, b, small, input_precision="tf32", out_dtype=tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
 def unit_lower_inverse(A, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """(I + A)⁻¹ for a strictly lower A [C, C], C = 4 B.
 
@@ -70,10 +90,10 @@ def unit_lower_inverse(A, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.conste
     D = tl.reshape(tl.where(on_diagonal, inverse[:, :, None, :], 0.0), [C, C])
     index = tl.arange(0, C)
     below = tl.where(index[:, None] // B > index[None, :] // B, A, 0.0)
-    power = tl.dot(D, below, input_precision=PRECISION, out_dtype=tl.float32)
-    near = D - tl.dot(power, D, input_precision=PRECISION, out_dtype=tl.float32)
-    power = tl.dot(power, power, input_precision=PRECISION, out_dtype=tl.float32)
-    return near + tl.dot(power, near, input_precision=PRECISION, out_dtype=tl.float32)
+    power = product(D, below, PRECISION)
+    near = D - product(power, D, PRECISION)
+    power = product(power, power, PRECISION)
+    return near + product(power, near, PRECISION)
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -135,8 +155,8 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
         qs = qs.to(solve.dtype.element_ty)
         k_squares += tl.sum(ks.to(tl.float32) * ks.to(tl.float32), axis=1)
         q_squares += tl.sum(qs.to(tl.float32) * qs.to(tl.float32), axis=1)
-        attended = tl.dot(qs, tl.trans(ks), attended, input_precision=PRECISION, out_dtype=tl.float32)
-        system = tl.dot(ks, tl.trans(ks), system, input_precision=PRECISION, out_dtype=tl.float32)
+        attended += product(qs, tl.trans(ks), PRECISION)
+        system += product(ks, tl.trans(ks), PRECISION)
     k_norms = tl.rsqrt(k_squares + EPS)
     q_norms = tl.rsqrt(q_squares + EPS) * (K**-0.5)
     entry = chunk.to(tl.int64) * HV + head
@@ -155,17 +175,17 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def new_values(S, ks, vs, M, from_start, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """n of a chunk: ks [C, K], vs [C, V], M [C, C], from_start [C]; S [K, V] in the dtype of ks."""
-    predicted = tl.dot(ks, S, input_precision=PRECISION, out_dtype=tl.float32) * from_start[:, None]
-    return tl.dot(M, (vs - predicted).to(M.dtype), input_precision=PRECISION, out_dtype=tl.float32)
+def new_values(S, ks, vs, solve, from_start, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """n of a chunk: ks [C, K], vs [C, V], pointers to M [C, C], from_start [C]; S [K, V] in the dtype of ks."""
+    predicted = product(ks, S, PRECISION) * from_start[:, None]
+    return product(tl.load(solve), (vs - predicted).to(ks.dtype), PRECISION)
 
 
 @triton.jit
 def written(S, ks, new, to_end, decay, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """The state [K, V] behind a chunk with keys ks [C, K] and values new [C, V]."""
     new = (new * to_end[:, None]).to(ks.dtype)
-    return S * decay + tl.dot(tl.trans(ks), new, input_precision=PRECISION, out_dtype=tl.float32)
+    return S * decay + product(tl.trans(ks), new, PRECISION)
 
 
 @triton.jit
@@ -190,18 +210,14 @@ def walk_chunk(  # type: ignore[no-untyped-def]
     outputs = valid[:, None] & (values[None, :] < V)
     matrix = entry * C * C + index[:, None] * C + index[None, :]
     vector = factors + entry * 3 * C + index
+    before = S.to(solve.dtype.element_ty)
     ks = tl.load(k + tokens[:, None] * k_token + key_head * k_head + keys[None, :], mask=rows, other=0.0)
-    qs = tl.load(q + tokens[:, None] * q_token + key_head * q_head + keys[None, :], mask=rows, other=0.0)
+    ks = ks.to(before.dtype)
     vs = tl.load(v + tokens[:, None] * v_token + head * v_head + values[None, :], mask=outputs, other=0.0)
-    M = tl.load(solve + matrix)
-    P = tl.load(attend + matrix)
-    ks = ks.to(M.dtype)
-    qs = qs.to(M.dtype)
-
-    before = S.to(M.dtype)
-    new = new_values(before, ks, vs.to(tl.float32), M, tl.load(vector), PRECISION)
-    o = tl.dot(qs, before, input_precision=PRECISION, out_dtype=tl.float32) * tl.load(vector + C)[:, None]
-    o += tl.dot(P, new.to(M.dtype), input_precision=PRECISION, out_dtype=tl.float32)
+    new = new_values(before, ks, vs.to(tl.float32), solve + matrix, tl.load(vector), PRECISION)
+    qs = tl.load(q + tokens[:, None] * q_token + key_head * q_head + keys[None, :], mask=rows, other=0.0)
+    o = product(qs.to(before.dtype), before, PRECISION) * tl.load(vector + C)[:, None]
+    o += product(tl.load(attend + matrix), new.to(before.dtype), PRECISION)
     place = tokens[:, None] * (HV * V) + head * V + values[None, :]
     tl.store(out + place, o.to(out.dtype.element_ty), mask=outputs)
     return written(S, ks, new, tl.load(vector + 2 * C), tl.load(decays + entry), PRECISION)
@@ -294,6 +310,9 @@ class Configuration:
         # Two programs fill a multiprocessor of NVIDIA's; AMD's warps have 64 threads and more registers.
         self.chunk_warps, self.state_warps = 4, self.block_v // 4 if target.nvidia else 4
         self.keys = min(32, self.block_k) if target.nvidia else self.block_k
+        if self.precision == "tf32x3":
+            # Every factor is two there, in as many registers more.
+            self.chunk_warps, self.keys = 8, 16
 
 
 def solve_chunks(

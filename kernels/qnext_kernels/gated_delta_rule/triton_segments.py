@@ -45,6 +45,7 @@ from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE
 from qnext_kernels.gated_delta_rule.triton_chunked import (
     Configuration,
     new_values,
+    product,
     sequence_of_chunk,
     solve_chunks,
     walk_chunk,
@@ -109,11 +110,11 @@ def transition_kernel(  # type: ignore[no-untyped-def]
         vs = tl.load(
             v + tokens[:, None] * v_token + head * v_head + value_columns[None, :], mask=of_values[None, :], other=0.0
         )
-        M = tl.load(solve + entry * C * C + index[:, None] * C + index[None, :])
-        ks = ks.to(M.dtype)
+        matrix = solve + entry * C * C + index[:, None] * C + index[None, :]
+        ks = ks.to(solve.dtype.element_ty)
         from_start = tl.load(vector)
         vs = vs.to(tl.float32) - initial.to(tl.float32) * (from_start * span)[:, None]
-        new = new_values(S.to(M.dtype), ks, vs, M, from_start, PRECISION)
+        new = new_values(S.to(ks.dtype), ks, vs, matrix, from_start, PRECISION)
         decay = tl.load(decays + entry)
         S = written(S, ks, new, tl.load(vector + 2 * C), decay, PRECISION)
         span *= decay
@@ -167,7 +168,7 @@ def start_kernel(  # type: ignore[no-untyped-def]
         Z = tl.load(transitions + entry * K * K + keys[:, None] * K + keys[None, :], mask=square, other=0.0)
         B = tl.load(additions + tile, mask=inside, other=0.0)
         tl.store(starts + tile, S, mask=inside)
-        B += tl.dot(Z, S.to(Z.dtype), input_precision=PRECISION, out_dtype=tl.float32)
+        B += product(Z, S.to(Z.dtype), PRECISION)
         S = (S * tl.load(spans + entry) + B).to(state.dtype.element_ty).to(tl.float32)
     entry = first_entry + whole * HV
     tl.store(starts + entry * K * V + keys[:, None] * V + values[None, :], S, mask=inside)
@@ -248,16 +249,17 @@ class SegmentConfiguration(Configuration):
 
     def __init__(self, value_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, target: Target) -> None:
         super().__init__(value_heads, key_dim, value_dim, dtype, target)
-        # Products of 64 columns read their factors from shared memory half as often as those of 32.
-        roomy = target.nvidia and target.shared_memory > 200 << 10 and self.products == torch.bfloat16
+        # In bfloat16 there is room for wide blocks; products of 64 columns read half as many factors as those of 32.
         wide = self.products == torch.bfloat16
+        roomy = wide and target.nvidia and target.shared_memory > 200 << 10
         widest = max(16, power_of_two(value_dim))
-        self.block_v = min(widest, 16 if not wide else 64 if roomy or not target.nvidia else 32)
-        self.state_warps, self.stages = 8 if wide else 4, 2 if roomy else 1
+        if wide:
+            self.block_v = min(widest, 64 if roomy or not target.nvidia else 32)
+            self.state_warps, self.stages = 8, 2 if roomy else 1
         self.columns = min(max(widest, self.block_k), 64 if roomy else 32)
         self.transition_warps, self.transition_stages = 4, 2 if roomy else 1
         # One head and sequence should have many programs, as a step waits for the one before it.
-        self.start_block, self.start_warps, self.start_stages = 16, 4, 2 if roomy else 1
+        self.start_block, self.start_warps, self.start_stages = 16, 4 if wide else 8, 2 if roomy else 1
 
 
 def run_segments(

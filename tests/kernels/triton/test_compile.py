@@ -69,6 +69,7 @@ def test_every_rank_of_tensor_parallelism_has_kernels_without_spills(ranks: int)
 def test_other_dtypes_compile_and_fit_into_shared_memory(target: str, dtype: torch.dtype) -> None:
     compiled = compile_all(target, dtype=dtype)
     assert [kernel.name for kernel in compiled] == KERNELS
+    assert [kernel.spilled for kernel in compiled[:2]] == [0, 0]
     assert all(kernel.shared <= SHARED_MEMORY[target] for kernel in compiled)
 
 
