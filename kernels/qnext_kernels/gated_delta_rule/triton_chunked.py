@@ -57,7 +57,7 @@ def tf32_parts(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a b in float32. Triton's own tf32x3 splits b in a layout of whole columns a thread, which registers do not hold."""
+    """a b in float32. Triton's own tf32x3 splits b with whole columns in a thread, whose registers cannot hold them."""
     if PRECISION == "tf32x3":
         a, a_low = tf32_parts(a)
         b, b_low = tf32_parts(b)

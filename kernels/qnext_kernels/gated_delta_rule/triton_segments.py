@@ -19,7 +19,8 @@ and head with K = V = 128, four programs of the first kernel and two of the last
 of the serial walk 8.4 MFLOP and 416 KiB: 2.25 times the operations and 0.6 times the bytes, almost all from the L2
 cache. A walk waits for one product after the other, though, so that what counts first is how many chunks (of
 ``start_kernel``: segments) are behind each other on a GPU with 132 multiprocessors, each of which holds two programs of
-the first kernel or one of the last:
+the first kernel or one of the last. Those chunks load 32 and 64 KiB a program, in the serial walk 52; nothing of this
+has been measured:
 
     tokens, value heads     serial, and its programs     three kernels
     65536, 4                1024, 32                     64 + 128 + 64
