@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from qnext_kernels import OPERATIONS, dispatch, experts, explain, force_backend, gated_delta_rule_prefill, linear
+from qnext_kernels import (
+    OPERATIONS,
+    dispatch,
+    experts,
+    explain,
+    force_backend,
+    gated_delta_rule_prefill,
+    linear,
+    triton_support,
+)
 from qnext_kernels.dispatch import Backend, BackendError, Operation, deterministic, is_deterministic, selected_backends
 
 CPU = torch.device("cpu")
@@ -75,6 +84,19 @@ def test_every_operation_is_served_in_the_mode_by_what_serves_it_outside(dtype: 
     before = selected_backends(CPU, dtype)
     with deterministic():
         assert selected_backends(CPU, dtype) == before == dict.fromkeys(OPERATIONS, "native")
+
+
+def test_on_a_gpu_triton_serves_in_the_mode_and_libraries_decline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_support, "why_missing", lambda device_type, index: None)
+    gpu = torch.device("cuda")
+    with deterministic():
+        served = selected_backends(gpu, torch.bfloat16, but=("linear", "paged_attention"))
+        reasons = explain(gpu, torch.bfloat16)
+    assert set(served.values()) == {"triton"}
+    declined = [reasons["gated_delta_rule"][name] for name in ("flashinfer", "flash_qla")]
+    assert [*declined, reasons["rms_norm"]["flashinfer"]] == [
+        "is not batch invariant, as the deterministic mode requires"
+    ] * 3
 
 
 def test_what_a_batch_invariant_backend_leaves_to_pytorch_is_refused_in_the_mode() -> None:

@@ -1,4 +1,7 @@
-"""The gated delta rule in Triton: one launch for decode and for verify, three for a prefill."""
+"""The gated delta rule in Triton: one launch for decode and for verify, three for a prefill.
+
+In the deterministic mode a prefill is one launch, token by token.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qnext_kernels.dispatch import is_deterministic
 from qnext_kernels.triton_support import TritonBackend, aligned_rows, rows
 
 
@@ -17,7 +21,8 @@ class TritonGatedDeltaRule(TritonBackend):
 
     A prefill runs by chunks, and its last chunk token by token where it has at most RECURRENT_TOKENS: with the bits of
     decode and verify, as on a CPU. The promises of the operation hold because everything token by token is one kernel,
-    block sizes never depend on the batch, and the state is rounded behind every chunk as a split prefill rounds it.
+    block sizes never depend on the batch, and the state is rounded behind every chunk as a split prefill rounds it. In
+    the deterministic mode a whole prefill runs token by token, so that a cut anywhere changes no bit.
 
     Nothing is read on the host and every grid follows from shapes, so that a CUDA graph can capture each call. A graph
     pads its batch: tokens behind the last sequence have zero outputs in a verify, and undefined ones in a prefill,
@@ -25,6 +30,8 @@ class TritonGatedDeltaRule(TritonBackend):
 
     The tests compile it for GPUs of NVIDIA and AMD and run it in Triton's interpreter; it has not run on a GPU yet.
     """
+
+    batch_invariant = True
 
     def prefill(
         self,
@@ -42,6 +49,7 @@ class TritonGatedDeltaRule(TritonBackend):
         snapshots: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         from qnext_kernels.gated_delta_rule.triton_recurrent import run_recurrent
+        from qnext_kernels.gated_delta_rule.triton_walk import run_walk
 
         expect_contiguous_slots("state", state, 1)
         tokens = *map(aligned_rows, (q, k, v)), rows(a), rows(b), A_log.contiguous(), dt_bias.contiguous()
@@ -50,6 +58,9 @@ class TritonGatedDeltaRule(TritonBackend):
             snapshots = snapshots[0].contiguous(), snapshots[1].contiguous()
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         with torch.cuda.device_of(v):
+            if is_deterministic():
+                run_walk(tokens, out, state, slots, query_start_loc, has_initial, snapshots)
+                return out
             self.run_chunks(tokens, out, state, slots, query_start_loc, has_initial, snapshots)
             run_recurrent(tokens, out, state, slots[:, None], query_start_loc, has_initial=has_initial)
         return out

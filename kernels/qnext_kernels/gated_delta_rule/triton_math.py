@@ -47,3 +47,16 @@ def recurrence(S, q, k, v, g, beta):  # type: ignore[no-untyped-def]
     predicted = tl.sum(S * k[None, :], axis=1)
     S = tl.fma(tl.broadcast_to(((v - predicted) * beta)[:, None], S.shape), tl.broadcast_to(k[None, :], S.shape), S)
     return S, tl.sum(S * q[None, :], axis=1)
+
+
+@triton.jit
+def step(  # type: ignore[no-untyped-def]
+    S, q, k, v, a, b, A_log, dt_bias, K: tl.constexpr, BLOCK_K: tl.constexpr, eps: tl.constexpr
+):
+    """One token as memory has it, q and k [BLOCK_K] with zeros behind K: norms, gates and :func:`recurrence`."""
+    q, k = q.to(tl.float32), k.to(tl.float32)
+    g = log_decay(a.to(tl.float32), A_log, dt_bias)
+    beta = write_strength(b.to(tl.float32))
+    q = q * (tl.sum(inverse_norms(q, 1, BLOCK_K, eps), axis=0) * (K**-0.5))
+    k = k * tl.sum(inverse_norms(k, 1, BLOCK_K, eps), axis=0)
+    return recurrence(S, q, k, v.to(tl.float32), g, beta)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, L2_NORM_EPS
-from qnext_kernels.gated_delta_rule.triton_math import inverse_norms, log_decay, recurrence, write_strength
+from qnext_kernels.gated_delta_rule.triton_math import step
 from qnext_kernels.triton_support import power_of_two
 
 DECODE, VERIFY, TAIL = range(3)
@@ -91,14 +91,11 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
     bias = tl.load(dt_bias + head).to(tl.float32)
     for t in range((end - start).to(tl.int32)):
         token = start + t
-        q_t = tl.load(q + token * q_token + key_head * q_head + keys, mask=keys < K, other=0.0).to(tl.float32)
-        k_t = tl.load(k + token * k_token + key_head * k_head + keys, mask=keys < K, other=0.0).to(tl.float32)
-        v_t = tl.load(v + token * v_token + head * v_head + values, mask=values < V, other=0.0).to(tl.float32)
-        g = log_decay(tl.load(a + token * a_token + head).to(tl.float32), A, bias)
-        beta = write_strength(tl.load(b + token * b_token + head).to(tl.float32))
-        q_t = q_t * (tl.sum(inverse_norms(q_t, 1, BLOCK_K, EPS), axis=0) * (K**-0.5))
-        k_t = k_t * tl.sum(inverse_norms(k_t, 1, BLOCK_K, EPS), axis=0)
-        S, o = recurrence(S, q_t, k_t, v_t, g, beta)
+        q_t = tl.load(q + token * q_token + key_head * q_head + keys, mask=keys < K, other=0.0)
+        k_t = tl.load(k + token * k_token + key_head * k_head + keys, mask=keys < K, other=0.0)
+        v_t = tl.load(v + token * v_token + head * v_head + values, mask=values < V, other=0.0)
+        a_t, b_t = tl.load(a + token * a_token + head), tl.load(b + token * b_token + head)
+        S, o = step(S, q_t, k_t, v_t, a_t, b_t, A, bias, K, BLOCK_K, EPS)
         o = tl.where(live, o, 0.0)
         tl.store(out + (token * HV + head) * V + values, o.to(out.dtype.element_ty), mask=values < V)
 

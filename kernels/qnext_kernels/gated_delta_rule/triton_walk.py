@@ -1,0 +1,147 @@
+"""A prefill token by token, of any length: that of the deterministic mode, where a cut changes no bit."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qnext_kernels.gated_delta_rule.reference import L2_NORM_EPS
+from qnext_kernels.gated_delta_rule.triton_math import step
+from qnext_kernels.triton_support import power_of_two
+
+ROWS = 8
+"""Of a state, so many belong to a program, which is one warp: it never waits for another one."""
+
+# None of it is compiled in, so that every prefill of a layer runs the same instructions.
+_NOT_COMPILED_IN = [
+    "q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "a_token", "b_token", "with_snapshots",
+]  # fmt: skip
+_OF_ANY_ALIGNMENT = [
+    "q", "k", "v", "a", "b", "A_log", "dt_bias", "out",
+    "slots", "query_start_loc", "has_initial", "snapshot_slots", "snapshot_lengths",
+]  # fmt: skip
+
+
+@triton.jit
+def load_token(  # type: ignore[no-untyped-def]
+    token, end, q, k, v, a, b, q_token, k_token, v_token, a_token, b_token, has_key, has_value
+):
+    """A token as memory has it, zeros from ``end`` on; q to b: where token 0 lies."""
+    there = token < end
+    return (
+        tl.load(q + token * q_token, mask=has_key & there, other=0.0),
+        tl.load(k + token * k_token, mask=has_key & there, other=0.0),
+        tl.load(v + token * v_token, mask=has_value & there, other=0.0),
+        tl.load(a + token * a_token, mask=there, other=0.0),
+        tl.load(b + token * b_token, mask=there, other=0.0),
+    )
+
+
+@triton.jit(do_not_specialize=_NOT_COMPILED_IN, do_not_specialize_on_alignment=_OF_ANY_ALIGNMENT)
+def walk_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, a, b, A_log, dt_bias, out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths,
+    q_token, q_head, k_token, k_head, v_token, v_head, a_token, b_token, state_slot, with_snapshots,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    EPS: tl.constexpr,
+):  # fmt: skip
+    """Some rows of the state of one value head of one sequence, over all its tokens.
+
+    It shares ``step`` with ``recurrent_kernel`` and is compiled with the same order of sums, so that a token has the
+    bits of a decode. The state stays in registers and goes to memory behind the last token, and behind the snapshot's;
+    it is rounded to the dtype of the pool behind every token, as a decode leaves it. Two tokens are under way from
+    memory while one is computed.
+
+    Grid: N · HV · ceil(V / BLOCK_V), the blocks of one head next to each other.
+
+    Bytes: q and k are read by every block of a head, from a cache by all but one. The tokens of a sequence follow each
+    other: what takes time is that chain, about ten operations a state element and token.
+
+    Args:
+        q, k, v, a, b, A_log, dt_bias, out, state: of ``recurrent_kernel``; the state is read and written.
+        slots, has_initial, snapshot_slots, snapshot_lengths: contiguous [N]; query_start_loc: [N + 1].
+        with_snapshots: 0: there are none, and the two are not read.
+    """
+    BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    program = tl.program_id(0)
+    head = (program // BLOCKS) % HV
+    n = (program // (BLOCKS * HV)).to(tl.int64)
+    values = (program % BLOCKS) * BLOCK_V + tl.arange(0, BLOCK_V)
+    keys = tl.arange(0, BLOCK_K)
+    has_key, has_value = keys < K, values < V
+    inside = has_value[:, None] & has_key[None, :]
+    tile = head * V * K + values[:, None] * K + keys[None, :]
+    key_head = head // (HV // H)
+
+    start = tl.load(query_start_loc + n).to(tl.int64)
+    end = tl.load(query_start_loc + n + 1).to(tl.int64)
+    slot = tl.load(slots + n).to(tl.int64)
+    live = slot >= 0
+    place = state + slot * state_slot + tile
+    known = live & (tl.load(has_initial + n) != 0)
+    S = tl.load(place, mask=inside & known, other=0.0).to(tl.float32)
+
+    snapshot = tl.load(snapshot_slots + n, mask=live & (with_snapshots != 0), other=-1).to(tl.int64)
+    behind = tl.load(snapshot_lengths + n, mask=snapshot >= 0, other=-1).to(tl.int64)
+    kept = state + snapshot * state_slot + tile
+    tl.store(kept, S.to(state.dtype.element_ty), mask=inside & (behind == 0))
+
+    q += key_head * q_head + keys
+    k += key_head * k_head + keys
+    v += head * v_head + values
+    A = tl.load(A_log + head).to(tl.float32)
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    q_0, k_0, v_0, a_0, b_0 = load_token(
+        start, end, q, k, v, a + head, b + head, q_token, k_token, v_token, a_token, b_token, has_key, has_value
+    )
+    q_1, k_1, v_1, a_1, b_1 = load_token(
+        start + 1, end, q, k, v, a + head, b + head, q_token, k_token, v_token, a_token, b_token, has_key, has_value
+    )
+    for t in range((end - start).to(tl.int32)):
+        token = start + t
+        q_2, k_2, v_2, a_2, b_2 = load_token(
+            token + 2, end, q, k, v, a + head, b + head, q_token, k_token, v_token, a_token, b_token, has_key, has_value
+        )
+        S, o = step(S, q_0, k_0, v_0, a_0, b_0, A, bias, K, BLOCK_K, EPS)
+        o = tl.where(live, o, 0.0)
+        tl.store(out + (token * HV + head) * V + values, o.to(out.dtype.element_ty), mask=has_value)
+        rounded = S.to(state.dtype.element_ty)
+        S = rounded.to(tl.float32)
+        if t + 1 == behind:
+            tl.store(kept, rounded, mask=inside)
+        q_0, k_0, v_0, a_0, b_0 = q_1, k_1, v_1, a_1, b_1
+        q_1, k_1, v_1, a_1, b_1 = q_2, k_2, v_2, a_2, b_2
+    tl.store(place, S.to(state.dtype.element_ty), mask=inside & live & (start < end))
+
+
+def run_walk(
+    tokens: tuple[Tensor, ...],
+    out: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    has_initial: Tensor,
+    snapshots: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Launch :func:`walk_kernel`.
+
+    Args:
+        tokens: q, k, v, a, b (rows of unit stride), A_log and dt_bias (contiguous).
+        out: [T, HV, V], written.
+        state, slots, query_start_loc, has_initial, snapshots: of the public function, indices and flags contiguous.
+    """
+    q, k, v, a, b, A_log, dt_bias = tokens
+    value_heads, value_dim = v.shape[1:]
+    key_heads, key_dim = q.shape[1:]
+    block_v = min(ROWS, power_of_two(value_dim))
+    if slots.shape[0] == 0 or state.numel() == 0:
+        return
+    snapshot_slots, snapshot_lengths = (slots, slots) if snapshots is None else snapshots
+    walk_kernel[(slots.shape[0] * value_heads * triton.cdiv(value_dim, block_v),)](
+        q, k, v, a, b, A_log, dt_bias, out, state, slots, query_start_loc, has_initial,
+        snapshot_slots, snapshot_lengths,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0), state.stride(0),
+        int(snapshots is not None),
+        H=key_heads, HV=value_heads, K=key_dim, V=value_dim, BLOCK_K=power_of_two(key_dim), BLOCK_V=block_v,
+        EPS=L2_NORM_EPS, num_warps=1, num_stages=1, enable_fp_fusion=False,
+    )  # fmt: skip
