@@ -17,14 +17,13 @@ UNTRIED = (
 
 
 def gpu_refusal(
-    *, platform: str, served: bool, deterministic: bool, triton_missing: str | None, capability: tuple[int, int] | None
+    *, platform: str, served: bool, triton_missing: str | None, capability: tuple[int, int] | None
 ) -> str | None:
     """Return why a GPU is not served, or None. Nothing here touches a device.
 
     Args:
         platform: what the engine calls it.
         served: whether it is a GPU of NVIDIA or AMD.
-        deterministic: whether the deterministic mode is asked for.
         triton_missing: why Triton does not work here, or None.
         capability: its compute capability; None for one of AMD, or where it is not known.
     """
@@ -33,8 +32,6 @@ def gpu_refusal(
 
     if not served:
         return f"it serves CPUs and GPUs of NVIDIA and AMD, and the platform is {platform}"
-    if deterministic:
-        return "the deterministic mode is served on CPUs only"
     if triton_missing is not None:
         return triton_missing
     if capability is not None and capability[0] < 8:

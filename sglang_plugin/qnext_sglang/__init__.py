@@ -86,14 +86,12 @@ def cpu_refusal() -> str | None:
 
 def gpu_refusal(platform: Any) -> str | None:
     """Return why no GPU of SGLang's ``platform`` is served, or None."""
-    from qnext_kernels.dispatch import is_deterministic
     from qnext_plugins import gpus
 
     cuda = platform.is_cuda()
     return gpus.gpu_refusal(
         platform=platform.device_name,
         served=cuda or platform.is_rocm(),
-        deterministic=is_deterministic(),
         triton_missing=None if gpus.triton_works() else "no Triton works on this machine",
         capability=tuple(platform.get_device_capability()) if cuda else None,
     )

@@ -1,8 +1,8 @@
-"""The deterministic mode in SGLang: ``QNEXT_DETERMINISTIC=1`` and ``--enable-deterministic-inference`` mean the same.
+"""The deterministic mode in SGLang: ``--enable-deterministic-inference``, on a CPU ``QNEXT_DETERMINISTIC=1`` too.
 
 Our kernels are batch invariant as they are, and SGLang's own mode makes the sampler treat a greedy request alike among
-others that sample. What is left to do is to refuse what our kernels do not serve, and to draw and to settle ties by the
-row alone.
+others that sample. On a GPU that mode also makes linears, head and attention invariant, which are SGLang's there. What
+is left to do is to refuse what neither keeps, and to draw and to settle ties by the row alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from qnext_kernels.dispatch import is_deterministic, set_deterministic
 from qnext_plugins.largest import largest_first
+from qnext_sglang import serving
+from qnext_sglang.experts import obstacle
 from qnext_sglang.hooks import Hook, install
 
 
@@ -27,12 +29,18 @@ class DeterminismError(RuntimeError):
 
 def obstacles(server_args: Any, hf_config: Any, quant_config: Any) -> list[str]:
     """What of this configuration would run on operators that are not batch invariant."""
+    device, linears, experts = serving.device(), server_args.bf16_gemm_backend, None
+    if device.type != "cpu" and quant_config is None:
+        experts = obstacle(None, 0, device, torch.get_default_dtype())
     cache, state = server_args.kv_cache_dtype, mamba2_state_dtype(hf_config).temporal
     found = {
         "quantized weights": quant_config is not None,
         "--enable-fp32-lm-head": server_args.enable_fp32_lm_head,
         f"--kv-cache-dtype {cache}": cache not in ("auto", "bf16", "bfloat16"),
         f"--mamba-ssm-dtype {state}": state != torch.float32,
+        # Those that SGLang does not refuse choose their kernel by the number of tokens.
+        f"--bf16-gemm-backend {linears}": device.type != "cpu" and linears not in ("auto", "torch"),
+        f"SGLang's own experts ({experts})": experts is not None,
     }
     return [name for name, there in found.items() if there]
 
@@ -41,13 +49,18 @@ def prepare(server_args: Any, hf_config: Any, quant_config: Any) -> None:
     """Turn the mode on in this process where a flag asks for it, and make the process ready for it.
 
     Raises:
-        DeterminismError: this configuration is not served in the mode.
+        DeterminismError: this configuration is not served in the mode, or a GPU's lacks SGLang's own.
         LookupError: this SGLang lacks a function that is hooked for it.
     """
     if server_args.enable_deterministic_inference:
         set_deterministic(True)
     if not is_deterministic():
         return
+    if serving.device().type != "cpu" and not server_args.enable_deterministic_inference:
+        raise DeterminismError(
+            "qnext-plugins: on a GPU the deterministic mode needs SGLang's own with it, "
+            "which --enable-deterministic-inference turns on"
+        )
     if found := obstacles(server_args, hf_config, quant_config):
         raise DeterminismError(f"qnext-plugins: the deterministic mode does not serve {', '.join(found)}")
     install(HOOKS)

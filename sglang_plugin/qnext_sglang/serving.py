@@ -39,8 +39,6 @@ def unserved_flags(server_args: Any) -> str | None:
         "--pp-size above 1": server_args.pp_size > 1,
         f"--moe-a2a-backend {server_args.moe_a2a_backend}": server_args.moe_a2a_backend not in (None, "none"),
         "--enable-eplb": server_args.enable_eplb,
-        "--enable-deterministic-inference on a GPU": server_args.enable_deterministic_inference
-        and device().type != "cpu",
         "--enable-mis": server_args.enable_mis,
         "--enable-two-batch-overlap": server_args.enable_two_batch_overlap,
         "--enable-lora": bool(server_args.enable_lora or server_args.lora_paths),

@@ -29,7 +29,8 @@ from qnext_kernels import experts_fp8, force_backend, topk_softmax, triton_suppo
 from qnext_kernels.dispatch import OPERATIONS, deterministic
 from qnext_plugins import gpus
 from qnext_plugins.model import Qwen3NextConfig
-from qnext_sglang import UnsupportedEngineError, experts, gpu_refusal, serving
+from qnext_sglang import UnsupportedEngineError, determinism, experts, gpu_refusal, serving
+from qnext_sglang.determinism import DeterminismError
 from qnext_sglang.gated_delta_net import GatedDeltaNetBackend
 from qnext_sglang.loading import load_parameters
 from tests.checkpoints import random_config
@@ -87,8 +88,6 @@ class TestRefusal:
     def test_what_is_not_served_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "musa" in (gpu_refusal(Musa()) or "")
         assert gpu_refusal(OldGpu()) == "it needs compute capability 8.0, and this GPU has 7.5"
-        with deterministic():
-            assert gpu_refusal(Gpu()) == "the deterministic mode is served on CPUs only"
         monkeypatch.setattr(gpus, "triton_works", lambda: False)
         assert gpu_refusal(Gpu()) == "no Triton works on this machine"
 
@@ -101,9 +100,33 @@ class TestRefusal:
         monkeypatch.setenv("QNEXT_BACKEND", "reference")
         assert gpu_refusal(Gpu()) is None
 
-    def test_the_deterministic_flag_is_not_served(self) -> None:
-        reason = serving.unserved_flags(ServerArgs(model_path="checkpoint", enable_deterministic_inference=True))
-        assert reason == "it does not serve --enable-deterministic-inference on a GPU"
+    def test_the_deterministic_mode_is_served_beside_that_of_sglang(self) -> None:
+        server_args = ServerArgs(model_path="checkpoint", enable_deterministic_inference=True)
+        with deterministic():
+            assert gpu_refusal(Gpu()) is None
+            assert serving.unserved_flags(server_args) is None
+            assert not determinism.obstacles(server_args, None, None)
+            with pytest.raises(DeterminismError) as raised:
+                determinism.prepare(ServerArgs(model_path="checkpoint"), None, None)
+        assert str(raised.value) == (
+            "qnext-plugins: on a GPU the deterministic mode needs SGLang's own with it, "
+            "which --enable-deterministic-inference turns on"
+        )
+
+    def test_the_deterministic_mode_refuses_by_name_what_neither_side_keeps(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server_args = ServerArgs(model_path="checkpoint", kv_cache_dtype="fp8_e5m2", bf16_gemm_backend="gemv")
+        config = Fp8Config(True, weight_block_size=[128, 128])
+        assert determinism.obstacles(server_args, None, config) == [
+            "quantized weights",
+            "--kv-cache-dtype fp8_e5m2",
+            "--bf16-gemm-backend gemv",
+        ]
+        monkeypatch.setattr(experts.api, "get_moe_runner_backend", lambda: MoeRunnerBackend.FLASHINFER_TRTLLM)
+        assert determinism.obstacles(ServerArgs(model_path="checkpoint"), None, None) == [
+            "SGLang's own experts (--moe-runner-backend is flashinfer_trtllm)"
+        ]
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -9,6 +9,7 @@ import pytest
 
 from tests import reference
 from tests.checkpoints import quantize_experts, write_random_checkpoint
+from tests.determinism import Request
 from tests.sglang.engines import engine
 from tests.sglang.interpreted import LAUNCHED, InterpretedEngine
 
@@ -43,6 +44,24 @@ def test_greedy_tokens_equal_those_of_transformers_in_float32(
     assert {"recurrent_kernel", "chunk_kernel", "state_kernel"} <= set(file.read_text().split())
     seen = running.drafts
     assert 0 < seen.accepted < seen.drafted if drafts else not seen.drafted
+
+
+def test_in_the_deterministic_mode_a_request_has_the_same_bits_however_it_is_served(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone and prefilled at once; beside another, in pieces, with drafts."""
+    file = tmp_path / "launched"
+    monkeypatch.setenv(LAUNCHED, str(file))
+    monkeypatch.setenv("QNEXT_DETERMINISTIC", "1")
+    request, other = Request(tuple(range(20, 39))), Request((7, 3, 11, 5, 2, 9))
+    with engine(checkpoint, dtype="bfloat16", **INTERPRETED) as running:
+        expected = running.answers([request], MAX_TOKENS)
+    with engine(checkpoint, dtype="bfloat16", drafts=2, chunked_prefill_size=8, **INTERPRETED) as running:
+        assert running.answers([other, request], MAX_TOKENS)[1:] == expected
+    assert 0 < running.drafts.accepted < running.drafts.drafted
+    kernels = set(file.read_text().split())
+    assert {"walk_kernel", "up_kernel"} <= kernels
+    assert not {"chunk_kernel", "state_kernel"} & kernels
 
 
 @pytest.mark.slow

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from vllm import triton_utils
+from vllm import platforms, triton_utils
 from vllm.compilation.backends import split_graph
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, LoRAConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.model_executor.determinism import batch_invariant
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -22,12 +23,12 @@ from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata, GDNAttenti
 
 import qnext_vllm
 from qnext_kernels import triton_support, without_kernels
-from qnext_kernels.dispatch import OPERATIONS, deterministic
+from qnext_kernels.dispatch import OPERATIONS, deterministic, is_deterministic
 from qnext_kernels.triton_support import TritonBackend
 from qnext_plugins.gpus import ENGINES_OWN
 from qnext_plugins.model import MLP, CoreWeights, Qwen3NextConfig
-from qnext_vllm import UnsupportedEngineError, experts, gpu_refusal
-from qnext_vllm.gated_delta_net import OPERATOR, GatedDeltaNetState, batch_of, recurrent_batch
+from qnext_vllm import UnsupportedEngineError, determinism, experts, gpu_refusal
+from qnext_vllm.gated_delta_net import OPERATOR, GatedDeltaNetState, StateBackend, batch_of, recurrent_batch
 from tests.checkpoints import TINY
 from tests.kernels.triton.ahead_of_time import compiling_for
 from tests.model.plain_engine import PlainEngine
@@ -82,10 +83,29 @@ def test_a_gpu_is_served(platform: type[Platform]) -> None:
 def test_what_is_not_served_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tpu" in (gpu_refusal(Tpu()) or "")
     assert gpu_refusal(OldGpu()) == "it needs compute capability 8.0, and this GPU has 7.5"
-    with deterministic():
-        assert gpu_refusal(Gpu()) == "the deterministic mode is served on CPUs only"
     monkeypatch.setattr(triton_utils, "HAS_TRITON", False)
     assert gpu_refusal(Gpu()) == "vLLM finds no Triton that works on this machine"
+
+
+@pytest.mark.usefixtures("all_kernels")
+def test_the_deterministic_mode_is_served_beside_that_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    with deterministic():
+        assert gpu_refusal(Gpu()) == (
+            "on a GPU the deterministic mode needs vLLM's own with it, which VLLM_BATCH_INVARIANT=1 turns on"
+        )
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+        assert gpu_refusal(Gpu()) is None
+
+
+def test_vllms_own_mode_turns_ours_on_and_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platforms, "_current_platform", Gpu())
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    original = batch_invariant.enable_batch_invariant_mode
+    with deterministic(False):
+        determinism.turn_on_where_asked()
+        assert is_deterministic()
+    assert batch_invariant.enable_batch_invariant_mode is original
+    assert StateBackend.supports_batch_invariance()
 
 
 @pytest.mark.usefixtures("all_kernels")
@@ -305,6 +325,37 @@ def test_the_experts_are_ours_on_a_gpu(gpu_config: VllmConfig, lines: list[str])
     assert options["custom_routing_function"] is experts.route
     assert options["routed_experts_cls"] is experts.QnextRoutedExperts
     assert not lines
+
+
+def test_the_deterministic_mode_serves_this_model_and_the_sampler_stays_vllms(
+    gpu_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(determinism, "order_top_log_probs", lambda: pytest.fail("a GPU's sampler is wrapped"))
+    with deterministic():
+        assert not determinism.obstacles(gpu_config)
+        determinism.prepare(gpu_config)
+
+
+def test_the_deterministic_mode_refuses_by_name_what_neither_side_keeps(
+    gpu_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def obstacles(*options: tuple[Any, str, Any]) -> list[str]:
+        with monkeypatch.context() as patch:
+            for target, name, value in options:
+                patch.setattr(target, name, value)
+            return determinism.obstacles(gpu_config)
+
+    cache, kernels, model = gpu_config.cache_config, gpu_config.kernel_config, gpu_config.model_config
+    assert obstacles((cache, "cache_dtype", "fp8")) == ["--kv-cache-dtype fp8 beside torch.bfloat16"]
+    assert obstacles((gpu_config, "lora_config", LoRAConfig())) == ["LoRA adapters"]
+    assert obstacles((kernels, "moe_backend", "flashinfer_cutlass")) == [
+        "vLLM's own experts (--moe-backend flashinfer_cutlass is asked for)"
+    ]
+    fp8 = [(model, "quantization", "fp8"), (model.hf_text_config, "moe_intermediate_size", 512)]
+    assert obstacles(*fp8, (gpu_config, "quant_config", Fp8Config())) == ["fp8 weights"]
+    fp8.append((gpu_config, "quant_config", Fp8Config(weight_block_size=[128, 128])))
+    assert obstacles(*fp8) == ["fp8 weights without --linear-backend triton"]
+    assert obstacles(*fp8, (kernels, "linear_backend", "triton")) == []
 
 
 @pytest.fixture

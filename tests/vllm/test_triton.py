@@ -27,8 +27,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(checkpoint: Path, drafts: int, dtype: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.vllm.greedy_on_triton", str(checkpoint), str(drafts), dtype]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return printed_by("greedy_on_triton", str(checkpoint), str(drafts), dtype)
+
+
+def printed_by(module: str, *arguments: str, **environment: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"tests.vllm.{module}", *arguments]
+    environment = os.environ | environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -55,6 +59,16 @@ def test_shared_expert_of_the_size_of_the_others_is_computed_along_and_the_token
     expected = [list(reference.greedy(checkpoint, prompt, MAX_TOKENS)) for prompt in PROMPTS]
     assert answer["triton"] == expected
     assert answer["native"] == expected
+
+
+def test_in_the_deterministic_mode_a_request_has_the_same_bits_however_it_is_served(checkpoint: Path) -> None:
+    """Alone and prefilled at once; beside another, in pieces, with drafts."""
+    answer = printed_by("deterministic_on_triton", str(checkpoint), QNEXT_DETERMINISTIC="1")
+    assert answer["among"] == answer["alone"]
+    accepted, drafted = answer["drafts"]
+    assert 0 < accepted < drafted
+    assert {"walk_kernel", "up_kernel"} <= set(answer["kernels"])
+    assert not {"chunk_kernel", "state_kernel"} & set(answer["kernels"])
 
 
 @pytest.mark.slow

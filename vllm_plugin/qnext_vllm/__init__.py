@@ -85,11 +85,12 @@ def gpu_refusal(platform: Any) -> str | None:
     from qnext_kernels.dispatch import is_deterministic
     from qnext_plugins import gpus
 
+    if is_deterministic() and not envs.VLLM_BATCH_INVARIANT:
+        return "on a GPU the deterministic mode needs vLLM's own with it, which VLLM_BATCH_INVARIANT=1 turns on"
     capability = platform.get_device_capability() if platform.is_cuda() else None
     return gpus.gpu_refusal(
         platform=platform.device_name,
         served=platform.is_cuda_alike(),
-        deterministic=is_deterministic() or envs.VLLM_BATCH_INVARIANT,
         triton_missing=None if HAS_TRITON else "vLLM finds no Triton that works on this machine",
         capability=capability and (capability.major, capability.minor),
     )

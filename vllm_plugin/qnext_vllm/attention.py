@@ -61,9 +61,13 @@ class QnextAttentionBackend(api.CPUAttentionBackend):
 
 def attention_backend(cache_dtype: str, dtype: torch.dtype, device: torch.device) -> type[QnextAttentionBackend] | None:
     """Our backend where our kernel serves and the cache holds what the model computes with, else None: vLLM's own."""
-    stores_model_dtype = cache_dtype == "auto" or getattr(torch, cache_dtype, None) == dtype
     serves = device.type == "cpu" and OPERATIONS["paged_attention"].select(device, dtype).name == "native"
-    return QnextAttentionBackend if stores_model_dtype and serves else None
+    return QnextAttentionBackend if stores_model_dtype(cache_dtype, dtype) and serves else None
+
+
+def stores_model_dtype(cache_dtype: str, dtype: torch.dtype) -> bool:
+    """Whether the cache holds what the model computes with."""
+    return cache_dtype == "auto" or getattr(torch, cache_dtype, None) == dtype
 
 
 def keys_and_values(kv_cache: Tensor) -> tuple[Tensor, Tensor]:

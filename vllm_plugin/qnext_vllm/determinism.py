@@ -1,7 +1,9 @@
-"""The deterministic mode in vLLM: ``QNEXT_DETERMINISTIC=1``, and on a CPU ``VLLM_BATCH_INVARIANT=1`` means the same.
+"""The deterministic mode in vLLM: ``QNEXT_DETERMINISTIC=1`` on a CPU, ``VLLM_BATCH_INVARIANT=1`` anywhere.
 
-Our kernels are batch invariant as they are. What is left to do is to refuse what they do not serve, to keep vLLM's own
-mode, which is made of Triton kernels, out of a CPU, and to give a row's top log-probabilities one order.
+Our kernels are batch invariant as they are. On a CPU, where all of them are ours, what is left to do is to refuse what
+they do not serve, to keep vLLM's own mode, which is made of Triton kernels, away, and to give a row's top
+log-probabilities one order. On a GPU linears, head, attention and sampling are vLLM's, and its own mode makes them
+invariant: what is left is to refuse what neither of the two keeps.
 """
 
 from __future__ import annotations
@@ -23,28 +25,57 @@ class DeterminismError(RuntimeError):
 def turn_on_where_asked() -> None:
     """Turn the mode on in this process if one of the two variables asks for it."""
     from vllm import envs
+    from vllm.platforms import current_platform
 
     if envs.VLLM_BATCH_INVARIANT:
         set_deterministic(True)
-        _keep_triton_operators_away()
+        if current_platform.is_cpu():
+            _keep_triton_operators_away()
 
 
 def obstacles(vllm_config: Any) -> list[str]:
     """What of this configuration would run on operators that are not batch invariant."""
-    from qnext_vllm.attention import attention_backend
+    from qnext_vllm.attention import attention_backend, stores_model_dtype
     from qnext_vllm.gated_delta_net import state_dtypes
 
-    model = vllm_config.model_config
+    model, cache = vllm_config.model_config, vllm_config.cache_config.cache_dtype
     device, dtype = torch.device(vllm_config.device_config.device), model.dtype
-    cache_dtype, (_, state_dtype) = vllm_config.cache_config.cache_dtype, state_dtypes(vllm_config)
+    _, state_dtype = state_dtypes(vllm_config)
+    cpu = device.type == "cpu"
     found = {
-        f"{model.quantization} weights": vllm_config.quant_config is not None,
         f"a head in {model.head_dtype} beside {dtype}": model.head_dtype not in (None, dtype),
         "LoRA adapters": vllm_config.lora_config is not None,
-        f"--kv-cache-dtype {cache_dtype} beside {dtype}": attention_backend(cache_dtype, dtype, device) is None,
+        f"--kv-cache-dtype {cache} beside {dtype}": (
+            attention_backend(cache, dtype, device) is None if cpu else not stores_model_dtype(cache, dtype)
+        ),
         f"--mamba-ssm-cache-dtype {state_dtype}": state_dtype != torch.float32,
     }
-    return [name for name, there in found.items() if there]
+    weights = [f"{model.quantization} weights"] if cpu and vllm_config.quant_config is not None else []
+    return weights + ([] if cpu else _on_a_gpu(vllm_config)) + [name for name, there in found.items() if there]
+
+
+def _on_a_gpu(vllm_config: Any) -> list[str]:
+    """What of the weights neither our experts nor vLLM's own mode multiply alike in any batch."""
+    from qnext_vllm import experts
+
+    if vllm_config.quant_config is not None:
+        quantization = f"{vllm_config.model_config.quantization} weights"
+        device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
+        columns = experts.columns_of_a_rank(vllm_config)
+        if experts.fp8_obstacle(vllm_config.quant_config, columns, device, dtype) is not None:
+            return [quantization]
+        # Its other kernels for block-wise FP8 choose their tiles by the number of tokens.
+        if not _multiplies_fp8_on_triton(vllm_config.kernel_config):
+            return [f"{quantization} without --linear-backend triton"]
+    reason = None if vllm_config.lora_config is not None else experts.obstacle(vllm_config)
+    return [] if reason is None else [f"vLLM's own experts ({reason})"]
+
+
+def _multiplies_fp8_on_triton(kernel_config: Any) -> bool:
+    from vllm.platforms import current_platform
+
+    chosen = (kernel_config.linear_backend_per_quant or {}).get("fp8_block_w8a8", kernel_config.linear_backend)
+    return chosen == "triton" or current_platform.is_rocm()
 
 
 def prepare(vllm_config: Any) -> None:
@@ -57,7 +88,8 @@ def prepare(vllm_config: Any) -> None:
         return
     if found := obstacles(vllm_config):
         raise DeterminismError(f"qnext-plugins: the deterministic mode does not serve {', '.join(found)}")
-    order_top_log_probs()
+    if torch.device(vllm_config.device_config.device).type == "cpu":
+        order_top_log_probs()
 
 
 @cache
