@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qnext_kernels import OPERATIONS, backend_table, dispatch, force_backend
+from qnext_kernels import OPERATIONS, backend_table, dispatch, force_backend, triton_support
 from qnext_kernels.backend_table import Measured, Table, TableError
 from qnext_plugins.cli.doctor import Finding, Status, Subject, kernels, ok
 from qnext_plugins.cli.doctor import checkpoint_checks as checks
@@ -429,6 +429,14 @@ def test_an_operation_without_a_batch_invariant_kernel_is_named() -> None:
     assert finding.status == Status.FAILURE
     assert finding.message == "QNEXT_DETERMINISTIC=1 cannot be served: no batch-invariant kernel for linear"
     assert "unset QNEXT_DETERMINISTIC" in str(finding.fix)
+
+
+def test_on_a_gpu_the_deterministic_mode_is_served_beside_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "device_type", lambda: "cuda")
+    monkeypatch.setattr(triton_support, "why_missing", lambda device_type, index: None)
+    finding = judge_determinism("VLLM_BATCH_INVARIANT=1", True, Subject(config={"quantization_config": {}}))
+    assert finding.status == Status.OK
+    assert "beside the engine's own mode" in finding.message
 
 
 def test_what_was_measured_on_the_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

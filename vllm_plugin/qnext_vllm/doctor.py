@@ -69,10 +69,10 @@ def registration(subject: Subject) -> Finding:
 
 
 def batch_invariant(subject: Subject) -> Finding | None:
-    """VLLM_BATCH_INVARIANT=1 means QNEXT_DETERMINISTIC=1 for this model on a CPU."""
+    """VLLM_BATCH_INVARIANT=1 means QNEXT_DETERMINISTIC=1 for this model."""
     from vllm import envs
 
-    if not envs.VLLM_BATCH_INVARIANT or device_type() != "cpu":
+    if not envs.VLLM_BATCH_INVARIANT:
         return None
     return judge_determinism("VLLM_BATCH_INVARIANT=1", True, subject)
 

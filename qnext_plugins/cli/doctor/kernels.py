@@ -129,7 +129,9 @@ def deterministic_mode(subject: Subject) -> Finding:
 
 
 def judge_determinism(variable: str, asked: bool, subject: Subject) -> Finding:
-    """The mode needs a batch-invariant backend for every operation, and weights that our kernels read.
+    """The mode needs a batch-invariant backend for every operation, and on a CPU weights that our kernels read.
+
+    On a GPU the engine's own mode has its part in it, and the engine says at its start what stands against either.
 
     Args:
         variable: that turns the mode on, with its value.
@@ -137,15 +139,19 @@ def judge_determinism(variable: str, asked: bool, subject: Subject) -> Finding:
         subject: with the checkpoint, if there is one.
     """
     from qnext_kernels.dispatch import deterministic
+    from qnext_plugins.gpus import ENGINES_OWN
 
+    on_gpu = device_type() != "cpu"
     with deterministic():
-        table = backends()
+        table = [row for row in backends() if not (on_gpu and row.operation in ENGINES_OWN)]
     if missing := sorted({row.operation for row in table if row.backend is None}):
         obstacle, fix = f"no batch-invariant kernel for {', '.join(missing)}", "see the reasons in the table of kernels"
-    elif (subject.config or {}).get("quantization_config"):
+    elif not on_gpu and (subject.config or {}).get("quantization_config"):
         obstacle, fix = "the checkpoint is quantized", "take the checkpoint in bfloat16"
     else:
-        return ok(f"{variable} {'is' if asked else 'can be'} served: every operation has a batch-invariant kernel")
+        beside = ", beside the engine's own mode, which linears and attention need on a GPU" if on_gpu else ""
+        every = "every operation of ours" if on_gpu else "every operation"
+        return ok(f"{variable} {'is' if asked else 'can be'} served{beside}: {every} has a batch-invariant kernel")
     if asked:
         return failure(f"{variable} cannot be served: {obstacle}", f"{fix}, or unset {variable.partition('=')[0]}")
     return note(f"{variable} could not be served: {obstacle}")
