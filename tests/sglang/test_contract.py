@@ -289,6 +289,13 @@ def test_server_args_has_the_fields_that_we_use() -> None:
     assert not missing, f"{SGLANG}: ServerArgs lost {sorted(missing)}"
 
 
+def test_its_deterministic_mode_replaces_the_products_and_the_log_softmax_of_a_gpu() -> None:
+    runner = resolve("sglang.srt.model_executor.model_runner.ModelRunner")
+    assert "enable_batch_invariant_mode()" in inspect.getsource(runner.maybe_enable_batch_invariant_mode)
+    mode = inspect.getsource(resolve("sglang.srt.batch_invariant_ops.batch_invariant_ops.enable_batch_invariant_mode"))
+    assert all(f'"aten::{name}"' in mode for name in ("mm", "addmm", "_log_softmax"))
+
+
 def overridden_methods() -> list[tuple[type, str]]:
     return [
         (kind, name)

@@ -98,7 +98,7 @@ FIELDS: dict[str, set[str]] = {
     "vllm.forward_context.ForwardContext": {"attn_metadata", "no_compile_layers", "additional_kwargs"},
     "vllm.config.CacheConfig": {"mamba_ssm_cache_dtype", "mamba_cache_dtype"},
     "vllm.config.CompilationConfig": {"static_forward_context", "splitting_ops"},
-    "vllm.config.KernelConfig": {"moe_backend"},
+    "vllm.config.KernelConfig": {"moe_backend", "linear_backend", "linear_backend_per_quant"},
     "vllm.config.ParallelConfig": {
         "tensor_parallel_size",
         "pipeline_parallel_size",
@@ -251,6 +251,18 @@ def test_the_sampler_reads_the_generators_of_the_batch_itself() -> None:
 def test_the_mode_is_switched_on_by_the_name_that_we_replace() -> None:
     switch = inspect.getsource(resolve("vllm.model_executor.determinism.batch_invariant.init_batch_invariance"))
     assert "enable_batch_invariant_mode()" in switch
+
+
+@pytest.mark.parametrize(
+    "method", ["linear.UnquantizedLinearMethod", "vocab_parallel_embedding.UnquantizedEmbeddingMethod"]
+)
+def test_in_its_mode_vllm_multiplies_linears_and_heads_invariantly_on_a_gpu(method: str) -> None:
+    assert "linear_batch_invariant" in inspect.getsource(resolve(f"vllm.model_executor.layers.{method}.apply"))
+
+
+def test_in_its_mode_vllm_multiplies_block_wise_fp8_in_one_configuration_on_triton() -> None:
+    product = "vllm.model_executor.layers.quantization.utils.fp8_utils.w8a8_triton_block_scaled_mm"
+    assert "if envs.VLLM_BATCH_INVARIANT:\n        configs = None" in inspect.getsource(resolve(product))
 
 
 def test_vllm_splits_its_graphs_at_the_operator_that_ours_stands_for() -> None:
