@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from tests.reference import Tokens
@@ -27,6 +27,11 @@ class Answer:
     tokens: Tokens
     log_probs: tuple[float, ...]
     top: tuple[tuple[tuple[int, float], ...], ...]
+
+    def behind(self, request: Request, known: int) -> tuple[Request, Answer]:
+        """The request whose prompt has the first ``known`` tokens of this answer to ``request``, and its answer."""
+        parts = (part[known:] for part in (self.tokens, self.log_probs, self.top))
+        return replace(request, prompt=request.prompt + self.tokens[:known]), Answer(*parts)
 
 
 class Engine(Protocol):

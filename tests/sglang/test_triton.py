@@ -49,15 +49,16 @@ def test_greedy_tokens_equal_those_of_transformers_in_float32(
 def test_in_the_deterministic_mode_a_request_has_the_same_bits_however_it_is_served(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Alone and prefilled at once; beside another, in pieces, with drafts."""
+    """Alone and beside another, which cuts it elsewhere; generated with drafts and prefilled."""
     file = tmp_path / "launched"
     monkeypatch.setenv(LAUNCHED, str(file))
     monkeypatch.setenv("QNEXT_DETERMINISTIC", "1")
-    request, other = Request(tuple(range(20, 33))), Request((7, 3, 11))
-    with engine(checkpoint, dtype="bfloat16", **INTERPRETED) as running:
-        expected = running.answers([request], MAX_TOKENS)
-    with engine(checkpoint, dtype="bfloat16", drafts=2, chunked_prefill_size=8, **INTERPRETED) as running:
-        assert running.answers([other, request], MAX_TOKENS)[1:] == expected
+    request, other = Request(tuple(range(20, 29))), Request((7, 3))
+    with engine(checkpoint, dtype="bfloat16", drafts=2, chunked_prefill_size=6, **INTERPRETED) as running:
+        (answer,) = running.answers([request], 3)
+        assert running.answers([other, request], 3)[1:] == [answer]
+        longer, rest = answer.behind(request, 2)
+        assert running.answers([longer], 1) == [rest]
     assert 0 < running.drafts.accepted < running.drafts.drafted
     kernels = set(file.read_text().split())
     assert {"walk_kernel", "up_kernel"} <= kernels

@@ -62,9 +62,9 @@ def test_shared_expert_of_the_size_of_the_others_is_computed_along_and_the_token
 
 
 def test_in_the_deterministic_mode_a_request_has_the_same_bits_however_it_is_served(checkpoint: Path) -> None:
-    """Alone and prefilled at once; beside another, in pieces, with drafts."""
+    """Alone and beside another, which cuts it elsewhere; generated with drafts and prefilled."""
     answer = printed_by("deterministic_on_triton", str(checkpoint), QNEXT_DETERMINISTIC="1")
-    assert answer["among"] == answer["alone"]
+    assert answer["same"] == {"among": True, "prefilled": True}
     accepted, drafted = answer["drafts"]
     assert 0 < accepted < drafted
     assert {"walk_kernel", "up_kernel"} <= set(answer["kernels"])
