@@ -77,8 +77,9 @@ def write_random_checkpoint(path: Path, *, seed: int = 0, agreement: float = 0.3
     model = Qwen3NextForCausalLM(config).float()
     model.save_pretrained(path)
     # transformers writes only the layer types that follow from it.
+    interval = {"full_attention_interval": overrides.get("full_attention_interval", 4)}
     written = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(written | {"full_attention_interval": 4}, indent=2))
+    (path / "config.json").write_text(json.dumps(written | interval, indent=2))
     weights = load_file(path / "model.safetensors")
     hidden, vocabulary = config.hidden_size, config.vocab_size
     last_full = max(n for n, kind in enumerate(config.layer_types) if kind == "full_attention")

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.sglang
 
 SMALL = {"num_hidden_layers": 4, "linear_num_value_heads": 4, "linear_value_head_dim": 16, "num_experts": 4}
 """Little of what the interpreter takes time for, programs."""
+SMALLER = SMALL | {"num_hidden_layers": 2, "full_attention_interval": 2, "mlp_only_layers": [0]}
 PROMPTS = ((7, 3, 11), tuple(range(20, 86)))
 """Less than a chunk of the delta rule, and more."""
 MAX_TOKENS = 5
@@ -47,9 +48,10 @@ def test_greedy_tokens_equal_those_of_transformers_in_float32(
 
 
 def test_in_the_deterministic_mode_a_request_has_the_same_bits_however_it_is_served(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone and beside another, which cuts it elsewhere; generated with drafts and prefilled."""
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", agreement=1.0, **SMALLER)
     file = tmp_path / "launched"
     monkeypatch.setenv(LAUNCHED, str(file))
     monkeypatch.setenv("QNEXT_DETERMINISTIC", "1")

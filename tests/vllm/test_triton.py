@@ -19,6 +19,7 @@ pytestmark = pytest.mark.vllm
 
 SMALL = {"num_hidden_layers": 4, "linear_num_value_heads": 4, "linear_value_head_dim": 16, "num_experts": 4}
 """Little of what the interpreter takes time for, programs."""
+SMALLER = SMALL | {"num_hidden_layers": 2, "full_attention_interval": 2, "mlp_only_layers": [0]}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,9 @@ def test_shared_expert_of_the_size_of_the_others_is_computed_along_and_the_token
     assert answer["native"] == expected
 
 
-def test_in_the_deterministic_mode_a_request_has_the_same_bits_however_it_is_served(checkpoint: Path) -> None:
+def test_in_the_deterministic_mode_a_request_has_the_same_bits_however_it_is_served(tmp_path: Path) -> None:
     """Alone and beside another, which cuts it elsewhere; generated with drafts and prefilled."""
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", agreement=1.0, **SMALLER)
     answer = printed_by("deterministic_on_triton", str(checkpoint), QNEXT_DETERMINISTIC="1")
     assert answer["same"] == {"among": True, "prefilled": True}
     accepted, drafted = answer["drafts"]
