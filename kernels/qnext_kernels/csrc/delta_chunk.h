@@ -10,7 +10,7 @@
 
 #include <algorithm>
 
-#include "arguments.h"
+#include "rows.h"
 
 namespace qnext {
 
@@ -79,6 +79,17 @@ __attribute__((noinline)) void update(float* rows, int64_t width, float decay, c
         for (int v = 0; v < V; ++v) x[r][v].store(rows + r * width + v * Vec::size);
 }
 
+// tokens[t] = the products of Vec::size rows with token t; by_row: theirs with 32 tokens, of which the first 16 are taken.
+inline void by_token(const float* by_row, Vec (&tokens)[kBlockTokens]) {
+#pragma GCC unroll 2
+    for (int t = 0; t < kBlockTokens; t += Vec::size) {
+        Vec square[Vec::size];
+        for (int r = 0; r < Vec::size; ++r) square[r] = Vec::load(by_row + r * 2 * kBlockTokens + t);
+        transpose(square);
+        for (int r = 0; r < Vec::size; ++r) tokens[t + r] = square[r];
+    }
+}
+
 }  // namespace delta
 
 // Keys and queries of 16 tokens, prepared once for all value heads that read them.
@@ -128,33 +139,32 @@ class DeltaBlock {
                 // Behind s only: before it the factor could overflow, and nothing reads it.
                 const Vec factor = exp(min(Vec::load(sums + t) - Vec::fill(sums[s]), Vec::zero()));
                 const float* row = shared.products[s] + t;
-                (Vec::load(row) * factor * Vec::load(beta + t)).store(with_key[s] + t);
+                (Vec::zero() - Vec::load(row) * factor * Vec::load(beta + t)).store(minus_with_key[s] + t);
                 (Vec::load(row + kBlockTokens) * factor).store(with_query[s] + t);
             }
         }
         for (int t = 0; t < kBlockTokens; t += Vec::size) {
             const Vec decay = exp(Vec::load(sums + t)), b = Vec::load(beta + t);
             decay.store(decays + t);
-            (b * decay).store(beta_decays + t);
+            (Vec::zero() - b * decay).store(minus_beta_decays + t);
             b.store(betas + t);
             exp(Vec::fill(total) - Vec::load(sums + t)).store(to_end + t);
         }
     }
 
-    // `count` rows, at most Vec::size, of the state: v and o [16, Vec::size], rows [count, width] in place.
-    void advance(float* rows, int64_t count, const float* v, float* o) {
-        alignas(64) float by_row[Vec::size * 2 * kBlockTokens], by_token[2 * kBlockTokens * Vec::size];
+    // `count` rows, at most Vec::size, of the state [count, width] in place. v and o: of these rows and the first token;
+    // those of the next lie v_token and o_token elements further.
+    template <class T>
+    void advance(float* rows, int64_t count, const T* v, int64_t v_token, T* o, int64_t o_token) {
+        alignas(64) float by_row[Vec::size * 2 * kBlockTokens];
         const float* from[Vec::size];
         for (int r = 0; r < Vec::size; ++r) from[r] = rows + std::min<int64_t>(r, count - 1) * width;
         for (int r = 0; r < Vec::size; r += delta::kDotRows)
             delta::dots<delta::kDotRows>(from + r, width, shared.kq.get(), by_row + r * 2 * kBlockTokens);
-        for (int t = 0; t < 2 * kBlockTokens; t += Vec::size) {
-            Vec square[Vec::size];
-            for (int r = 0; r < Vec::size; ++r) square[r] = Vec::load(by_row + r * 2 * kBlockTokens + t);
-            transpose(square);
-            for (int r = 0; r < Vec::size; ++r) square[r].store(by_token + (t + r) * Vec::size);
-        }
-        solve(by_token, v, o);
+        if (count == Vec::size)
+            solve(by_row, v, v_token, o, o_token, Whole());
+        else
+            solve(by_row, v, v_token, o, o_token, Part{count});
         int64_t r = 0;
         for (; r + delta::kUpdateRows <= count; r += delta::kUpdateRows) update<delta::kUpdateRows>(rows + r * width, r);
         for (; r < count; ++r) update<1>(rows + r * width, r);
@@ -162,23 +172,32 @@ class DeltaBlock {
 
   private:
     // d, weighted for the update, and o from the products with the state before the block.
-    void solve(const float* with_state, const float* v, float* o) {
-        const auto at = [](const float* p, int t) { return Vec::load(p + t * Vec::size); };
-        Vec d[kBlockTokens];
+    template <class T, class P>
+    void solve(const float* by_row, const T* v, int64_t v_token, T* o, int64_t o_token, P part) {
+        alignas(64) float plain[kBlockTokens * Vec::size];
+        Vec d[kBlockTokens], total[kBlockTokens];
+        delta::by_token(by_row, d);
 #pragma GCC unroll 16
         for (int t = 0; t < kBlockTokens; ++t)
-            d[t] = fma(Vec::fill(-beta_decays[t]), at(with_state, t), Vec::fill(betas[t]) * at(v, t));
+            d[t] = fma(Vec::fill(minus_beta_decays[t]), d[t], Vec::fill(betas[t]) * load(v + t * v_token, part));
 #pragma GCC unroll 16
         for (int s = 0; s < kBlockTokens; ++s)
 #pragma GCC unroll 16
-            for (int t = s + 1; t < kBlockTokens; ++t) d[t] = fma(Vec::fill(-with_key[s][t]), d[s], d[t]);
-        for (int t = 0; t < kBlockTokens; ++t) d[t].store(plain + t * Vec::size);
+            for (int t = s + 1; t < kBlockTokens; ++t) d[t] = fma(Vec::fill(minus_with_key[s][t]), d[s], d[t]);
         for (int t = 0; t < kBlockTokens; ++t) {
-            Vec total = Vec::fill(decays[t]) * at(with_state, kBlockTokens + t);
-            for (int s = 0; s <= t; ++s) total = fma(Vec::fill(with_query[s][t]), at(plain, s), total);
-            total.store(o + t * Vec::size);
-            (at(plain, t) * Vec::fill(to_end[t])).store(weighted + t * Vec::size);
+            d[t].store(plain + t * Vec::size);
+            (d[t] * Vec::fill(to_end[t])).store(weighted + t * Vec::size);
         }
+        delta::by_token(by_row + kBlockTokens, total);
+#pragma GCC unroll 16
+        for (int t = 0; t < kBlockTokens; ++t) total[t] = Vec::fill(decays[t]) * total[t];
+#pragma GCC unroll 16
+        for (int s = 0; s < kBlockTokens; ++s) {
+            const Vec each = Vec::load(plain + s * Vec::size);
+#pragma GCC unroll 16
+            for (int t = s; t < kBlockTokens; ++t) total[t] = fma(Vec::fill(with_query[s][t]), each, total[t]);
+        }
+        for (int t = 0; t < kBlockTokens; ++t) store(total[t], o + t * o_token, part);
     }
 
     template <int R>
@@ -194,10 +213,10 @@ class DeltaBlock {
 
     const BlockKeys& shared;
     const int64_t width;
-    // [s][t]: β_t e^(G_t − G_s) k_t·k_s, and the same of q_t without β_t
-    alignas(64) float with_key[kBlockTokens][kBlockTokens], with_query[kBlockTokens][kBlockTokens];
-    alignas(64) float decays[kBlockTokens], betas[kBlockTokens], beta_decays[kBlockTokens], to_end[kBlockTokens];
-    alignas(64) float plain[kBlockTokens * Vec::size], weighted[kBlockTokens * Vec::size];
+    // [s][t]: −β_t e^(G_t − G_s) k_t·k_s, and e^(G_t − G_s) q_t·k_s
+    alignas(64) float minus_with_key[kBlockTokens][kBlockTokens], with_query[kBlockTokens][kBlockTokens];
+    alignas(64) float decays[kBlockTokens], betas[kBlockTokens], minus_beta_decays[kBlockTokens], to_end[kBlockTokens];
+    alignas(64) float weighted[kBlockTokens * Vec::size];
 };
 
 }  // namespace qnext

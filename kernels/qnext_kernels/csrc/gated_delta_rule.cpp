@@ -102,14 +102,12 @@ void store_row(const float* from, int64_t size, T* to) {
     for (; i < size; ++i) assign(to[i], from[i]);
 }
 
-// [width] floats, zero beyond `size`, divided by their length (ε 1e-6) and multiplied by `scale`.
-template <class T>
-void load_normalised(const T* from, int64_t size, float scale, float* to, int64_t width) {
-    load_row(from, size, to, width);
+// Divides [width] floats by their length (ε 1e-6) and multiplies them by `scale`.
+inline void normalise(float* x, int64_t width, float scale) {
     Vec squares = Vec::zero();
-    for (int64_t i = 0; i < width; i += Vec::size) squares = fma(Vec::load(to + i), Vec::load(to + i), squares);
+    for (int64_t i = 0; i < width; i += Vec::size) squares = fma(Vec::load(x + i), Vec::load(x + i), squares);
     const Vec factor = Vec::fill(scale / std::sqrt(sum(squares) + 1e-6f));
-    for (int64_t i = 0; i < width; i += Vec::size) (Vec::load(to + i) * factor).store(to + i);
+    for (int64_t i = 0; i < width; i += Vec::size) (Vec::load(x + i) * factor).store(x + i);
 }
 
 // What the value heads of a key head share: keys and queries of a tile of tokens. T: of the tokens.
@@ -121,14 +119,24 @@ class KeyTile {
           queries(scratch<float>(kTile * width)) {}
 
     void prepare(int64_t start, int64_t stop) {
+        // All are read before any is worked on: so many reads of memory overlap.
         for (int64_t t = start; t < stop; ++t) {
-            float* k = keys.get() + (t - start) * width;
-            float* q = queries.get() + (t - start) * width;
-            load_normalised(key(t), p.key_dim, 1.0f, k, width);
-            load_normalised(query(t), p.key_dim, 1.0f / std::sqrt(float(p.key_dim)), q, width);
+            load_row(key(t), p.key_dim, keys.get() + (t - start) * width, width);
+            load_row(query(t), p.key_dim, queries.get() + (t - start) * width, width);
+        }
+        for (int64_t i = 0; i < (stop - start) * width; i += width) {
+            normalise(keys.get() + i, width, 1.0f);
+            normalise(queries.get() + i, width, 1.0f / std::sqrt(float(p.key_dim)));
+        }
+    }
+
+    // What so many tokens need besides, to be run one by one.
+    void prepare_tokens(int64_t count) {
+        for (int64_t t = 0; t < count; ++t) {
+            const float *k = keys.get() + t * width, *q = queries.get() + t * width;
             Vec product = Vec::zero();
             for (int64_t i = 0; i < width; i += Vec::size) product = fma(Vec::load(k + i), Vec::load(q + i), product);
-            kq[t - start] = sum(product);
+            kq[t] = sum(product);
         }
     }
 
@@ -260,14 +268,12 @@ class Head {
 
     // All tokens of a tile at once.
     void advance_block(int64_t start, const BlockKeys& shared) {
-        alignas(64) float v[kBlockTokens * Vec::size], o[kBlockTokens * Vec::size];
         if (!block) block = std::make_unique<DeltaBlock>(shared);
         block->prepare(log_decay, beta);
+        const int64_t o_token = p.value_heads * p.value_dim;
         for (int64_t row = 0; row < rows; row += Vec::size) {
             const int64_t count = std::min<int64_t>(Vec::size, rows - row);
-            for (int t = 0; t < kBlockTokens; ++t) load_row(value(start + t) + row, count, v + t * Vec::size, Vec::size);
-            block->advance(current + row * width, count, v, o);
-            for (int t = 0; t < kBlockTokens; ++t) store_row(o + t * Vec::size, count, out(start + t) + row);
+            block->advance(current + row * width, count, value(start) + row, p.v_token, out(start) + row, o_token);
         }
     }
 
@@ -396,13 +402,15 @@ void run(const DeltaRule& p, int64_t n, int64_t from, int64_t to, int64_t first,
     }
     for (int64_t start = begin; start < end; start += kTile) {
         const int64_t stop = std::min(start + kTile, end);
+        const bool whole = stop - start == kBlockTokens && !p.every_token && !p.recurrent;
         tile.prepare(start, stop);
+        if (!whole) tile.prepare_tokens(stop - start);
         if (p.every_token) {
             for (auto& head : heads) head.verify(start, stop);
             continue;
         }
         tile.fetch(stop, std::min(stop + kTile, end));
-        const BlockKeys* block = stop - start == kBlockTokens && !p.recurrent ? &tile.prepare_block() : nullptr;
+        const BlockKeys* block = whole ? &tile.prepare_block() : nullptr;
         for (auto& head : heads) head.prefill(start, stop, block);
     }
     if (p.every_token)
