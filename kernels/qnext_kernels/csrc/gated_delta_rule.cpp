@@ -42,6 +42,7 @@ constexpr int kTile = kBlockTokens; // tokens whose keys and queries lie in the 
 constexpr int kGroups = 8;          // groups of kRows that do so: their steps overlap, one group's would wait for each other
 constexpr int kChunk = 64;          // where a split prefill would round the state
 constexpr int kRecurrentTokens = 4; // a last chunk of at most so many tokens rounds behind each, as decodes do
+constexpr int kVerifyGroups = 2;    // groups that a verify takes through all tokens before the next
 constexpr int kRows = 4;
 
 constexpr int kAhead = 2048;  // elements of the state that are fetched ahead: what lies behind is the next head's
@@ -50,10 +51,10 @@ struct Token {
     float decay, beta, kq;  // kq: k · q
 };
 
-// One token's step for kRows rows of the state, from `src` to `dst` (which may be the same), and with Kept past the
-// caches to `kept`, which is not read again before long.
+// One token's step for kRows rows of the state from `src`, with Fetches out of memory, to `dst` (which may be the same) with
+// Stores, and past the caches to `kept`, with Streams: what is not read again before long.
 //   S' = decay S + δ kᵀ with δ = β (v − decay S k);  o = S' q = decay S q + δ (k · q)
-template <bool Kept>
+template <bool Fetches, bool Stores, bool Streams>
 inline void step(const float* src, float* dst, float* kept, int64_t stride, const float* k, const float* q, Token token,
                  const float* v, float* o) {
     Vec sk[kRows], sq[kRows];
@@ -61,7 +62,8 @@ inline void step(const float* src, float* dst, float* kept, int64_t stride, cons
     for (int64_t i = 0; i < stride; i += Vec::size) {
         const Vec ki = Vec::load(k + i), qi = Vec::load(q + i);
         for (int r = 0; r < kRows; ++r) {
-            _mm_prefetch(reinterpret_cast<const char*>(src + r * stride + i + kAhead), _MM_HINT_T0);
+            const float* const ahead = src + r * stride + i + kAhead;
+            if constexpr (Fetches) _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
             const Vec s = Vec::load(src + r * stride + i);
             sk[r] = fma(s, ki, sk[r]);
             sq[r] = fma(s, qi, sq[r]);
@@ -81,8 +83,8 @@ inline void step(const float* src, float* dst, float* kept, int64_t stride, cons
         const Vec ki = Vec::load(k + i);
         for (int r = 0; r < kRows; ++r) {
             const Vec s = fma(ki, deltas[r], Vec::load(src + r * stride + i) * decays);
-            s.store(dst + r * stride + i);
-            if constexpr (Kept) s.stream(kept + r * stride + i);
+            if constexpr (Stores) s.store(dst + r * stride + i);
+            if constexpr (Streams) s.stream(kept + r * stride + i);
         }
     }
 }
@@ -216,9 +218,10 @@ class Head {
         if (!direct && begin < end) store(current, own);
     }
 
-    // Before the tokens from `begin` on.
-    void begin_verify(int64_t begin, int64_t slot) {
+    // Before the tokens [begin, end).
+    void begin_verify(int64_t begin, int64_t end, int64_t slot) {
         this->begin = begin;
+        this->end = end;
         direct = in_place<S>() && (!p.steps || in_place<P>());
         current = direct ? reinterpret_cast<float*>(place(slot)) : state.get();
         if (!direct) load(place(slot));
@@ -227,16 +230,15 @@ class Head {
     // The state behind token t goes to its place; the next token continues from what a pool can hold.
     void verify(int64_t start, int64_t stop) {
         prepare(start, stop);
+        if (direct) return verify_in_place(start, stop);
         for (int64_t t = start; t < stop; ++t) {
-            P* step = step_place(t - begin);
-            S* target = p.steps ? nullptr : slot_place(t - begin);
-            float* const kept = direct ? reinterpret_cast<float*>(step) : nullptr;
-            verify_token(t, t - start, current, direct && target ? reinterpret_cast<float*>(target) : kept);
+            for (int64_t g = 0; g < row_groups; ++g) {
+                advance<true, true, false>(g, t, t - start, current, state.get(), nullptr);
+                p.steps ? round<P>(g) : round<S>(g);
+            }
             current = state.get();
-            if (direct) continue;
-            for (int64_t g = 0; g < row_groups; ++g) p.steps ? round<P>(g) : round<S>(g);
-            if (step) store(state.get(), step);
-            if (target) store(state.get(), target);
+            if (P* step = step_place(t - begin)) store(state.get(), step);
+            if (S* target = p.steps ? nullptr : slot_place(t - begin)) store(state.get(), target);
         }
     }
 
@@ -259,7 +261,7 @@ class Head {
         for (int64_t first_group = 0; first_group < row_groups; first_group += kGroups) {
             for (int64_t t = start; t < stop; ++t) {
                 for (int64_t g = first_group; g < std::min(first_group + kGroups, row_groups); ++g) {
-                    advance<false>(g, t, t - start, current, current, nullptr);
+                    advance<true, true, false>(g, t, t - start, current, current, nullptr);
                     if (rounds) round<S>(g);
                 }
             }
@@ -277,16 +279,37 @@ class Head {
         }
     }
 
-    // The state behind token t, to `state` and to `kept`, unless that is none.
-    void verify_token(int64_t t, int64_t in_tile, const float* from, float* kept) {
-        const bool streams = kept && reinterpret_cast<uintptr_t>(kept) % sizeof(Vec) == 0;
-        for (int64_t g = 0; g < row_groups; ++g) {
-            if (streams)
-                advance<true>(g, t, in_tile, from, state.get(), kept);
-            else
-                advance<false>(g, t, in_tile, from, state.get(), nullptr);
+    // All tokens of a few rows before the next rows: moving memory overlaps with the work.
+    void verify_in_place(int64_t start, int64_t stop) {
+        if (start == stop) return;
+        float *places[kTile], *behind = current;
+        for (int64_t t = start; t < stop; ++t) {
+            float* const step = reinterpret_cast<float*>(step_place(t - begin));
+            places[t - start] = p.steps ? step : reinterpret_cast<float*>(slot_place(t - begin));
         }
-        if (kept && !streams) std::copy_n(state.get(), rows * width, kept);
+        for (int64_t first_group = 0; first_group < row_groups; first_group += kVerifyGroups) {
+            const int64_t last_group = std::min(first_group + kVerifyGroups, row_groups);
+            const float* from = current;
+            for (int64_t t = start; t < stop; ++t) {
+                float* const place = places[t - start];
+                // Past the caches, but not over what has just been read into them.
+                const bool streams = place && place != current && reinterpret_cast<uintptr_t>(place) % sizeof(Vec) == 0;
+                behind = place && !streams ? place : state.get();
+                for (int64_t g = first_group; g < last_group; ++g) {
+                    if (t == start)
+                        streams ? advance<true, true, true>(g, t, 0, from, behind, place)
+                                : advance<true, true, false>(g, t, 0, from, behind, nullptr);
+                    else if (!streams)
+                        advance<false, true, false>(g, t, t - start, from, behind, nullptr);
+                    else if (t + 1 < end)
+                        advance<false, true, true>(g, t, t - start, from, behind, place);
+                    else
+                        advance<false, false, true>(g, t, t - start, from, nullptr, place);
+                }
+                from = behind;
+            }
+        }
+        current = behind;
     }
 
     const T* value(int64_t t) const { return static_cast<const T*>(p.v) + t * p.v_token + head * p.v_head + first; }
@@ -353,7 +376,7 @@ class Head {
     }
 
     // Group g of the rows at `from` becomes that at `to`, and at `kept`, behind token t.
-    template <bool Kept>
+    template <bool Fetches, bool Stores, bool Streams>
     void advance(int64_t g, int64_t t, int64_t in_tile, const float* from, float* to, float* kept) {
         const int64_t count = std::min<int64_t>(kRows, rows - g * kRows);
         const T* v_from = value(t) + g * kRows;
@@ -361,10 +384,11 @@ class Head {
         float v[kRows] = {}, o[kRows];
         for (int64_t r = 0; r < count; ++r) v[r] = to_float(v_from[r]);
         const int64_t offset = g * kRows * width;
-        float* const also = Kept ? kept + offset : nullptr;
+        if constexpr (Stores) to += offset;
+        if constexpr (Streams) kept += offset;
         const Token token{decay[in_tile], beta[in_tile], tile.kq[in_tile]};
-        step<Kept>(from + offset, to + offset, also, width, tile.keys.get() + in_tile * width,
-                   tile.queries.get() + in_tile * width, token, v, o);
+        step<Fetches, Stores, Streams>(from + offset, to, kept, width, tile.keys.get() + in_tile * width,
+                                       tile.queries.get() + in_tile * width, token, v, o);
         for (int64_t r = 0; r < count; ++r) assign(out[r], o[r]);
     }
 
@@ -396,7 +420,7 @@ void run(const DeltaRule& p, int64_t n, int64_t from, int64_t to, int64_t first,
     for (int64_t head = from; head < to; ++head) heads.emplace_back(tile, n, head, first, last);
     for (auto& head : heads) {
         if (p.every_token)
-            head.begin_verify(begin, slot);
+            head.begin_verify(begin, end, slot);
         else
             head.begin_prefill(begin, end, slot, p.has_initial && !p.has_initial[n]);
     }
