@@ -69,6 +69,26 @@ def test_verify_equals_repeated_decode(
             assert_same(verified, repeated_decode(run, gates, state_dtype))
 
 
+@pytest.mark.parametrize("accepted", [1, 2, 18])
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_a_long_verify_equals_repeated_decode_and_skips_padded_slots(
+    backend: str, state_dtype: torch.dtype, accepted: int
+) -> None:
+    length, shape = 18, MODEL_SHAPE
+    gates, (run,) = random_gates(shape), random_runs(shape, [length], torch.bfloat16, state_dtype)
+    pool, slots = place([run], state_dtype, columns=length, accepted=torch.tensor([accepted]))
+    slots[0, [2, 15, 16]] = -1
+    with force_backend(backend):
+        out = gated_delta_rule_verify(
+            *run.tokens, *gates, pool, slots, start_offsets([length]), torch.tensor([accepted])
+        )
+        for t, slot in enumerate(slots[0].tolist()):
+            expected = repeated_decode(Run(run.tokens.rows(slice(t + 1)), run.state), gates, state_dtype)
+            assert same_bits(out[: t + 1], expected.out)
+            assert slot < 0 or same_bits(pool[slot], expected.state)
+
+
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", NATIVE_BACKENDS)
