@@ -51,10 +51,13 @@ struct Token {
     float decay, beta, kq;  // kq: k · q
 };
 
-// One token's step for kRows rows of the state from `src`, with Fetches out of memory, to `dst` (which may be the same) with
-// Stores, and past the caches to `kept`, with Streams: what is not read again before long.
+// Where a step leaves the state: in the caches, for the next, or past them, where it is not read before long.
+enum class To { kCache, kMemory, kBoth };
+
+// One token's step for kRows rows of the state, from `src` to `dst` (which may be the same) and past the caches to `kept`.
+// Fetches: `src` is read out of memory.
 //   S' = decay S + δ kᵀ with δ = β (v − decay S k);  o = S' q = decay S q + δ (k · q)
-template <bool Fetches, bool Stores, bool Streams>
+template <bool Fetches, To to>
 inline void step(const float* src, float* dst, float* kept, int64_t stride, const float* k, const float* q, Token token,
                  const float* v, float* o) {
     Vec sk[kRows], sq[kRows];
@@ -83,8 +86,8 @@ inline void step(const float* src, float* dst, float* kept, int64_t stride, cons
         const Vec ki = Vec::load(k + i);
         for (int r = 0; r < kRows; ++r) {
             const Vec s = fma(ki, deltas[r], Vec::load(src + r * stride + i) * decays);
-            if constexpr (Stores) s.store(dst + r * stride + i);
-            if constexpr (Streams) s.stream(kept + r * stride + i);
+            if constexpr (to != To::kMemory) s.store(dst + r * stride + i);
+            if constexpr (to != To::kCache) s.stream(kept + r * stride + i);
         }
     }
 }
@@ -233,7 +236,7 @@ class Head {
         if (direct) return verify_in_place(start, stop);
         for (int64_t t = start; t < stop; ++t) {
             for (int64_t g = 0; g < row_groups; ++g) {
-                advance<true, true, false>(g, t, t - start, current, state.get(), nullptr);
+                advance<true, To::kCache>(g, t, t - start, current, state.get(), nullptr);
                 p.steps ? round<P>(g) : round<S>(g);
             }
             current = state.get();
@@ -261,7 +264,7 @@ class Head {
         for (int64_t first_group = 0; first_group < row_groups; first_group += kGroups) {
             for (int64_t t = start; t < stop; ++t) {
                 for (int64_t g = first_group; g < std::min(first_group + kGroups, row_groups); ++g) {
-                    advance<true, true, false>(g, t, t - start, current, current, nullptr);
+                    advance<true, To::kCache>(g, t, t - start, current, current, nullptr);
                     if (rounds) round<S>(g);
                 }
             }
@@ -297,14 +300,14 @@ class Head {
                 behind = place && !streams ? place : state.get();
                 for (int64_t g = first_group; g < last_group; ++g) {
                     if (t == start)
-                        streams ? advance<true, true, true>(g, t, 0, from, behind, place)
-                                : advance<true, true, false>(g, t, 0, from, behind, nullptr);
+                        streams ? advance<true, To::kBoth>(g, t, 0, from, behind, place)
+                                : advance<true, To::kCache>(g, t, 0, from, behind, nullptr);
                     else if (!streams)
-                        advance<false, true, false>(g, t, t - start, from, behind, nullptr);
+                        advance<false, To::kCache>(g, t, t - start, from, behind, nullptr);
                     else if (t + 1 < end)
-                        advance<false, true, true>(g, t, t - start, from, behind, place);
+                        advance<false, To::kBoth>(g, t, t - start, from, behind, place);
                     else
-                        advance<false, false, true>(g, t, t - start, from, nullptr, place);
+                        advance<false, To::kMemory>(g, t, t - start, from, nullptr, place);
                 }
                 from = behind;
             }
@@ -375,20 +378,20 @@ class Head {
         }
     }
 
-    // Group g of the rows at `from` becomes that at `to`, and at `kept`, behind token t.
-    template <bool Fetches, bool Stores, bool Streams>
-    void advance(int64_t g, int64_t t, int64_t in_tile, const float* from, float* to, float* kept) {
+    // Group g of the rows at `from` becomes that at `dst` and `kept` behind token t.
+    template <bool Fetches, To to>
+    void advance(int64_t g, int64_t t, int64_t in_tile, const float* from, float* dst, float* kept) {
         const int64_t count = std::min<int64_t>(kRows, rows - g * kRows);
         const T* v_from = value(t) + g * kRows;
         T* out = this->out(t) + g * kRows;
         float v[kRows] = {}, o[kRows];
         for (int64_t r = 0; r < count; ++r) v[r] = to_float(v_from[r]);
         const int64_t offset = g * kRows * width;
-        if constexpr (Stores) to += offset;
-        if constexpr (Streams) kept += offset;
+        if constexpr (to != To::kMemory) dst += offset;
+        if constexpr (to != To::kCache) kept += offset;
         const Token token{decay[in_tile], beta[in_tile], tile.kq[in_tile]};
-        step<Fetches, Stores, Streams>(from + offset, to, kept, width, tile.keys.get() + in_tile * width,
-                                       tile.queries.get() + in_tile * width, token, v, o);
+        step<Fetches, to>(from + offset, dst, kept, width, tile.keys.get() + in_tile * width,
+                          tile.queries.get() + in_tile * width, token, v, o);
         for (int64_t r = 0; r < count; ++r) assign(out[r], o[r]);
     }
 
