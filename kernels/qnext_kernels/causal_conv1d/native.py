@@ -14,7 +14,9 @@ from qnext_kernels.rows import floats, indices, packed_function
 _NONE = (0, 0)
 """Fields of ``Indices`` that are none."""
 _NO_STEPS = (0,) * 7
-"""The fields from ``steps`` to ``step_rows`` of ``CausalConv1d`` in the C++ file."""
+"""The fields from ``steps`` to ``step_rows`` of ``CausalConv1d`` in ``csrc/delta_net.h``."""
+_NOT_GROUPED = (0, 0, 0)
+"""Those from ``key_heads`` on."""
 
 
 class CausalConv1dNative(NativeBackend, CpuBackend):
@@ -84,18 +86,18 @@ def _run(
     if unit != 1:
         x = x.contiguous()
         token = x.stride(0)
-    weight, slots = weight.contiguous(), slots.contiguous()
+    weight = weight.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype)
     tokens, channels = x.shape
     _kernel()(
         *(x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], token),
         *floats(weight),
         *(conv_state.data_ptr(), *conv_state.stride(), DTYPES[conv_state.dtype]),
-        *indices(slots),
+        *(*indices(slots), slots.stride(0)),
         *sequences,
-        *(tokens, slots.shape[0], channels, weight.shape[1], every_token),
+        *(tokens, slots.shape[0], channels, weight.shape[1], every_token, *_NOT_GROUPED),
     )
     return y
 
 
-_kernel = cache(lambda: packed_function("qnext_causal_conv1d", "34q"))
+_kernel = cache(lambda: packed_function("qnext_causal_conv1d", "38q"))

@@ -1,45 +1,24 @@
 // Depthwise causal convolution with SiLU: prefill, verify and decode sum the same way, so they have the same bits.
 //
-// All outputs come first, then the states: outputs read what the states overwrite. A task is a range of the batch's
-// tokens, whichever sequences they belong to, times a block of channels, whose weights stay in the first-level cache.
-// An input is read from memory once; the limit is the bandwidth of reading x and writing y. A large y is written past the
-// caches, which would not keep it for its reader and would read it first.
+// In a prefill all outputs come first, then the states: outputs read what the states overwrite. A task is a range of the
+// batch's tokens, whichever sequences they belong to, times a block of channels, whose weights stay in the first-level
+// cache. An input is read from memory once; the limit is the bandwidth of reading x and writing y. A large y is written
+// past the caches, which would not keep it for its reader and would read it first.
+//
+// In a decode and a verify a task is a few sequences times a block of channels, and the state of a sequence is written
+// behind its outputs, while it lies in the cache; the limit is the bandwidth of reading and writing the states.
 #include <algorithm>
 
-#include "arguments.h"
+#include "delta_net.h"
 #include "pairs.h"
 
 namespace qnext {
 
-// Strides of a pool: from a slot to the next, from a channel to the next, from an input to the next.
-struct ConvPool {
-    void* data;
-    int64_t slot, channel, column;
-};
-
-struct CausalConv1d {
-    const void* x;  // [tokens, channels], unit stride along the channels
-    void* y;        // [tokens, channels], contiguous
-    int64_t dtype, x_token;
-    Floats weight;  // [channels, width], contiguous
-    ConvPool state;
-    int64_t state_dtype;
-    Indices slots;
-    Indices query_start_loc;  // none: one token a sequence
-    const bool* has_initial;  // prefill
-    Indices snapshot_slots, snapshot_lengths;
-    Indices accepted;  // verify
-    ConvPool steps;    // verify into a step pool, of the dtype of the state
-    int64_t steps_step;
-    Indices step_rows;
-    int64_t tokens, sequences, channels, width;
-    int64_t every_token;  // verify: the inputs behind each token are kept
-};
-
 namespace {
 
 constexpr int64_t kChannels = 512;  // of a block
-constexpr int64_t kTokens = 64;     // of a task
+constexpr int64_t kTokens = 64;     // of a task of a prefill
+constexpr int64_t kSequences = 16;  // of a task of a decode or a verify
 constexpr int kTogether = 4;        // tokens that share loads of weights and of earlier inputs
 constexpr int64_t kKept = 16 << 20; // bytes of y that a last-level cache may keep for whoever reads them
 
@@ -143,39 +122,85 @@ void copy(const From* from, int64_t from_stride, To* to, int64_t to_stride, int6
     }
 }
 
+// Channels that lie side by side in x, where the first one is element `in_x` of a token.
+struct Section {
+    int64_t first, channels, in_x;
+};
+
+// The blocks of at most kChannels: of q and of k head by head, then of v; where x is not grouped all channels are v.
+class Sections {
+  public:
+    explicit Sections(const CausalConv1d& p)
+        : p(p), heads(p.key_heads ? p.key_heads : 1), keys(p.key_heads * p.key_dim), of_key(pieces(p.key_dim)),
+          values((p.channels - 2 * keys) / heads), of_value(pieces(values)) {}
+
+    int64_t count() const { return heads * (2 * of_key + of_value); }
+
+    Section operator[](int64_t i) const {
+        const bool is_key = i < 2 * heads * of_key;
+        if (!is_key) i -= 2 * heads * of_key;
+        const int64_t size = is_key ? p.key_dim : values, part = is_key ? of_key : of_value;
+        const int64_t row = i / part, from = i % part * kChannels;
+        const int64_t in_head = is_key ? row / heads * p.key_dim : 2 * p.key_dim;
+        return {(is_key ? 0 : 2 * keys) + row * size + from, std::min(kChannels, size - from),
+                row % heads * p.x_head + in_head + from};
+    }
+
+  private:
+    static int64_t pieces(int64_t channels) { return (channels + kChannels - 1) / kChannels; }
+
+    const CausalConv1d& p;
+    const int64_t heads, keys, of_key, values, of_value;
+};
+
+// A thread's own memory.
+template <class S>
+struct Workspace {
+    explicit Workspace(int64_t width)
+        : weights(scratch<float>(width * kChannels)), inputs(scratch<S>(2 * (width - 1) * kChannels)) {}
+    const Scratch<float> weights;  // [width, kChannels]
+    const Scratch<S> inputs;       // [2 (width - 1), kChannels]: those of the slot, then tokens
+};
+
 // A block of channels. W: width if known here, else 0; T: of the tokens, S: of the state.
 template <int W, class T, class S>
 class Block {
   public:
-    Block(const CausalConv1d& p, int64_t block)
-        : p(p), width(W ? W : p.width), history(width - 1), first(block * kChannels),
-          channels(std::min(kChannels, p.channels - first)),
+    Block(const CausalConv1d& p, Section section, const Workspace<S>& own)
+        : p(p), width(W ? W : p.width), history(width - 1), first(section.first), channels(section.channels),
+          in_x(section.in_x), weights(own.weights.get()), inputs(own.inputs.get()),
           streams(p.tokens * p.channels * int64_t(sizeof(T)) > kKept && p.channels % kPair == 0 &&
                   reinterpret_cast<uintptr_t>(p.y) % (kPair * sizeof(T)) == 0) {}
 
-    // Outputs of tokens [from, to) of the batch.
-    void outputs(int64_t from, int64_t to) {
-        weights = scratch<float>(width * kChannels);
+    // Before outputs.
+    void load_weights() const {
         // What is computed behind the last channel is thrown away, but has to be defined.
-        if (channels % kPair) std::fill_n(weights.get(), width * kChannels, 0.0f);
-        inputs = scratch<S>(2 * history * kChannels);
+        if (channels % kPair) std::fill_n(weights, width * kChannels, 0.0f);
         with_type(p.weight.dtype, [&](auto type) { load_weights(static_cast<const decltype(type)*>(p.weight.data)); });
+    }
+
+    // Outputs of tokens [from, to) of the batch.
+    void outputs(int64_t from, int64_t to) const {
         for (int64_t n = 0; n < p.sequences; ++n) {
             const int64_t start = std::max(begin(n), from), stop = std::min(end(n), to);
-            if (start >= stop) continue;
-            if (p.slots[n] < 0) {
-                for (int64_t t = start; t < stop; ++t) std::memset(y(t), 0, channels * sizeof(T));
-                continue;
-            }
-            const int64_t alone = std::clamp(begin(n) + history, start, stop);
-            if (start < alone) behind_history(n, start, alone);
-            behind_tokens(alone, stop);
+            if (start < stop) outputs(n, start, stop);
         }
     }
 
+    // Sequence n of a decode or a verify: its outputs, and what it leaves in the pools.
+    void step(int64_t n) const {
+        if (n + 1 < p.sequences) fetch(slot(n + 1));
+        const bool one = end(n) - begin(n) == 1;
+        if constexpr (W != 0) {
+            if (one && is_packed() && slot(n) >= 0 && !p.step_rows.data) return step_packed(n);
+        }
+        outputs(n, begin(n), end(n));
+        keep(n);
+    }
+
     // What sequence n leaves in the pools.
-    void keep(int64_t n) {
-        const int64_t slot = p.slots[n], length = end(n) - begin(n);
+    void keep(int64_t n) const {
+        const int64_t slot = this->slot(n), length = end(n) - begin(n);
         if (slot < 0) return;
         if (p.step_rows.data) {
             if (p.step_rows[n] >= 0) keep_steps(n);
@@ -194,7 +219,8 @@ class Block {
 
     int64_t begin(int64_t n) const { return p.query_start_loc.at(n, n); }
     int64_t end(int64_t n) const { return p.query_start_loc.at(n + 1, n + 1); }
-    const T* x(int64_t t) const { return static_cast<const T*>(p.x) + t * p.x_token + first; }
+    int64_t slot(int64_t n) const { return p.slots[n * p.slot_stride]; }
+    const T* x(int64_t t) const { return static_cast<const T*>(p.x) + t * p.x_token + in_x; }
     T* y(int64_t t) const { return static_cast<T*>(p.y) + t * p.channels + first; }
     S* column(const ConvPool& pool, int64_t slot, int64_t index) const {
         return static_cast<S*>(pool.data) + slot * pool.slot + first * pool.channel + index * pool.column;
@@ -203,13 +229,21 @@ class Block {
     // Input i < 0 of sequence n, counted from its first token; none where it is zero.
     const S* earlier(int64_t n, int64_t i) const {
         if (p.has_initial && !p.has_initial[n]) return nullptr;
-        return column(p.state, p.slots[n], p.accepted.at(n, 1) - 1 + history + i);
+        return column(p.state, slot(n), p.accepted.at(n, 1) - 1 + history + i);
     }
 
     template <class E>
-    void load_weights(const E* from) {
+    void load_weights(const E* from) const {
         from += first * width;
-        for (int64_t c = 0; c < channels; ++c) {
+        int64_t c = 0;
+        if constexpr (W == 4 && even_odd && std::is_same_v<E, bfloat16>) {
+            for (; c + kPair <= channels; c += kPair) {
+                Pair taps[4];
+                load_columns(from + c * 4, taps);
+                for (int w = 0; w < 4; ++w) taps[w].store(weights + w * kChannels + c);
+            }
+        }
+        for (; c < channels; ++c) {
             const int64_t place = Channels<even_odd>::place(c);
             for (int64_t w = 0; w < width; ++w) weights[w * kChannels + place] = to_float(from[c * width + w]);
         }
@@ -226,9 +260,54 @@ class Block {
         }
     }
 
+    // Of tokens [start, stop) of sequence n.
+    void outputs(int64_t n, int64_t start, int64_t stop) const {
+        if (slot(n) < 0) {
+            for (int64_t t = start; t < stop; ++t) std::memset(y(t), 0, channels * sizeof(T));
+            return;
+        }
+        const int64_t alone = std::clamp(begin(n) + history, start, stop);
+        if (start < alone) behind_history(n, start, alone);
+        behind_tokens(alone, stop);
+    }
+
+    // Whether a slot is a contiguous [channels, history].
+    bool is_packed() const { return p.state.column == 1 && p.state.channel == history; }
+
+    // A sequence of one token in such a slot.
+    void step_packed(int64_t n) const {
+        S* const place = column(p.state, slot(n), 0);
+        const int64_t t = begin(n);
+        for (int64_t c = 0; c < channels; ++c) {
+#pragma GCC unroll 8
+            for (int w = 0; w < W - 1; ++w) inputs[w * kChannels + c] = place[c * (W - 1) + w];
+        }
+        convolve(inputs, kChannels, t);
+        S* const kept = inputs + kChannels;
+        copy(x(t), 1, kept + (W - 2) * kChannels, 1, channels);
+        for (int64_t c = 0; c < channels; ++c) {
+#pragma GCC unroll 8
+            for (int w = 0; w < W - 1; ++w) place[c * (W - 1) + w] = kept[w * kChannels + c];
+        }
+    }
+
+    // Will be read and written: the rows of a slot lie too far apart for a processor to foresee the next.
+    void fetch(int64_t slot) const {
+        if (slot < 0) return;
+        const auto lines = [](const S* from, int64_t count) {
+            for (int64_t i = 0; i < count; i += 64 / sizeof(S)) __builtin_prefetch(from + i, 1);
+        };
+        if (p.state.channel == 1)
+            for (int64_t i = 0; i < history; ++i) lines(column(p.state, slot, i), channels);
+        else if (p.state.column == 1)
+            lines(column(p.state, slot, 0), channels * p.state.channel);
+    }
+
     // Tokens [start, stop), whose windows reach back to the slot.
-    void behind_history(int64_t n, int64_t start, int64_t stop) {
+    void behind_history(int64_t n, int64_t start, int64_t stop) const {
         const int64_t oldest = -history;
+        if (const S* const past = earlier(n, oldest); past && p.state.channel == 1 && stop == begin(n) + 1)
+            return convolve(past, p.state.column, start);
         for (int64_t i = start - begin(n) + oldest; i < stop - begin(n) - 1; ++i) {
             load_input(n, i, &inputs[(i - oldest) * kChannels], 1);
         }
@@ -251,7 +330,7 @@ class Block {
     // Token t behind `history` rows of earlier inputs.
     template <class E>
     void convolve(const E* past, int64_t stride, int64_t t) const {
-        const float* taps = weights.get();
+        const float* taps = weights;
         const T* token = x(t);
         T* out = y(t);
         for_each_pair<even_odd>(channels, [=, taps_of_past = width - 1](int64_t c, auto part) {
@@ -268,7 +347,7 @@ class Block {
     // kTogether tokens from t on, with the same sums; Streams: past the caches.
     template <bool Streams>
     void convolve_together(int64_t t) const {
-        const float* taps = weights.get();
+        const float* taps = weights;
         const T *past = x(t - history), *token = x(t);
         T* out = y(t);
         for_each_pair<even_odd>(channels, [=, x_stride = p.x_token, y_stride = p.channels](int64_t c, auto part) {
@@ -319,34 +398,65 @@ class Block {
     }
 
     const CausalConv1d& p;
-    const int64_t width, history, first, channels;
+    const int64_t width, history, first, channels, in_x;
+    float* const weights;
+    S* const inputs;
     const bool streams;
-    Scratch<float> weights;  // [width, kChannels]
-    Scratch<S> inputs;       // [2 history, kChannels]: those of the slot, then tokens
 };
 
 template <int W, class T, class S>
-void causal_conv1d(const CausalConv1d& p) {
-    const int64_t blocks = (p.channels + kChannels - 1) / kChannels, ranges = (p.tokens + kTokens - 1) / kTokens;
+void prefill(const CausalConv1d& p) {
+    const Sections blocks(p);
+    const int64_t count = blocks.count(), ranges = (p.tokens + kTokens - 1) / kTokens;
 #pragma omp parallel if (worth_threads(p.tokens * p.channels * 8))
     {
+        const Workspace<S> own(p.width);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < ranges * blocks; ++task) {
-            const int64_t from = task / blocks * kTokens;
-            Block<W, T, S>(p, task % blocks).outputs(from, std::min(from + kTokens, p.tokens));
+        for (int64_t task = 0; task < ranges * count; ++task) {
+            const int64_t from = task / count * kTokens;
+            const Block<W, T, S> block(p, blocks[task % count], own);
+            block.load_weights();
+            block.outputs(from, std::min(from + kTokens, p.tokens));
         }
         _mm_sfence();  // what was streamed comes before what tells others that this is done
 #pragma omp for
-        for (int64_t task = 0; task < p.sequences * blocks; ++task) {
-            Block<W, T, S>(p, task % blocks).keep(task / blocks);
+        for (int64_t task = 0; task < p.sequences * count; ++task) {
+            Block<W, T, S>(p, blocks[task % count], own).keep(task / count);
         }
     }
+}
+
+// A decode or a verify.
+template <int W, class T, class S>
+void step(const CausalConv1d& p) {
+    const Sections blocks(p);
+    const int64_t count = blocks.count(), ranges = (p.sequences + kSequences - 1) / kSequences;
+#pragma omp parallel if (worth_threads(p.tokens * p.channels * 8))
+    {
+        const Workspace<S> own(p.width);
+#pragma omp for
+        for (int64_t task = 0; task < ranges * count; ++task) {
+            const Block<W, T, S> block(p, blocks[task % count], own);
+            block.load_weights();
+            const int64_t from = task / count * kSequences;
+            for (int64_t n = from; n < std::min(from + kSequences, p.sequences); ++n) block.step(n);
+        }
+        _mm_sfence();
+    }
+}
+
+template <int W, class T, class S>
+void causal_conv1d(const CausalConv1d& p) {
+    if (p.has_initial)
+        prefill<W, T, S>(p);
+    else
+        step<W, T, S>(p);
 }
 
 }  // namespace
 }  // namespace qnext
 
-extern "C" __attribute__((visibility("default"))) void qnext_causal_conv1d(const qnext::CausalConv1d* p) {
+void qnext_causal_conv1d(const qnext::CausalConv1d* p) {
     using namespace qnext;
     with_type(p->dtype, [&](auto token) {
         with_type(p->state_dtype, [&](auto state) {

@@ -9,33 +9,9 @@
 #include <vector>
 
 #include "delta_chunk.h"
+#include "delta_net.h"
 
 namespace qnext {
-
-struct DeltaRule {
-    const void *q, *k, *v;
-    void* out;  // [tokens, value heads, value dim], contiguous
-    int64_t dtype;
-    int64_t q_token, q_head, k_token, k_head, v_token, v_head;  // strides
-    Floats a, b;
-    int64_t a_token, b_token;
-    Floats A_log, dt_bias;
-    void* state;
-    int64_t state_dtype, state_slot;
-    Indices slots;
-    int64_t slot_columns;
-    Indices accepted;          // verify
-    Indices query_start_loc;   // none: one token a sequence
-    const bool* has_initial;   // prefill
-    Indices snapshot_slots, snapshot_lengths;
-    void* steps;  // verify into a step pool
-    int64_t steps_dtype, steps_row, steps_step;
-    Indices step_rows;
-    int64_t sequences, key_heads, value_heads, key_dim, value_dim;
-    int64_t every_token;  // verify: the state behind each token is kept
-    int64_t recurrent;    // prefill: token by token
-};
-
 namespace {
 
 constexpr int kTile = kBlockTokens; // tokens whose keys and queries lie in the cache together; divides kChunk
@@ -468,7 +444,7 @@ void delta_rule(const DeltaRule& p) {
 }  // namespace
 }  // namespace qnext
 
-extern "C" __attribute__((visibility("default"))) void qnext_gated_delta_rule(const qnext::DeltaRule* p) {
+void qnext_gated_delta_rule(const qnext::DeltaRule* p) {
     using namespace qnext;
     with_type(p->dtype, [&](auto token) {
         with_type(p->state_dtype, [&](auto state) {

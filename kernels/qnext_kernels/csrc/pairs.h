@@ -65,6 +65,39 @@ Pair load_pair(const T* p) {
     return {load_half(p, 0), load_half(p, 1)};
 }
 
+// The columns of [kPair, 4], the rows in the order of a Pair's elements.
+inline void load_columns(const bfloat16* from, Pair (&columns)[4]) {
+#if defined(__AVX512F__)
+    // Of 16 rows in two vectors: their column 0, then their column 1.
+    alignas(64) static constexpr uint16_t order[kPair] = {0, 4, 8,  12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60,
+                                                          1, 5, 9,  13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61};
+    const __m512i odd = _mm512_set1_epi32(int(0xffff0000)), first = _mm512_load_si512(order);
+    __m512i x[4];
+    for (int i = 0; i < 4; ++i) x[i] = _mm512_loadu_si512(from + i * kPair);
+    for (int c = 0; c < 4; c += 2) {
+        const __m512i two = _mm512_add_epi16(first, _mm512_set1_epi16(short(c)));
+        const __m512i low = _mm512_permutex2var_epi16(x[0], two, x[1]), high = _mm512_permutex2var_epi16(x[2], two, x[3]);
+        const __m512i column[] = {_mm512_shuffle_i64x2(low, high, 0x44), _mm512_shuffle_i64x2(low, high, 0xee)};
+        for (int i = 0; i < 2; ++i) {
+            columns[c + i].first.v = _mm512_castsi512_ps(_mm512_slli_epi32(column[i], 16));
+            columns[c + i].second.v = _mm512_castsi512_ps(_mm512_and_si512(column[i], odd));
+        }
+    }
+#else
+    // Two columns of an even row, or of an odd one, are 32 bits.
+    const __m256i rows = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28), odd = _mm256_set1_epi32(int(0xffff0000));
+    for (int half = 0; half < 2; ++half) {
+        for (int c = 0; c < 4; c += 2) {
+            const __m256i two = _mm256_i32gather_epi32(reinterpret_cast<const int*>(from) + half * 2 + c / 2, rows, 4);
+            Vec& low = half ? columns[c].second : columns[c].first;
+            Vec& high = half ? columns[c + 1].second : columns[c + 1].first;
+            low.v = _mm256_castsi256_ps(_mm256_slli_epi32(two, 16));
+            high.v = _mm256_castsi256_ps(_mm256_and_si256(two, odd));
+        }
+    }
+#endif
+}
+
 // Of a row of `size` elements, zeros behind its end.
 template <class T>
 Pair load_pair(const T* row, int64_t i, int64_t size) {

@@ -15,7 +15,7 @@ from qnext_kernels.rows import floats, indices, packed_function
 _NONE = (0, 0)
 """Fields of ``Indices`` that are none."""
 _NO_STEPS = (0,) * 6
-"""The fields from ``steps`` to ``step_rows`` of ``DeltaRule`` in the C++ file."""
+"""The fields from ``steps`` to ``step_rows`` of ``DeltaRule`` in ``csrc/delta_net.h``."""
 _DECODE = (*_NONE, *_NONE, 0, *_NONE, *_NONE, *_NO_STEPS)
 """Those from ``accepted`` to ``step_rows`` of one token a sequence."""
 
