@@ -54,10 +54,7 @@ void gated_rms_norm(const GatedRmsNorm& p) {
         const Z* z = p.z.row<Z>(outer, inner);
         const W* weight = static_cast<const W*>(p.weight);
         T* out = static_cast<T*>(p.out) + (outer * p.inner + inner) * p.width;
-        const Vec scale = Vec::fill(inverse_rms(x, p.width, float(p.eps)));
-        for_vectors(p.width, [&](int64_t i, auto part) {
-            store(load(x + i, part) * scale * load(weight + i, part) * silu(load(z + i, part)), out + i, part);
-        });
+        gated_rms_norm_row(x, z, weight, p.width, float(p.eps), out);
     });
 }
 

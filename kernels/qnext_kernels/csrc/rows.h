@@ -85,4 +85,13 @@ float inverse_rms(const T* x, int64_t width, float eps) {
     return 1.0f / std::sqrt(total / float(width) + eps);
 }
 
+// x / √(mean(x²) + eps) · weight · SiLU(z); `out` may be x.
+template <class T, class Z, class W>
+void gated_rms_norm_row(const T* x, const Z* z, const W* weight, int64_t width, float eps, T* out) {
+    const Vec scale = Vec::fill(inverse_rms(x, width, eps));
+    for_vectors(width, [&](int64_t i, auto part) {
+        store(load(x + i, part) * scale * load(weight + i, part) * silu(load(z + i, part)), out + i, part);
+    });
+}
+
 }  // namespace qnext

@@ -2,9 +2,9 @@
 
     q, k, v ← causal_conv1d(q, k, v)      o ← gated_delta_rule(q, k, v, a, b)      out = gated_rms_norm(o, z)
 
-Where Triton serves all three, a decode and a verify run as one kernel, which reads what the projections wrote where it
-lies; otherwise, and in a prefill, they are called one after the other. Either way what one of them leaves to the next
-is rounded to the dtype of ``qkvz``.
+Where Triton or C++ serves all three, a decode and a verify run as one kernel, which reads what the projections wrote
+where it lies; otherwise, and in a prefill, they are called one after the other. Either way what one of them leaves to
+the next is rounded to the dtype of ``qkvz``.
 
 Common arguments:
 
@@ -22,10 +22,13 @@ The pools are those of ``causal_conv1d`` and ``gated_delta_rule``, whose promise
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from qnext_kernels import causal_conv1d, gated_delta_rule, gated_norm
-from qnext_kernels.gated_delta_net.checks import check_decode, check_prefill, check_verify
+from qnext_kernels.gated_delta_net import native
+from qnext_kernels.gated_delta_net.checks import Steps, check_decode, check_prefill, check_verify
 from qnext_kernels.gated_delta_net.split import split_convolved, split_projections
 
 __all__ = ["gated_delta_net_decode", "gated_delta_net_prefill", "gated_delta_net_verify"]
@@ -59,15 +62,13 @@ def gated_delta_net_decode(
     """
     layer = (conv_weight, A_log, dt_bias, norm_weight)
     check_decode(qkvz, ba, *layer, conv_state, state, slots)
-    if _one_kernel(qkvz, state):
-        from qnext_kernels.gated_delta_net.triton_fused import run_fused
-
-        return run_fused(qkvz, ba, *layer, eps, conv_state, state, slots[:, None])
+    if (run := _one_kernel(qkvz, ba, layer, conv_state, state)) is not None:
+        return run(qkvz, ba, *layer, eps, conv_state, state, slots[:, None])
     mixed_qkv, z, b, a = split_projections(qkvz, ba, state)
-    convolved = causal_conv1d.causal_conv1d_decode(mixed_qkv, conv_weight, conv_state, slots)
-    tokens = *split_convolved(convolved, state), a, b
-    out = gated_delta_rule.gated_delta_rule_decode(*tokens, A_log, dt_bias, state, slots)
-    return gated_norm.gated_rms_norm(out, z, norm_weight, eps).flatten(1)
+    convolution = causal_conv1d.operation.select(mixed_qkv.device, mixed_qkv.dtype)
+    q, k, v = split_convolved(convolution.decode(mixed_qkv, conv_weight, conv_state, slots), state)
+    rule = gated_delta_rule.select_backend("decode", q, v, a, state)
+    return _normed(rule.decode(q, k, v, a, b, A_log, dt_bias, state, slots), z, norm_weight, eps)
 
 
 def gated_delta_net_prefill(
@@ -101,13 +102,15 @@ def gated_delta_net_prefill(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
     """
-    where = (slots, query_start_loc, has_initial_state, snapshot_slots, snapshot_lengths)
-    check_prefill(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state, *where)
+    layer, where = (conv_weight, A_log, dt_bias, norm_weight), (slots, query_start_loc, has_initial_state)
+    snapshots = check_prefill(qkvz, ba, *layer, conv_state, state, *where, snapshot_slots, snapshot_lengths)
     mixed_qkv, z, b, a = split_projections(qkvz, ba, state)
-    convolved = causal_conv1d.causal_conv1d_prefill(mixed_qkv, conv_weight, conv_state, *where)
-    tokens = *split_convolved(convolved, state), a, b
-    out = gated_delta_rule.gated_delta_rule_prefill(*tokens, A_log, dt_bias, state, *where)
-    return gated_norm.gated_rms_norm(out, z, norm_weight, eps).flatten(1)
+    convolution = causal_conv1d.operation.select(mixed_qkv.device, mixed_qkv.dtype)
+    convolved = convolution.prefill(mixed_qkv, conv_weight, conv_state, *where, snapshots)
+    q, k, v = split_convolved(convolved, state)
+    features = () if snapshots is None else ("snapshots",)
+    rule = gated_delta_rule.select_backend("prefill", q, v, a, state, features)
+    return _normed(rule.prefill(q, k, v, a, b, A_log, dt_bias, state, *where, snapshots), z, norm_weight, eps)
 
 
 def gated_delta_net_verify(
@@ -151,23 +154,37 @@ def gated_delta_net_verify(
     layer, offsets = (conv_weight, A_log, dt_bias, norm_weight), (query_start_loc, num_accepted_tokens)
     pools = (conv_step_state, step_state, step_rows)
     steps = check_verify(qkvz, ba, *layer, conv_state, state, slots, *offsets, pools)
-    if _one_kernel(qkvz, state):
-        from qnext_kernels.gated_delta_net.triton_fused import run_fused
-
-        return run_fused(qkvz, ba, *layer, eps, conv_state, state, slots, *offsets, steps)
+    if (run := _one_kernel(qkvz, ba, layer, conv_state, state, steps)) is not None:
+        return run(qkvz, ba, *layer, eps, conv_state, state, slots, *offsets, steps)
+    conv_steps, rule_steps = (None, None) if steps is None else ((steps[0], steps[2]), steps[1:])
     mixed_qkv, z, b, a = split_projections(qkvz, ba, state)
-    where = (slots[:, 0], *offsets, conv_step_state, step_rows)
-    convolved = causal_conv1d.causal_conv1d_verify(mixed_qkv, conv_weight, conv_state, *where)
-    tokens = *split_convolved(convolved, state), a, b
-    where = (slots, *offsets, step_state, step_rows)
-    out = gated_delta_rule.gated_delta_rule_verify(*tokens, A_log, dt_bias, state, *where)
-    return gated_norm.gated_rms_norm(out, z, norm_weight, eps).flatten(1)
+    convolution = causal_conv1d.operation.select(mixed_qkv.device, mixed_qkv.dtype)
+    convolved = convolution.verify(mixed_qkv, conv_weight, conv_state, slots[:, 0], *offsets, conv_steps)
+    q, k, v = split_convolved(convolved, state)
+    rule = gated_delta_rule.select_backend("verify", q, v, a, state, () if steps is None else ("step pool",))
+    out = rule.verify(q, k, v, a, b, A_log, dt_bias, state, slots, *offsets, rule_steps)
+    return _normed(out, z, norm_weight, eps)
 
 
-def _one_kernel(qkvz: Tensor, state: Tensor) -> bool:
-    """Whether Triton serves all three operations, and one kernel these dimensions."""
-    if any(part.select(qkvz.device, qkvz.dtype).name != "triton" for part in PARTS):
-        return False
-    from qnext_kernels.gated_delta_net.triton_fused import fits
+def _normed(out: Tensor, z: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+    norm = gated_norm.operation.select(out.device, out.dtype)
+    return norm.gated_rms_norm(out, z, norm_weight, eps).flatten(1)
 
-    return fits(key_dim=state.shape[3], value_dim=state.shape[2])
+
+def _one_kernel(
+    qkvz: Tensor,
+    ba: Tensor,
+    layer: tuple[Tensor, ...],
+    conv_state: Tensor,
+    state: Tensor,
+    steps: Steps | None = None,
+) -> Callable[..., Tensor] | None:
+    """What runs all three operations at once, where one backend serves them and has a kernel for these tensors."""
+    serving = {part.select(qkvz.device, qkvz.dtype).name for part in PARTS}
+    if serving == {"native"}:
+        return native.run_native if native.reads(ba, layer, conv_state, state, steps) else None
+    if serving == {"triton"}:
+        from qnext_kernels.gated_delta_net.triton_fused import fits, run_fused
+
+        return run_fused if fits(key_dim=state.shape[3], value_dim=state.shape[2]) else None
+    return None

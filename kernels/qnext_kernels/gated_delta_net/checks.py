@@ -15,6 +15,7 @@ from qnext_kernels.checks import (
     expect_snapshots,
     longest_sequence,
 )
+from qnext_kernels.gated_delta_rule import CHUNK_SIZE, refuse_rounded_state
 
 Steps = tuple[Tensor, Tensor, Tensor]
 """The step pools of the convolution and of the rule, and their rows."""
@@ -51,8 +52,8 @@ def check_prefill(
     has_initial_state: Tensor,
     snapshot_slots: Tensor | None,
     snapshot_lengths: Tensor | None,
-) -> None:
-    """Raise unless the arguments of a prefill fit."""
+) -> tuple[Tensor, Tensor] | None:
+    """Raise unless the arguments of a prefill fit; return the snapshots, slots and lengths, None where there are none."""
     _check_layer(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state)
     num_sequences = expect_query_start_loc(query_start_loc, qkvz.shape[0])
     expect_shape("slots", slots, (num_sequences,))
@@ -62,7 +63,8 @@ def check_prefill(
     expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
     snapshots = expect_both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
     if snapshots is not None:
-        expect_snapshots(*snapshots, query_start_loc, num_slots)
+        expect_snapshots(*snapshots, query_start_loc, num_slots, multiple_of=CHUNK_SIZE)
+    return snapshots
 
 
 def check_verify(
@@ -137,6 +139,7 @@ def _check_layer(
     }
     for name, tensor in floats.items():
         expect_floating(name, tensor)
+    refuse_rounded_state(state)
 
 
 def _check_steps(

@@ -26,6 +26,8 @@ Common arguments:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -108,8 +110,7 @@ def gated_delta_rule_prefill(
     snapshots = expect_both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
     if snapshots is not None:
         expect_snapshots(*snapshots, query_start_loc, state.shape[0], multiple_of=CHUNK_SIZE)
-    call = _call("prefill", q, v, a, state, () if snapshots is None else ("snapshots",))
-    backend = operation.select(v.device, v.dtype, call)
+    backend = select_backend("prefill", q, v, a, state, () if snapshots is None else ("snapshots",))
     return backend.prefill(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, has_initial_state, snapshots)
 
 
@@ -172,8 +173,7 @@ def gated_delta_rule_verify(
             f"query_start_loc: expected at most {most} tokens a sequence (one a {place}), "
             f"got {query_start_loc.tolist()}"
         )
-    call = _call("verify", q, v, a, state, () if steps is None else ("step pool",))
-    backend = operation.select(v.device, v.dtype, call)
+    backend = select_backend("verify", q, v, a, state, () if steps is None else ("step pool",))
     return backend.verify(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, num_accepted_tokens, steps)
 
 
@@ -203,17 +203,24 @@ def gated_delta_rule_decode(
     _check(q, k, v, a, b, A_log, dt_bias, state, None)
     expect_shape("slots", slots, (v.shape[0],))
     expect_indices("slots", slots, -1, state.shape[0])
-    backend = operation.select(v.device, v.dtype, _call("decode", q, v, a, state))
+    backend = select_backend("decode", q, v, a, state)
     return backend.decode(q, k, v, a, b, A_log, dt_bias, state, slots)
 
 
-def _call(method: str, q: Tensor, v: Tensor, a: Tensor, state: Tensor, features: tuple[str, ...] = ()) -> Call | None:
-    """Shape: key heads, value heads, key dim, value dim; dtypes: those of states and of a."""
+def select_backend(method: str, q: Tensor, v: Tensor, a: Tensor, state: Tensor, features: tuple[str, ...] = ()) -> Any:
+    """The backend for a call of ``method`` whose arguments have been checked."""
     if v.is_cpu:
-        return None
+        return operation.select(v.device, v.dtype)
     num_tokens, num_value_heads, value_dim = v.shape
+    # Key heads, value heads, key dim, value dim; dtypes of states and of a.
     shape = (q.shape[1], num_value_heads, q.shape[2], value_dim)
-    return Call(method, num_tokens, shape, (state.dtype, a.dtype), features)
+    return operation.select(v.device, v.dtype, Call(method, num_tokens, shape, (state.dtype, a.dtype), features))
+
+
+def refuse_rounded_state(state: Tensor) -> None:
+    """Raise BackendError in the deterministic mode where states are rounded."""
+    if state.dtype != torch.float32:
+        refuse_if_deterministic("gated_delta_rule", f"a state in {state.dtype}, rounded wherever a call ends,")
 
 
 def _check(
@@ -244,6 +251,5 @@ def _check(
         expect_dtype(name, tensor, (v.dtype,))
     expect_shape("state", state, (None, num_value_heads, value_dim, q.shape[2]))
     expect_floating("state", state)
-    if state.dtype != torch.float32:
-        refuse_if_deterministic("gated_delta_rule", f"a state in {state.dtype}, rounded wherever a call ends,")
+    refuse_rounded_state(state)
     return num_tokens if query_start_loc is None else expect_query_start_loc(query_start_loc, num_tokens)

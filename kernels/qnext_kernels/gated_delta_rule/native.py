@@ -44,7 +44,7 @@ class GatedDeltaRuleNative(NativeBackend, CpuBackend):
         has_initial: Tensor,
         snapshots: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if not (_reads_pool(state) and _reads(a, b, A_log, dt_bias)):
+        if not (reads_pool(state) and _reads(a, b, A_log, dt_bias)):
             return super().prefill(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, has_initial, snapshots)
         has_initial, query_start_loc = has_initial.contiguous(), query_start_loc.contiguous()
         slot_fields = length_fields = _NONE
@@ -71,7 +71,7 @@ class GatedDeltaRuleNative(NativeBackend, CpuBackend):
         steps: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         pool, rows = steps if steps is not None else (None, None)
-        if not (_reads_pool(state) and _reads(a, b, A_log, dt_bias) and (pool is None or _reads_steps(pool))):
+        if not (reads_pool(state) and _reads(a, b, A_log, dt_bias) and (pool is None or reads_steps(pool))):
             return super().verify(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, accepted, steps)
         accepted, query_start_loc = accepted.contiguous(), query_start_loc.contiguous()
         step_fields: tuple[int, ...] = _NO_STEPS
@@ -93,7 +93,7 @@ class GatedDeltaRuleNative(NativeBackend, CpuBackend):
         state: Tensor,
         slots: Tensor,
     ) -> Tensor:
-        if not (_reads_pool(state) and _reads(a, b, A_log, dt_bias)):
+        if not (reads_pool(state) and _reads(a, b, A_log, dt_bias)):
             return super().decode(q, k, v, a, b, A_log, dt_bias, state, slots)
         return _run((q, k, v, a, b, A_log, dt_bias), state, slots, _DECODE)
 
@@ -102,13 +102,15 @@ def _reads(*tensors: Tensor) -> bool:
     return all(tensor.dtype in DTYPES for tensor in tensors)
 
 
-def _reads_pool(state: Tensor) -> bool:
+def reads_pool(state: Tensor) -> bool:
+    """Whether the kernel reads a pool [slots, HV, V, K] of this dtype and these strides."""
     _, value_dim, key_dim = state.shape[1:]
     return state.dtype in DTYPES and state.stride()[1:] == (value_dim * key_dim, key_dim, 1)
 
 
-def _reads_steps(pool: Tensor) -> bool:
-    return _reads_pool(pool[:, 0]) if pool.shape[1] else False
+def reads_steps(pool: Tensor) -> bool:
+    """The same of a step pool [rows, steps, HV, V, K]."""
+    return reads_pool(pool[:, 0]) if pool.shape[1] else False
 
 
 def _run(
