@@ -66,7 +66,7 @@ def other_instruction_sets() -> list[str]:
 def test_kernels_of_another_instruction_set_pass_their_tests(isa: str) -> None:
     here = Path(__file__).parent
     names = ("linear", "moe", "gated_norm", "rms_norm", "gated_attention", "causal_conv1d", "gated_delta_rule")
-    files = [str(here / f"test_{name}.py") for name in (*names, "paged_attention")]
+    files = [str(here / f"test_{name}.py") for name in (*names, "gated_delta_net", "paged_attention")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native", "-p", "no:cacheprovider", *files],
         env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"QNEXT_ISA": isa},
