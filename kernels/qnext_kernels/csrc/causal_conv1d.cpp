@@ -109,6 +109,10 @@ inline To converted(From from) {
     }
 }
 
+// An element as a number: a compiler makes no vectors of a structure.
+inline float& plain(float& x) { return x; }
+inline uint16_t& plain(bfloat16& x) { return x.bits; }
+
 // `count` elements, rounded as by torch.
 template <class From, class To>
 void copy(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t count) {
@@ -280,14 +284,14 @@ class Block {
         const int64_t t = begin(n);
         for (int64_t c = 0; c < channels; ++c) {
 #pragma GCC unroll 8
-            for (int w = 0; w < W - 1; ++w) inputs[w * kChannels + c] = place[c * (W - 1) + w];
+            for (int w = 0; w < W - 1; ++w) plain(inputs[w * kChannels + c]) = plain(place[c * (W - 1) + w]);
         }
         convolve(inputs, kChannels, t);
         S* const kept = inputs + kChannels;
         copy(x(t), 1, kept + (W - 2) * kChannels, 1, channels);
         for (int64_t c = 0; c < channels; ++c) {
 #pragma GCC unroll 8
-            for (int w = 0; w < W - 1; ++w) place[c * (W - 1) + w] = kept[w * kChannels + c];
+            for (int w = 0; w < W - 1; ++w) plain(place[c * (W - 1) + w]) = plain(kept[w * kChannels + c]);
         }
     }
 
