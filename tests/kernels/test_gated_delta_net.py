@@ -195,11 +195,10 @@ def test_one_native_call_has_the_bits_of_its_operations(
     ours, theirs = map(Pools._make, zip(*filled(*pools), strict=True))
     our_steps, their_steps = zip(*filled(*steps), strict=True)
     for with_steps in (False, True):
-        args = [run.qkvz, run.ba, *layer, EPS, *ours, *where]
+        our_added, their_added = ((*our_steps, rows), (*their_steps, rows)) if with_steps else ((), ())
         with force_backend("native"):
-            out = gated_delta_net_verify(*args, *((*our_steps, rows) if with_steps else ()))
-            added = (*their_steps, rows) if with_steps else ()
-            expected = verify_by_operations(run.qkvz, run.ba, layer, theirs, where, added, shape)
+            out = gated_delta_net_verify(run.qkvz, run.ba, *layer, EPS, *ours, *where, *our_added)
+            expected = verify_by_operations(run.qkvz, run.ba, layer, theirs, where, their_added, shape)
         for actual, want in zip((out, *ours, *our_steps), (expected, *theirs, *their_steps), strict=True):
             assert same_bits(actual, want)
 

@@ -53,7 +53,7 @@ def check_prefill(
     snapshot_slots: Tensor | None,
     snapshot_lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Raise unless the arguments of a prefill fit; return the snapshots, slots and lengths, None where there are none."""
+    """Raise unless the arguments of a prefill fit; return slots and lengths of snapshots, None where there are none."""
     _check_layer(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state)
     num_sequences = expect_query_start_loc(query_start_loc, qkvz.shape[0])
     expect_shape("slots", slots, (num_sequences,))
