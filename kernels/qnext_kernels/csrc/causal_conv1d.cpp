@@ -173,7 +173,7 @@ class Block {
     Block(const CausalConv1d& p, Section section, const Workspace<S>& own)
         : p(p), width(W ? W : p.width), history(width - 1), first(section.first), channels(section.channels),
           in_x(section.in_x), weights(own.weights.get()), inputs(own.inputs.get()),
-          streams(p.tokens * p.channels * int64_t(sizeof(T)) > kKept && p.channels % kPair == 0 &&
+          streams(p.tokens * p.channels * int64_t(sizeof(T)) > kKept && (p.channels | first | channels) % kPair == 0 &&
                   reinterpret_cast<uintptr_t>(p.y) % (kPair * sizeof(T)) == 0) {}
 
     // Before outputs.
