@@ -44,6 +44,14 @@ def expect_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> No
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
 
 
+def expect_destination(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise unless ``tensor``, which a result is written to, is contiguous and of this shape and dtype."""
+    expect_shape(name, tensor, shape)
+    expect_dtype(name, tensor, (dtype,))
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
+
+
 def expect_indices(name: str, indices: Tensor, low: int, high: int) -> None:
     """Raise unless ``indices`` are int32 or int64 within [low, high)."""
     expect_dtype(name, indices, INTEGERS)

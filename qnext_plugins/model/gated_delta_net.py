@@ -88,7 +88,13 @@ class CoreWeights(NamedTuple):
 
 
 def gated_delta_net_core(
-    qkvz: Tensor, ba: Tensor, weights: CoreWeights, eps: float, pools: StatePools, batch: RecurrentBatch
+    qkvz: Tensor,
+    ba: Tensor,
+    weights: CoreWeights,
+    eps: float,
+    pools: StatePools,
+    batch: RecurrentBatch,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Convolution, gated delta rule and gated output norm of one layer over a mixed batch.
 
@@ -99,38 +105,56 @@ def gated_delta_net_core(
         weights: of this layer.
         eps: of the output norm.
         pools: of this layer, written in place.
-        batch: the segments; rows of no segment are zero in the result.
+        batch: the segments, which share no row; rows of no segment are zero in the result.
+        out: [T, HV·V] in the dtype of ``qkvz``, contiguous, where the result is written; overlaps nothing else.
 
     Returns:
-        [T, HV·V] in the dtype of ``qkvz``.
+        [T, HV·V] in the dtype of ``qkvz``; ``out`` where it is given.
     """
-    _, value_heads, value_dim, key_dim = pools.recurrent.shape
+    num_tokens, (value_heads, value_dim, key_dim) = len(qkvz), pools.recurrent.shape[1:]
     key_heads = (qkvz.shape[1] - 2 * value_heads * value_dim) // (2 * key_dim)
-    qkvz, ba = qkvz.unflatten(1, (key_heads, -1)), ba.unflatten(1, (key_heads, -1))
-    layer = (*weights, eps, pools.conv, pools.recurrent)
-    parts: list[tuple[TokenIndex, Tensor]] = []
-    if (verify := batch.verify) is not None:
-        where = (verify.slots, verify.query_start_loc, verify.num_accepted_tokens)
-        rows = verify.step_rows
-        steps = (None, None, None) if rows is None else (pools.conv_steps, pools.recurrent_steps, rows)
-        out = gated_delta_net_verify(qkvz[verify.tokens], ba[verify.tokens], *layer, *where, *steps)
-        parts.append((verify.tokens, out))
-    if (decode := batch.decode) is not None:
-        out = gated_delta_net_decode(qkvz[decode.tokens], ba[decode.tokens], *layer, decode.slots)
-        parts.append((decode.tokens, out))
-    if (prefill := batch.prefill) is not None:
-        assert prefill.query_start_loc is not None
-        assert prefill.has_initial_state is not None
-        where = (prefill.slots, prefill.query_start_loc, prefill.has_initial_state)
-        snapshots = (prefill.snapshot_slots, prefill.snapshot_lengths)
-        out = gated_delta_net_prefill(qkvz[prefill.tokens], ba[prefill.tokens], *layer, *where, *snapshots)
-        parts.append((prefill.tokens, out))
-    if len(parts) == 1 and isinstance(tokens := parts[0][0], slice) and tokens == slice(0, len(qkvz)):
-        return parts[0][1]  # as mostly
-    result = qkvz.new_zeros(len(qkvz), value_heads * value_dim)
-    for tokens, out in parts:
-        result[tokens] = out
-    return result
+    projections = qkvz.unflatten(1, (key_heads, -1)), ba.unflatten(1, (key_heads, -1))
+    segments = [segment for segment in (batch.verify, batch.decode, batch.prefill) if segment is not None]
+    covered = sum(_count(segment.tokens, num_tokens) for segment in segments)
+    if out is None:
+        if len(segments) == 1 and isinstance(segments[0].tokens, slice) and covered == num_tokens:
+            return _run(segments[0], projections, weights, eps, pools)  # as mostly
+        out = qkvz.new_empty(num_tokens, value_heads * value_dim)
+    if covered < num_tokens:
+        out.zero_()
+    for segment in segments:
+        if isinstance(segment.tokens, slice):
+            _run(segment, projections, weights, eps, pools, out[segment.tokens])
+        else:
+            out[segment.tokens] = _run(segment, projections, weights, eps, pools)
+    return out
+
+
+def _count(tokens: TokenIndex, num_tokens: int) -> int:
+    """How many of ``num_tokens`` these are."""
+    return len(range(*tokens.indices(num_tokens))) if isinstance(tokens, slice) else len(tokens)
+
+
+def _run(
+    segment: Segment | VerifySegment,
+    projections: tuple[Tensor, Tensor],
+    weights: CoreWeights,
+    eps: float,
+    pools: StatePools,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Run one segment; ``projections`` are those of the whole batch, ``out`` is for the segment alone."""
+    qkvz, ba = (projection[segment.tokens] for projection in projections)
+    layer = (qkvz, ba, *weights, eps, pools.conv, pools.recurrent, segment.slots)
+    if isinstance(segment, VerifySegment):
+        where, rows = (segment.query_start_loc, segment.num_accepted_tokens), segment.step_rows
+        conv_steps, steps = (None, None) if rows is None else (pools.conv_steps, pools.recurrent_steps)
+        return gated_delta_net_verify(*layer, *where, conv_steps, steps, rows, out)
+    if segment.query_start_loc is None:
+        return gated_delta_net_decode(*layer, out)
+    assert segment.has_initial_state is not None
+    starts, snapshots = segment.query_start_loc, (segment.snapshot_slots, segment.snapshot_lengths)
+    return gated_delta_net_prefill(*layer, starts, segment.has_initial_state, *snapshots, out)
 
 
 class GatedDeltaNet(nn.Module):

@@ -1,8 +1,9 @@
-"""Decode and verify of a Gated DeltaNet layer, where its operations are called one after the other."""
+"""Decode, verify and prefill of a Gated DeltaNet layer, where its operations are called one after the other."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -151,6 +152,31 @@ def test_decode_is_the_operations_one_after_the_other(backend: str) -> None:
 
 
 @every_backend
+@pytest.mark.parametrize("call", ["decode", "prefill", "verify"])
+def test_a_destination_gets_the_result_and_nothing_around_it_is_written(backend: str, call: str) -> None:
+    layer = random_layer(SHAPE)
+    lengths = [1] * 3 if call == "decode" else [1, 3, COLUMNS]
+    qkvz, ba = join(random_runs(SHAPE, lengths, *DTYPES))
+    slots, starts = distinct_slots(3 * COLUMNS, 15).view(3, COLUMNS), start_offsets(lengths)
+    functions: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+        "decode": (gated_delta_net_decode, (slots[:, 0],)),
+        "prefill": (gated_delta_net_prefill, (slots[:, 0], starts, torch.tensor([True, False, True]))),
+        "verify": (gated_delta_net_verify, (slots, starts, torch.tensor([1, COLUMNS, 2]))),
+    }
+    function, where = functions[call]
+    before = empty_pools(SHAPE, 15, COLUMNS - 1, DTYPES[1:])
+    for pool in before:
+        pool.normal_()
+    whole = torch.full((len(qkvz) + 3, SHAPE.value_heads * SHAPE.value_dim), math.nan, dtype=DTYPES[0])
+    out = whole[2:-1]
+    with force_backend(backend):
+        expected = function(qkvz, ba, *layer, EPS, *(pool.clone() for pool in before), *where)
+        assert function(qkvz, ba, *layer, EPS, *(pool.clone() for pool in before), *where, out=out) is out
+    assert same_bits(out, expected)
+    assert whole[[0, 1, -1]].isnan().all()
+
+
+@every_backend
 def test_verify_equals_repeated_decode(backend: str) -> None:
     layer, runs = random_layer(SHAPE), random_runs(SHAPE, [1, 2, COLUMNS], *DTYPES)
     with force_backend(backend):
@@ -283,6 +309,9 @@ BAD = [
     Bad("state", "of one slot", lambda x: x[0], ValueError),
     Bad("slots", "behind the last", lambda x: x + 15, IndexError),
     Bad("slots", "floats", lambda x: x.float(), TypeError),
+    Bad("out", "of fewer tokens", lambda x: x[1:], ValueError),
+    Bad("out", "of another dtype", lambda x: x.double(), TypeError),
+    Bad("out", "columns of a wider one", lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]], ValueError),
 ]
 BAD_VERIFY = [
     Bad("slots", "one dimension", lambda x: x[:, 0], ValueError),
@@ -318,6 +347,7 @@ def test_bad_input_is_refused_by_name_and_nothing_is_written(call: str, bad: Bad
         conv_steps, steps = empty_steps(SHAPE, 4, DTYPES[1:])
         if bad in BAD_STEPS:
             arguments |= {"conv_step_state": conv_steps, "step_state": steps, "step_rows": torch.tensor([1, 0])}
+    arguments["out"] = torch.empty(len(qkvz), SHAPE.value_heads * SHAPE.value_dim, dtype=qkvz.dtype)
     arguments[bad.argument] = bad.change(arguments[bad.argument])
     function = gated_delta_net_verify if call == "verify" else gated_delta_net_decode
     with pytest.raises(bad.error, match=f"^{bad.argument}: expected"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -63,6 +64,19 @@ def test_strided_views_have_the_bits_of_contiguous_rows(backend: str, dtype: tor
             assert same_bits(ours, gated_rms_norm(a.contiguous(), b.contiguous(), weight[: a.shape[-1]], EPS))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", NATIVE_BACKENDS)
+def test_a_destination_gets_the_bits_of_the_result_and_may_be_the_input(backend: str, dtype: torch.dtype) -> None:
+    x, z, weight = torch.randn(5, 4, 33, dtype=dtype), torch.randn(5, 4, 40, dtype=dtype)[..., 3:36], torch.randn(33)
+    whole = torch.full((9, 4, 33), math.nan, dtype=dtype)
+    with force_backend(backend):
+        expected = gated_rms_norm(x, z, weight, EPS)
+        for out in (whole[2:7], x):
+            assert gated_rms_norm(x, z, weight, EPS, out) is out
+            assert same_bits(out, expected)
+    assert whole[[0, 1, 7, 8]].isnan().all()
+
+
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("heads", "width"), [(3, 20), (3, 33), (16, 128)])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,10 +101,14 @@ def test_a_row_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype, he
         Bad("z", "integers", lambda x: x.long(), TypeError),
         Bad("weight", "another width", lambda x: x[:-1], ValueError),
         Bad("weight", "integers", lambda x: x.long(), TypeError),
+        Bad("out", "of fewer rows", lambda x: x[:1], ValueError),
+        Bad("out", "of another dtype", lambda x: x.double(), TypeError),
+        Bad("out", "columns", lambda x: x.t().contiguous().t(), ValueError),
     ],
     ids=str,
 )
 def test_bad_input_is_refused_by_name(bad: Bad) -> None:
     given: dict[str, Any] = {"x": torch.ones(2, 8), "weight": torch.ones(8), "z": torch.ones(2, 8)}
+    given["out"] = torch.ones(2, 8)
     with pytest.raises(bad.error, match=f"^{bad.argument}:"):
         gated_rms_norm(**(given | {bad.argument: bad.change(given[bad.argument])}), eps=EPS)

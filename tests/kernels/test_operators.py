@@ -25,7 +25,7 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     return {
         "rms_norm": (rows[0], weight[:33], EPS),
         "add_rms_norm": (rows[0], rows[1], weight[:33], EPS),
-        "gated_rms_norm": (heads[0], heads[1], weight[:16], EPS),
+        "gated_rms_norm": (heads[0], heads[1], weight[:16], EPS, torch.empty(heads[0].shape, dtype=dtype)),
         "qk_norm_rope_gate": (qkv, *rotary, HEADS, KV_HEADS, EPS),
         "sigmoid_gate": (rows[0], rows[1][:, :1]),
         "topk_softmax": (rows[0], 3, True),

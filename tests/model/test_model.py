@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -164,5 +165,9 @@ def test_core_gives_each_segment_of_a_mixed_batch_what_it_gets_alone() -> None:
         assert torch.equal(mixed[1][slots], batch[1][slots])
         assert torch.equal(mixed[2][slots], batch[2][slots])
     assert not mixed[0][[3, 9, 10, 13]].any()
+    out, pools = torch.full_like(mixed[0], math.nan), StatePools(conv_state.clone(), state.clone())
+    batch = RecurrentBatch(decode=decode, prefill=prefill, verify=verify)
+    assert gated_delta_net_core(*inputs, weights, 1e-6, pools, batch, out) is out
+    assert torch.equal(out, mixed[0])
     for pool, before in zip(mixed[1:], (conv_state, state), strict=True):
         assert torch.equal(pool[9:], before[9:])

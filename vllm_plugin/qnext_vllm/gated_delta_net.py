@@ -123,12 +123,12 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
         torch.ops.qnext.vllm_gated_delta_net(qkvz, ba, *weights, out, self.prefix)
         return out
 
-    def run(self, batch: RecurrentBatch, qkvz: Tensor, ba: Tensor, weights: CoreWeights) -> Tensor:
-        """Run this batch on this layer's slots."""
+    def run(self, batch: RecurrentBatch, qkvz: Tensor, ba: Tensor, weights: CoreWeights, out: Tensor) -> None:
+        """Run this batch on this layer's slots; ``out`` [T, HV · V] is written."""
         conv_state, state = self.kv_cache
         if not api.is_conv_state_dim_first():
             conv_state = conv_state.transpose(1, 2)
-        return gated_delta_net_core(qkvz, ba, weights, self._eps, StatePools(conv_state, state), batch)
+        gated_delta_net_core(qkvz, ba, weights, self._eps, StatePools(conv_state, state), batch, out)
 
 
 def batch_of(context: api.ForwardContext, metadata: api.GDNAttentionMetadata) -> RecurrentBatch:
@@ -173,7 +173,7 @@ def _core(
         return
     layer = context.no_compile_layers[layer_name]
     weights = CoreWeights(conv_weight, A_log, dt_bias, norm_weight)
-    out.copy_(layer.run(batch_of(context, metadata), qkvz, ba, weights))
+    layer.run(batch_of(context, metadata), qkvz, ba, weights, out)
 
 
 # Opaque to torch.compile: the batch's metadata and the slots come from vLLM's forward context.

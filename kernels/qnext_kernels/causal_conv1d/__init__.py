@@ -46,6 +46,7 @@ def causal_conv1d_prefill(
     has_initial_state: Tensor,
     snapshot_slots: Tensor | None = None,
     snapshot_lengths: Tensor | None = None,
+    key_dim: int | None = None,
 ) -> Tensor:
     """Convolve N sequences of any length and leave their last W − 1 inputs at offset 0 of their slots.
 
@@ -53,7 +54,9 @@ def causal_conv1d_prefill(
     the next token, at offset 0 of a further slot.
 
     Args:
-        x: [T, D] inputs, the sequences' tokens one after another; any float dtype.
+        x: [T, D] inputs, the sequences' tokens one after another; any float dtype. With ``key_dim`` [T, H, 2 K + G V],
+            grouped by key head as a projection leaves them: of each its q, its k and the v of its G value heads. The D
+            channels are then those of all q, of all k and of all v.
         weight: [D, W].
         conv_state: [slots, D, state_len] pool, any strides; written in place for sequences of at least one token, and
             for snapshots.
@@ -64,6 +67,7 @@ def causal_conv1d_prefill(
         snapshot_slots: [N] int32 or int64; −1: no snapshot. Undefined unless the slots of all sequences and of all
             snapshots differ. Given with ``snapshot_lengths`` or not at all.
         snapshot_lengths: [N] int32 or int64, 0 to the length of the sequence; any value without a snapshot slot.
+        key_dim: K of a grouped ``x``, which our kernels read where it lies; else None.
 
     Returns:
         [T, D] in the dtype of ``x``.
@@ -71,14 +75,14 @@ def causal_conv1d_prefill(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
     """
-    num_sequences = _check(x, weight, conv_state, slots, query_start_loc)
+    num_sequences = _check(x, weight, conv_state, slots, query_start_loc, key_dim)
     expect_shape("has_initial_state", has_initial_state, (num_sequences,))
     expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
     snapshots = expect_both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
     if snapshots is not None:
         expect_snapshots(*snapshots, query_start_loc, conv_state.shape[0])
     backend = operation.select(x.device, x.dtype)
-    return backend.prefill(x, weight, conv_state, slots, query_start_loc, has_initial_state, snapshots)
+    return backend.prefill(x, weight, conv_state, slots, query_start_loc, has_initial_state, snapshots, key_dim)
 
 
 def causal_conv1d_verify(
@@ -153,14 +157,24 @@ def causal_conv1d_decode(x: Tensor, weight: Tensor, conv_state: Tensor, slots: T
     return operation.select(x.device, x.dtype).decode(x, weight, conv_state, slots)
 
 
-def _check(x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, query_start_loc: Tensor | None) -> int:
-    expect_shape("x", x, (None, None))
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    conv_state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor | None,
+    key_dim: int | None = None,
+) -> int:
+    expect_shape("x", x, (None, None) if key_dim is None else (None, None, None))
     expect_floating("x", x)
-    expect_shape("weight", weight, (x.shape[1], None))
+    channels = x.shape[1:].numel()
+    if key_dim is not None and not 0 < 2 * key_dim <= x.shape[2]:
+        raise ValueError(f"key_dim: expected 1 to {x.shape[2] // 2} for x {list(x.shape)}, got {key_dim}")
+    expect_shape("weight", weight, (channels, None))
     expect_floating("weight", weight)
     if weight.shape[1] == 0:
         raise ValueError("weight: expected a kernel of at least one input, got none")
-    expect_shape("conv_state", conv_state, (None, x.shape[1], None))
+    expect_shape("conv_state", conv_state, (None, channels, None))
     expect_floating("conv_state", conv_state)
     if conv_state.shape[2] < weight.shape[1] - 1:
         raise ValueError(

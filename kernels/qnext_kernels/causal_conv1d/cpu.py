@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qnext_kernels.causal_conv1d.grouping import ungrouped
 from qnext_kernels.dispatch import Backend
 from qnext_kernels.elementwise import silu
 
@@ -24,7 +25,9 @@ class CpuBackend(Backend):
         query_start_loc: Tensor,
         has_initial: Tensor,
         snapshots: tuple[Tensor, Tensor] | None = None,
+        key_dim: int | None = None,
     ) -> Tensor:
+        x = ungrouped(x, key_dim)
         width = weight.shape[1] - 1
         slots, lengths = slots.long(), query_start_loc.diff().long()
         pool = conv_state[:, :, :width]

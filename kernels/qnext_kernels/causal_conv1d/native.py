@@ -33,16 +33,17 @@ class CausalConv1dNative(NativeBackend, CpuBackend):
         query_start_loc: Tensor,
         has_initial: Tensor,
         snapshots: tuple[Tensor, Tensor] | None = None,
+        key_dim: int | None = None,
     ) -> Tensor:
         if not _reads(weight, conv_state):
-            return super().prefill(x, weight, conv_state, slots, query_start_loc, has_initial, snapshots)
+            return super().prefill(x, weight, conv_state, slots, query_start_loc, has_initial, snapshots, key_dim)
         has_initial, query_start_loc = has_initial.contiguous(), query_start_loc.contiguous()
         slot_fields = length_fields = _NONE
         if snapshots is not None:
             snapshots = snapshots[0].contiguous(), snapshots[1].contiguous()
             slot_fields, length_fields = indices(snapshots[0]), indices(snapshots[1])
         sequences = *indices(query_start_loc), has_initial.data_ptr(), *slot_fields, *length_fields
-        return _run(x, weight, conv_state, slots, (*sequences, *_NONE, *_NO_STEPS))
+        return _run(x, weight, conv_state, slots, (*sequences, *_NONE, *_NO_STEPS), key_dim=key_dim)
 
     def verify(
         self,
@@ -79,23 +80,28 @@ def _reads(*tensors: Tensor) -> bool:
 
 
 def _run(
-    x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor, sequences: tuple[int, ...], every_token: bool = False
+    x: Tensor,
+    weight: Tensor,
+    conv_state: Tensor,
+    slots: Tensor,
+    sequences: tuple[int, ...],
+    every_token: bool = False,
+    key_dim: int | None = None,
 ) -> Tensor:
     """Call with the fields of ``CausalConv1d`` from ``query_start_loc`` to ``step_rows``."""
-    token, unit = x.stride()
-    if unit != 1:
+    if x.stride()[-1] != 1:
         x = x.contiguous()
-        token = x.stride(0)
     weight = weight.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype)
-    tokens, channels = x.shape
+    tokens, (channels, width) = x.shape[0], weight.shape
+    y = torch.empty((tokens, channels), dtype=x.dtype)
     _kernel()(
-        *(x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], token),
+        *(x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], x.stride()[0]),
         *floats(weight),
         *(conv_state.data_ptr(), *conv_state.stride(), DTYPES[conv_state.dtype]),
         *(*indices(slots), slots.stride(0)),
         *sequences,
-        *(tokens, slots.shape[0], channels, weight.shape[1], every_token, *_NOT_GROUPED),
+        *(tokens, slots.shape[0], channels, width, every_token),
+        *(_NOT_GROUPED if key_dim is None else (x.shape[1], key_dim, x.stride()[1])),
     )
     return y
 

@@ -26,16 +26,16 @@ _OF_ANY_ALIGNMENT = [
 
 @triton.jit
 def inputs_behind(  # type: ignore[no-untyped-def]
-    count, limit, x, x_token, history, history_channel, history_column, known, length, channel,
-    D: tl.constexpr, W: tl.constexpr, COLUMNS: tl.constexpr,
+    count, limit, x, x_token, history, history_channel, history_column, known, length, channel, end,
+    W: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """As the pool keeps them, inputs ``count`` to ``count + limit`` of [W − 1 earlier ones, tokens].
 
-    Returns them [COLUMNS, channels], and which of those there are.
+    Returns them [COLUMNS, channels], and which of those there are: of channels before ``end``.
     """
     column = tl.arange(0, COLUMNS)[:, None]
     source = count + column - (W - 1)
-    there = (column < limit) & (source < length) & (channel[None, :] < D)
+    there = (column < limit) & (source < length) & (channel[None, :] < end)
     tokens = tl.load(x + source.to(tl.int64) * x_token + channel[None, :], mask=there & (source >= 0), other=0.0)
     of_column = (source + (W - 1)).to(tl.int64) * history_column
     earlier_at = channel.to(tl.int64)[None, :] * history_channel + of_column
@@ -45,8 +45,8 @@ def inputs_behind(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def convolve(  # type: ignore[no-untyped-def]
-    first, x, x_token, history, history_channel, history_column, known, length, weight, channel,
-    WITH_HISTORY: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, TOKENS: tl.constexpr,
+    first, x, x_token, history, history_channel, history_column, known, length, weight, channel, end,
+    WITH_HISTORY: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """SiLU(Σ_w weight[d, w] · input[t − (W − 1) + w, d]) of TOKENS tokens of a sequence, from its token ``first`` on.
 
@@ -54,12 +54,12 @@ def convolve(  # type: ignore[no-untyped-def]
         x: the sequence's first token, ``length`` of them ``x_token`` elements apart.
         history: the first of the W − 1 inputs before it; taken for zero unless WITH_HISTORY and ``known``.
         weight: contiguous [D, W].
-        channel: [channels].
+        channel: [channels], of those before ``end``.
     """
     tap = tl.arange(0, BLOCK_W)[None, :]
-    inside = channel[None, :] < D
+    inside = channel[None, :] < end
     # A thread loads the weights of a channel at once. Adding −0 to the one that is meant changes nothing.
-    taps = tl.load(weight + channel[:, None] * W + tap, mask=(channel[:, None] < D) & (tap < W), other=0.0)
+    taps = tl.load(weight + channel[:, None] * W + tap, mask=(channel[:, None] < end) & (tap < W), other=0.0)
     taps = taps.to(tl.float32)
     token = first + tl.arange(0, TOKENS)[:, None]
     total = tl.zeros([TOKENS, channel.shape[0]], tl.float32)
@@ -83,8 +83,8 @@ def convolve(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=_NOT_COMPILED_IN, do_not_specialize_on_alignment=_OF_ANY_ALIGNMENT)
 def prefill_kernel(  # type: ignore[no-untyped-def]
     x, weight, y, pool, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths,
-    x_token, pool_slot, pool_channel, pool_column, sequences, with_snapshots,
-    D: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, COLUMNS: tl.constexpr,
+    x_token, x_head, pool_slot, pool_channel, pool_column, sequences, with_snapshots,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens of one sequence, CHANNELS of their channels.
@@ -92,18 +92,28 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     The program of a sequence's first tokens also leaves the sequence's last inputs, and its snapshot, in the pool: no
     other one reads the slot, and this one has before it writes.
 
-    Grid: (⌊T / TOKENS⌋ + N) · ceil(D / CHANNELS). Bytes: x read once, and of every TOKENS tokens W − 1 again from a
-    cache; y written once.
+    Grid: (⌊T / TOKENS⌋ + N) · H · (2 ceil(K / CHANNELS) + ceil(V / CHANNELS)). Bytes: x read once, and of every TOKENS
+    tokens W − 1 again from a cache; y written once.
 
     Args:
-        x: [T, D]; weight: contiguous [D, W]; y: contiguous [T, D].
+        x: [T, H, 2 K + V], of every key head its q, k and v; with H = 1 and K = 0 one of channels in any order.
+        weight: contiguous [D, W], y: contiguous [T, D], of the channels of all q, of all k and of all v.
         pool: [slots, D, W − 1 or more], of any strides.
         slots, has_initial, snapshot_slots, snapshot_lengths: contiguous [N]; query_start_loc: [N + 1].
         with_snapshots: 0: the last two are not read.
     """
-    BLOCKS: tl.constexpr = (D + CHANNELS - 1) // CHANNELS
-    chunk = tl.program_id(0) // BLOCKS
-    channel = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
+    D: tl.constexpr = H * (2 * K + V)
+    OF_KEYS: tl.constexpr = (K + CHANNELS - 1) // CHANNELS
+    OF_HEAD: tl.constexpr = 2 * OF_KEYS + (V + CHANNELS - 1) // CHANNELS
+    chunk = tl.program_id(0) // (H * OF_HEAD)
+    block = tl.program_id(0) % (H * OF_HEAD)
+    head = block // OF_HEAD
+    block %= OF_HEAD
+    part = tl.where(block < OF_KEYS, 0, tl.where(block < 2 * OF_KEYS, 1, 2))
+    size = tl.where(part < 2, K, V)
+    of_part = part * H * K + head * size
+    end = of_part + size
+    channel = of_part + (block - part * OF_KEYS) * CHANNELS + tl.arange(0, CHANNELS)
     n = sequence_of_chunk(chunk, query_start_loc, sequences, TOKENS)
     start = tl.load(query_start_loc + n).to(tl.int64)
     length = (tl.load(query_start_loc + n + 1) - start).to(tl.int32)
@@ -111,24 +121,25 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     slot = tl.load(slots + n).to(tl.int64)
     live = slot >= 0
     known = live & (tl.load(has_initial + n) != 0)
-    tokens, history = x + start * x_token, pool + slot * pool_slot
+    tokens = x + start * x_token + head * x_head + (part * K - of_part)
+    history = pool + slot * pool_slot
 
     result = convolve(
-        first, tokens, x_token, history, pool_channel, pool_column, known, length, weight, channel,
-        False, D, W, BLOCK_W, TOKENS,
+        first, tokens, x_token, history, pool_channel, pool_column, known, length, weight, channel, end,
+        False, W, BLOCK_W, TOKENS,
     )  # fmt: skip
     token = first + tl.arange(0, TOKENS)[:, None]
-    inside = (token < length) & (channel[None, :] < D) & ((token >= W - 1) | (live == 0))
+    inside = (token < length) & (channel[None, :] < end) & ((token >= W - 1) | (live == 0))
     of_tokens = y + start * D + channel[None, :]
     tl.store(of_tokens + token.to(tl.int64) * D, tl.where(live, result, 0.0).to(y.dtype.element_ty), mask=inside)
 
     if (first == 0) & live:
         early = convolve(
-            0, tokens, x_token, history, pool_channel, pool_column, known, length, weight, channel,
-            True, D, W, BLOCK_W, COLUMNS,
+            0, tokens, x_token, history, pool_channel, pool_column, known, length, weight, channel, end,
+            True, W, BLOCK_W, COLUMNS,
         )  # fmt: skip
         column = tl.arange(0, COLUMNS)[:, None]
-        has_history = (column < tl.minimum(length, W - 1)) & (channel[None, :] < D)
+        has_history = (column < tl.minimum(length, W - 1)) & (channel[None, :] < end)
         tl.store(of_tokens + column * D, early.to(y.dtype.element_ty), mask=has_history)
 
         at = channel.to(tl.int64)[None, :] * pool_channel + column.to(tl.int64) * pool_column
@@ -136,12 +147,12 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         behind = tl.load(snapshot_lengths + n, mask=snapshot >= 0, other=0).to(tl.int64)
         behind = tl.minimum(tl.maximum(behind, 0), length).to(tl.int32)
         last, there = inputs_behind(
-            length, W - 1, tokens, x_token, history, pool_channel, pool_column, known, length, channel,
-            D, W, COLUMNS,
+            length, W - 1, tokens, x_token, history, pool_channel, pool_column, known, length, channel, end,
+            W, COLUMNS,
         )  # fmt: skip
         kept, kept_there = inputs_behind(
-            behind, W - 1, tokens, x_token, history, pool_channel, pool_column, known, length, channel,
-            D, W, COLUMNS,
+            behind, W - 1, tokens, x_token, history, pool_channel, pool_column, known, length, channel, end,
+            W, COLUMNS,
         )  # fmt: skip
         # What one thread stores, another may have yet to load.
         tl.debug_barrier()
@@ -188,8 +199,8 @@ def verify_kernel(  # type: ignore[no-untyped-def]
 
     for first in range(0, length, TOKENS):
         result = convolve(
-            first, tokens, x_token, history, pool_channel, pool_column, live, length, weight, channel,
-            True, D, W, BLOCK_W, TOKENS,
+            first, tokens, x_token, history, pool_channel, pool_column, live, length, weight, channel, D,
+            True, W, BLOCK_W, TOKENS,
         )  # fmt: skip
         token = first + tl.arange(0, TOKENS)[:, None]
         y_at = (start + token) * D + channel[None, :]
@@ -204,15 +215,15 @@ def verify_kernel(  # type: ignore[no-untyped-def]
         )
         for t in range(tl.minimum(length, most_steps)):
             inputs, there = inputs_behind(
-                t + 1, W - 1, tokens, x_token, history, pool_channel, pool_column, live, length, channel,
-                D, W, COLUMNS,
+                t + 1, W - 1, tokens, x_token, history, pool_channel, pool_column, live, length, channel, D,
+                W, COLUMNS,
             )  # fmt: skip
             tl.store(step, inputs, mask=there & live & (row >= 0))
             step += steps_step
     else:
         inputs, there = inputs_behind(
-            1, most_columns, tokens, x_token, history, pool_channel, pool_column, live, length, channel,
-            D, W, COLUMNS,
+            1, most_columns, tokens, x_token, history, pool_channel, pool_column, live, length, channel, D,
+            W, COLUMNS,
         )  # fmt: skip
         # What one thread stores, another may have yet to load.
         tl.debug_barrier()
@@ -229,18 +240,22 @@ def run_prefill(
     query_start_loc: Tensor,
     has_initial: Tensor,
     snapshots: tuple[Tensor, Tensor] | None,
+    key_dim: int | None,
 ) -> None:
     """Launch :func:`prefill_kernel`; y [T, D], contiguous, and the pool are written."""
-    (num_tokens, channels), width, sequences = x.shape, weight.shape[1], slots.shape[0]
+    num_tokens, (channels, width), sequences = x.shape[0], weight.shape, slots.shape[0]
     if sequences == 0 or channels == 0:
         return
-    x, slots = rows(x), slots.contiguous()
+    x, slots = rows(x[:, None] if key_dim is None else x), slots.contiguous()
+    key_dim = key_dim or 0
+    heads, value_dim = x.shape[1], x.shape[2] - 2 * key_dim
+    blocks = heads * (2 * triton.cdiv(key_dim, CHANNELS) + triton.cdiv(value_dim, CHANNELS))
     snapshot_slots, snapshot_lengths = (slots, slots) if snapshots is None else (s.contiguous() for s in snapshots)
-    prefill_kernel[((num_tokens // TOKENS + sequences) * triton.cdiv(channels, CHANNELS),)](
+    prefill_kernel[((num_tokens // TOKENS + sequences) * blocks,)](
         x, aligned_rows(weight.contiguous()), y, pool,
         slots, query_start_loc.contiguous(), has_initial.contiguous(), snapshot_slots, snapshot_lengths,
-        x.stride(0), *pool.stride(), sequences, int(snapshots is not None),
-        D=channels, W=width, BLOCK_W=power_of_two(width), COLUMNS=power_of_two(width - 1),
+        *x.stride()[:2], *pool.stride(), sequences, int(snapshots is not None),
+        H=heads, K=key_dim, V=value_dim, W=width, BLOCK_W=power_of_two(width), COLUMNS=power_of_two(width - 1),
         TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=8, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ namespace qnext {
 namespace {
 
 constexpr int64_t kChannels = 512;  // of a block
-constexpr int64_t kTokens = 64;     // of a task of a prefill
+constexpr int64_t kTokens = 128;    // of a task of a prefill, and more where blocks are smaller: it begins with loading weights
 constexpr int64_t kSequences = 16;  // of a task of a decode or a verify
 constexpr int kTogether = 4;        // tokens that share loads of weights and of earlier inputs
 constexpr int64_t kKept = 16 << 20; // bytes of y that a last-level cache may keep for whoever reads them
@@ -131,30 +131,28 @@ struct Section {
     int64_t first, channels, in_x;
 };
 
-// The blocks of at most kChannels: of q and of k head by head, then of v; where x is not grouped all channels are v.
+int64_t pieces_of(int64_t channels) { return (channels + kChannels - 1) / kChannels; }
+
+// The blocks of at most kChannels in the order that they lie in: of each head q, k and v; all channels if x is not grouped.
 class Sections {
   public:
     explicit Sections(const CausalConv1d& p)
-        : p(p), heads(p.key_heads ? p.key_heads : 1), keys(p.key_heads * p.key_dim), of_key(pieces(p.key_dim)),
-          values((p.channels - 2 * keys) / heads), of_value(pieces(values)) {}
+        : p(p), values(p.key_heads ? p.channels / p.key_heads - 2 * p.key_dim : p.channels), of_key(pieces_of(p.key_dim)),
+          of_head(2 * of_key + pieces_of(values)) {}
 
-    int64_t count() const { return heads * (2 * of_key + of_value); }
+    int64_t count() const { return p.key_heads ? p.key_heads * of_head : of_head; }
 
-    Section operator[](int64_t i) const {
-        const bool is_key = i < 2 * heads * of_key;
-        if (!is_key) i -= 2 * heads * of_key;
-        const int64_t size = is_key ? p.key_dim : values, part = is_key ? of_key : of_value;
-        const int64_t row = i / part, from = i % part * kChannels;
-        const int64_t in_head = is_key ? row / heads * p.key_dim : 2 * p.key_dim;
-        return {(is_key ? 0 : 2 * keys) + row * size + from, std::min(kChannels, size - from),
-                row % heads * p.x_head + in_head + from};
+    Section operator[](int64_t index) const {
+        const int64_t head = index / of_head, i = index % of_head;
+        const int64_t part = i < 2 * of_key ? i / of_key : 2;  // q, k or v
+        const int64_t from = (i - part * of_key) * kChannels, size = part < 2 ? p.key_dim : values;
+        return {part * p.key_heads * p.key_dim + head * size + from, std::min(kChannels, size - from),
+                head * p.x_head + part * p.key_dim + from};
     }
 
   private:
-    static int64_t pieces(int64_t channels) { return (channels + kChannels - 1) / kChannels; }
-
     const CausalConv1d& p;
-    const int64_t heads, keys, of_key, values, of_value;
+    const int64_t values, of_key, of_head;
 };
 
 // A thread's own memory.
@@ -411,16 +409,18 @@ class Block {
 template <int W, class T, class S>
 void prefill(const CausalConv1d& p) {
     const Sections blocks(p);
-    const int64_t count = blocks.count(), ranges = (p.tokens + kTokens - 1) / kTokens;
+    const int64_t count = blocks.count();
+    const int64_t tokens = std::clamp(kTokens * kChannels * count / std::max<int64_t>(p.channels, 1), kTokens, 2 * kTokens);
+    const int64_t ranges = (p.tokens + tokens - 1) / tokens;
 #pragma omp parallel if (worth_threads(p.tokens * p.channels * 8))
     {
         const Workspace<S> own(p.width);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < ranges * count; ++task) {
-            const int64_t from = task / count * kTokens;
+            const int64_t from = task / count * tokens;
             const Block<W, T, S> block(p, blocks[task % count], own);
             block.load_weights();
-            block.outputs(from, std::min(from + kTokens, p.tokens));
+            block.outputs(from, std::min(from + tokens, p.tokens));
         }
         _mm_sfence();  // what was streamed comes before what tells others that this is done
 #pragma omp for

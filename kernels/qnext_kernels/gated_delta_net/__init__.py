@@ -16,6 +16,7 @@ Common arguments:
     eps:         of the output norm
     conv_state:  [slots, D, state_len] pool, any float dtype, any strides; written in place
     state:       [slots, HV, V, K] pool, any float dtype, dim 0 of any stride; written in place
+    out:         [T, HV · V] in the dtype of ``qkvz``, contiguous, where the result is written; overlaps nothing else
 
 The pools are those of ``causal_conv1d`` and ``gated_delta_rule``, whose promises hold here too.
 """
@@ -27,9 +28,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from qnext_kernels import causal_conv1d, gated_delta_rule, gated_norm
+from qnext_kernels.causal_conv1d.grouping import ungrouped
+from qnext_kernels.checks import expect_destination
 from qnext_kernels.gated_delta_net import native
 from qnext_kernels.gated_delta_net.checks import Steps, check_decode, check_prefill, check_verify
 from qnext_kernels.gated_delta_net.split import split_convolved, split_projections
+from qnext_kernels.triton_support import TritonBackend
 
 __all__ = ["gated_delta_net_decode", "gated_delta_net_prefill", "gated_delta_net_verify"]
 
@@ -47,28 +51,31 @@ def gated_delta_net_decode(
     conv_state: Tensor,
     state: Tensor,
     slots: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Run one token a sequence, from the states in its slot to the states in its slot.
 
     Args:
-        qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state: see the module, with T = N tokens.
+        qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state, out: see the module, with T = N.
         slots: [N] int32 or int64; slot −1 is skipped and its outputs are zero.
 
     Returns:
-        [N, HV · V] in the dtype of ``qkvz``.
+        [N, HV · V] in the dtype of ``qkvz``; ``out`` where it is given.
 
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
     """
     layer = (conv_weight, A_log, dt_bias, norm_weight)
     check_decode(qkvz, ba, *layer, conv_state, state, slots)
+    _check_out(out, qkvz, state)
     if (run := _one_kernel(qkvz, ba, layer, conv_state, state)) is not None:
-        return run(qkvz, ba, *layer, eps, conv_state, state, slots[:, None])
-    mixed_qkv, z, b, a = split_projections(qkvz, ba, state)
-    convolution = causal_conv1d.operation.select(mixed_qkv.device, mixed_qkv.dtype)
-    q, k, v = split_convolved(convolution.decode(mixed_qkv, conv_weight, conv_state, slots), state)
+        return run(qkvz, ba, *layer, eps, conv_state, state, slots[:, None], out=out)
+    grouped_qkv, z, b, a = split_projections(qkvz, ba, state)
+    convolution = causal_conv1d.operation.select(qkvz.device, qkvz.dtype)
+    convolved = convolution.decode(ungrouped(grouped_qkv, state.shape[3]), conv_weight, conv_state, slots)
+    q, k, v = split_convolved(convolved, state)
     rule = gated_delta_rule.select_backend("decode", q, v, a, state)
-    return _normed(rule.decode(q, k, v, a, b, A_log, dt_bias, state, slots), z, norm_weight, eps)
+    return _normalise(rule.decode(q, k, v, a, b, A_log, dt_bias, state, slots), z, norm_weight, eps, out)
 
 
 def gated_delta_net_prefill(
@@ -86,31 +93,34 @@ def gated_delta_net_prefill(
     has_initial_state: Tensor,
     snapshot_slots: Tensor | None = None,
     snapshot_lengths: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Run N sequences of any length, and leave the states behind them in their slots.
 
     Args:
-        qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state: see the module.
+        qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state, out: see the module.
         slots: [N] int32 or int64; slot −1 is skipped and its outputs are zero.
         query_start_loc: [N + 1] int32 or int64, where each sequence starts in the tokens.
         has_initial_state: [N] bool; where False a sequence starts from nothing.
         snapshot_slots, snapshot_lengths: of ``causal_conv1d_prefill`` and ``gated_delta_rule_prefill``.
 
     Returns:
-        [T, HV · V] in the dtype of ``qkvz``.
+        [T, HV · V] in the dtype of ``qkvz``; ``out`` where it is given.
 
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
     """
     layer, where = (conv_weight, A_log, dt_bias, norm_weight), (slots, query_start_loc, has_initial_state)
     snapshots = check_prefill(qkvz, ba, *layer, conv_state, state, *where, snapshot_slots, snapshot_lengths)
-    mixed_qkv, z, b, a = split_projections(qkvz, ba, state)
-    convolution = causal_conv1d.operation.select(mixed_qkv.device, mixed_qkv.dtype)
-    convolved = convolution.prefill(mixed_qkv, conv_weight, conv_state, *where, snapshots)
+    _check_out(out, qkvz, state)
+    grouped_qkv, z, b, a = split_projections(qkvz, ba, state)
+    convolution = causal_conv1d.operation.select(qkvz.device, qkvz.dtype)
+    convolved = convolution.prefill(grouped_qkv, conv_weight, conv_state, *where, snapshots, state.shape[3])
     q, k, v = split_convolved(convolved, state)
     features = () if snapshots is None else ("snapshots",)
     rule = gated_delta_rule.select_backend("prefill", q, v, a, state, features)
-    return _normed(rule.prefill(q, k, v, a, b, A_log, dt_bias, state, *where, snapshots), z, norm_weight, eps)
+    o = rule.prefill(q, k, v, a, b, A_log, dt_bias, state, *where, snapshots)
+    return _normalise(o, z, norm_weight, eps, out)
 
 
 def gated_delta_net_verify(
@@ -129,6 +139,7 @@ def gated_delta_net_verify(
     conv_step_state: Tensor | None = None,
     step_state: Tensor | None = None,
     step_rows: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Run a few tokens a sequence (the last accepted one and its drafts) so that any number can be taken back.
 
@@ -136,7 +147,7 @@ def gated_delta_net_verify(
     ``gated_delta_rule_verify``.
 
     Args:
-        qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state: see the module.
+        qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state, out: see the module.
         slots: [N, S] int32 or int64 for the rule; the convolution has slot ``slots[n, 0]``. −1 is skipped.
         query_start_loc: [N + 1] int32 or int64, where each sequence starts in the tokens.
         num_accepted_tokens: [N] int32 or int64, from 1 to S and to ``state_len − W + 2``.
@@ -146,7 +157,7 @@ def gated_delta_net_verify(
             and their rows are given or none.
 
     Returns:
-        [T, HV · V] in the dtype of ``qkvz``.
+        [T, HV · V] in the dtype of ``qkvz``; ``out`` where it is given.
 
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
@@ -154,21 +165,31 @@ def gated_delta_net_verify(
     layer, offsets = (conv_weight, A_log, dt_bias, norm_weight), (query_start_loc, num_accepted_tokens)
     pools = (conv_step_state, step_state, step_rows)
     steps = check_verify(qkvz, ba, *layer, conv_state, state, slots, *offsets, pools)
+    _check_out(out, qkvz, state)
     if (run := _one_kernel(qkvz, ba, layer, conv_state, state, steps)) is not None:
-        return run(qkvz, ba, *layer, eps, conv_state, state, slots, *offsets, steps)
+        return run(qkvz, ba, *layer, eps, conv_state, state, slots, *offsets, steps, out)
     conv_steps, rule_steps = (None, None) if steps is None else ((steps[0], steps[2]), steps[1:])
     mixed_qkv, z, b, a = split_projections(qkvz, ba, state)
-    convolution = causal_conv1d.operation.select(mixed_qkv.device, mixed_qkv.dtype)
+    mixed_qkv = ungrouped(mixed_qkv, state.shape[3])
+    convolution = causal_conv1d.operation.select(qkvz.device, qkvz.dtype)
     convolved = convolution.verify(mixed_qkv, conv_weight, conv_state, slots[:, 0], *offsets, conv_steps)
     q, k, v = split_convolved(convolved, state)
     rule = gated_delta_rule.select_backend("verify", q, v, a, state, () if steps is None else ("step pool",))
-    out = rule.verify(q, k, v, a, b, A_log, dt_bias, state, slots, *offsets, rule_steps)
-    return _normed(out, z, norm_weight, eps)
+    o = rule.verify(q, k, v, a, b, A_log, dt_bias, state, slots, *offsets, rule_steps)
+    return _normalise(o, z, norm_weight, eps, out)
 
 
-def _normed(out: Tensor, z: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
-    norm = gated_norm.operation.select(out.device, out.dtype)
-    return norm.gated_rms_norm(out, z, norm_weight, eps).flatten(1)
+def _check_out(out: Tensor | None, qkvz: Tensor, state: Tensor) -> None:
+    if out is not None:
+        expect_destination("out", out, (qkvz.shape[0], state.shape[1] * state.shape[2]), qkvz.dtype)
+
+
+def _normalise(o: Tensor, z: Tensor, weight: Tensor, eps: float, out: Tensor | None) -> Tensor:
+    """Gated norm of the rule's outputs o [T, HV, V], into ``out`` [T, HV · V] or else in place; z [T, H, G, V]."""
+    o = o.contiguous().view(z.shape)
+    norm = gated_norm.operation.select(o.device, o.dtype)
+    norm.gated_rms_norm(o, z, weight, eps, o if out is None else out.view(z.shape))
+    return o.flatten(1) if out is None else out
 
 
 def _one_kernel(
@@ -180,10 +201,10 @@ def _one_kernel(
     steps: Steps | None = None,
 ) -> Callable[..., Tensor] | None:
     """What runs all three operations at once, where one backend serves them and has a kernel for these tensors."""
-    serving = {part.select(qkvz.device, qkvz.dtype).name for part in PARTS}
-    if serving == {"native"}:
+    serving = [part.select(qkvz.device, qkvz.dtype) for part in PARTS]
+    if all(backend.name == "native" for backend in serving):
         return native.run_native if native.reads(ba, layer, conv_state, state, steps) else None
-    if serving == {"triton"}:
+    if all(isinstance(backend, TritonBackend) for backend in serving):
         from qnext_kernels.gated_delta_net.triton_fused import fits, run_fused
 
         return run_fused if fits(key_dim=state.shape[3], value_dim=state.shape[2]) else None

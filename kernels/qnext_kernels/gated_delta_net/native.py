@@ -39,6 +39,7 @@ def run_native(
     query_start_loc: Tensor | None = None,
     accepted: Tensor | None = None,
     steps: Steps | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Call ``qnext_gated_delta_net``: a verify given ``query_start_loc`` and ``accepted``, else a decode.
 
@@ -46,6 +47,7 @@ def run_native(
         qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state, slots [N, columns], query_start_loc,
             accepted: of the public functions.
         steps: the step pools of the convolution and of the rule, and their rows.
+        out: [T, HV · V], contiguous, where the result is written, if anywhere.
 
     Returns:
         [T, HV · V] in the dtype of ``qkvz``.
@@ -66,7 +68,8 @@ def run_native(
         step_fields += pool.data_ptr(), DTYPES[pool.dtype], *pool.stride()[:2], *indices(step_rows)
     num_tokens, key_heads, _ = qkvz.shape
     _, value_heads, value_dim, key_dim = state.shape
-    out = torch.empty(num_tokens, value_heads * value_dim, dtype=qkvz.dtype)
+    if out is None:
+        out = torch.empty(num_tokens, value_heads * value_dim, dtype=qkvz.dtype)
     _kernel()(
         *(qkvz.data_ptr(), DTYPES[qkvz.dtype], *qkvz.stride()[:2], *floats(ba), *ba.stride()),
         *(field for weight in weights for field in floats(weight)),

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
 def split_projections(qkvz: Tensor, ba: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Undo the grouping by key head: ``mixed_qkv`` [T, 2 H K + HV V], z [T, HV, V], b and a [T, HV]."""
+    """The inputs of the convolution [T, H, 2 K + G V] and z [T, H, G, V], where they lie; b and a [T, HV], copied."""
     _, value_heads, value_dim, key_dim = state.shape
     group = value_heads // qkvz.shape[1]
-    q, k, v, z = qkvz.split([key_dim, key_dim, group * value_dim, group * value_dim], dim=2)
-    b, a = ba.split(group, dim=2)
-    mixed_qkv = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=1)
-    return mixed_qkv, z.reshape(len(z), value_heads, value_dim), b.flatten(1), a.flatten(1)
+    grouped_qkv, z = qkvz.split([2 * key_dim + group * value_dim, group * value_dim], dim=2)
+    b, a = ba.unflatten(2, (2, group)).transpose(1, 2).flatten(2).unbind(1)
+    return grouped_qkv, z.unflatten(2, (group, value_dim)), b, a
 
 
 def split_convolved(convolved: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -251,6 +251,7 @@ def run_fused(
     query_start_loc: Tensor | None = None,
     accepted: Tensor | None = None,
     steps: Steps | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Launch :func:`gated_delta_net_kernel`: a verify given ``query_start_loc`` and ``accepted``, else a decode.
 
@@ -258,6 +259,7 @@ def run_fused(
         qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state, slots [N, columns], query_start_loc,
             accepted: of the public functions.
         steps: the step pools of the convolution and of the rule, and their rows.
+        out: [T, HV · V], contiguous, where the result is written, if anywhere.
 
     Returns:
         [T, HV · V] in the dtype of ``qkvz``; tokens behind the last sequence have zero outputs.
@@ -269,9 +271,10 @@ def run_fused(
     num_tokens, key_heads, _ = qkvz.shape
     value_heads, value_dim, key_dim = state.shape[1:]
     sequences, columns = slots.shape
-    # A graph of a verify may hold tokens behind the last sequence.
-    allocate = torch.empty if query_start_loc is None else torch.zeros
-    out = allocate(num_tokens, value_heads * value_dim, dtype=qkvz.dtype, device=qkvz.device)
+    if out is None:
+        out = torch.empty(num_tokens, value_heads * value_dim, dtype=qkvz.dtype, device=qkvz.device)
+    if query_start_loc is not None:
+        out.zero_()  # A graph of a verify may hold tokens behind the last sequence.
     if sequences == 0 or out.numel() == 0:
         return out
     qkvz, ba, slots = rows(qkvz), rows(ba), slots.contiguous()

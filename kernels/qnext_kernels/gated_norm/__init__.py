@@ -6,9 +6,10 @@ zero-centred.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from qnext_kernels.checks import expect_floating, expect_shape
+from qnext_kernels.checks import expect_destination, expect_floating, expect_shape
 from qnext_kernels.dispatch import Operation
 from qnext_kernels.gated_norm.cpu import CpuBackend
 from qnext_kernels.gated_norm.native import GatedNormNative
@@ -18,16 +19,18 @@ from qnext_kernels.gated_norm.triton import TritonGatedNorm
 operation = Operation("gated_norm", [GatedNormNative(), CpuBackend(), TritonGatedNorm(), ReferenceBackend()])
 
 
-def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """x / √(mean(x²) + eps) · weight · SiLU(z), computed in float32 and rounded once.
 
     Args:
         x, z: [..., V], any float dtype.
         weight: [V].
         eps: added to the mean square.
+        out: [..., V] in the dtype of ``x``, contiguous, where the result is written; may be ``x``, but not overlap
+            anything else.
 
     Returns:
-        [..., V] in the dtype of ``x``.
+        [..., V] in the dtype of ``x``; ``out`` where it is given.
 
     Raises:
         ValueError, TypeError: a shape or dtype does not fit.
@@ -37,4 +40,9 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     expect_floating("z", z)
     expect_shape("weight", weight, (x.shape[-1],))
     expect_floating("weight", weight)
-    return operation.select(x.device, x.dtype).gated_rms_norm(x, z, weight, eps)
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    else:
+        expect_destination("out", out, x.shape, x.dtype)
+    operation.select(x.device, x.dtype).gated_rms_norm(x, z, weight, eps, out)
+    return out

@@ -14,16 +14,14 @@ class TritonGatedNorm(TritonBackend):
 
     batch_invariant = True
 
-    def gated_rms_norm(self, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return triton_gated_rms_norm(x, z, weight, eps)
+    def gated_rms_norm(self, x: Tensor, z: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+        triton_gated_rms_norm(x, z, weight, eps, out)
 
 
-@operator(lambda x, z, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format))
-def triton_gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+@operator(lambda x, z, weight, eps, out: None, mutates=["out"])
+def triton_gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     """:func:`qnext_kernels.gated_rms_norm`."""
     from qnext_kernels.gated_norm.triton_norm import run_gated_rms_norm
 
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(x):
         run_gated_rms_norm(x, z, weight, eps, out)
-    return out

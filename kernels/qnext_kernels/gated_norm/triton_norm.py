@@ -30,7 +30,7 @@ def gated_rms_norm_kernel(  # type: ignore[no-untyped-def]
 
     Args:
         x, z: rows of WIDTH; their strides count vectors of VECTOR elements.
-        weight: contiguous [WIDTH]; out: contiguous [rows, WIDTH].
+        weight: contiguous [WIDTH]; out: contiguous [rows, WIDTH], may be x.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import qnext_kernels
+from qnext_kernels.causal_conv1d.grouping import ungrouped
 from qnext_kernels.gated_delta_net.split import split_projections
 from qnext_plugins.cli.bench.gated_delta_net import (
     accepted,
@@ -73,8 +74,9 @@ def layer_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         rule = library.delta_rule(heads_of(s))
         if rule is None or batch.form not in rule.names:
             return None
-        mixed_qkv, z, b, a = split_projections(qkvz, ba, batch.state)
-        z = z.flatten(0, 1)
+        grouped_qkv, z, b, a = split_projections(qkvz, ba, batch.state)
+        mixed_qkv, z = ungrouped(grouped_qkv, batch.state.shape[3]), z.reshape(-1, s.linear_dim)
+        b, a = b.contiguous(), a.contiguous()
         state = batch.state.transpose(2, 3).contiguous() if rule.key_first else batch.state.clone()
         first = [slots[:, :1].contiguous() for slots in batch.slots] if batch.form == "verify" else []
         offsets = batch.rest if batch.form == "verify" else (batch.starts,)

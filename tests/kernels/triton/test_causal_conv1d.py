@@ -11,6 +11,7 @@ from torch import Tensor
 from qnext_kernels import causal_conv1d_decode, causal_conv1d_prefill, causal_conv1d_verify
 from qnext_kernels.causal_conv1d.triton import TritonCausalConv1d
 from tests.kernels import test_causal_conv1d as of_any_backend
+from tests.kernels import test_causal_conv1d_grouped as of_grouped_inputs
 from tests.kernels.kernel_inputs import assert_close, distinct_slots, memory, only_written, same_bits, start_offsets
 from tests.kernels.test_causal_conv1d import (
     CHANNELS,
@@ -196,3 +197,14 @@ def test_counts_that_no_host_checks_are_clamped_and_write_only_where_there_is_ro
         assert_close(y[part], torch.nn.functional.silu((windows * weight.double()).sum(-1)), roundings(4))
         assert same_bits(pool[slots[n]], inputs[1:5].t())
     assert only_written(pool, before, bytes_before, slots)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 12), (2, 24, 136)])
+def test_a_prefill_of_inputs_grouped_by_key_head_has_the_bits_of_one_of_channels(shape: tuple[int, int, int]) -> None:
+    for dtype, pool_dtype, channels_last in (
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.float32, torch.bfloat16, False),
+    ):
+        of_grouped_inputs.test_it_has_the_bits_of_the_channels_one_after_the_other(
+            "triton", shape, dtype, pool_dtype, channels_last
+        )

@@ -26,7 +26,7 @@ class Rank:
     """What a rank of tensor parallelism launches at the shapes of the published model; every tensor is empty."""
 
     def __init__(self, ranks: int, dtype: torch.dtype) -> None:
-        self.dtype, self.channels, self.value_heads = dtype, 8192 // ranks, 32 // ranks
+        self.dtype, self.channels, self.key_heads, self.value_heads = dtype, 8192 // ranks, 16 // ranks, 32 // ranks
         self.heads, self.kv_heads, self.intermediate = 16 // ranks, max(1, 2 // ranks), 512 // ranks
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -36,11 +36,11 @@ class Rank:
         return self.empty(count, dtype=torch.int32)
 
     def projection(self, tokens: int) -> Tensor:
-        """Queries, keys and values, which the convolution reads, and beside them z."""
-        return self.empty(tokens, self.channels + 128 * self.value_heads)
+        """Of every key head q, k and the v of two value heads, which the convolution reads, and beside them z."""
+        return self.empty(tokens, self.key_heads, 6 * 128)
 
     def convolved(self, tokens: int, pool: Tensor) -> tuple[Tensor, ...]:
-        x = self.projection(tokens)[:, : self.channels]
+        x = self.empty(tokens, self.channels + 128)[:, : self.channels]
         return x, self.empty(self.channels, 4), pool, self.indices()
 
     def channels_last(self) -> Tensor:
@@ -50,11 +50,13 @@ class Rank:
     def channels_first(self) -> Tensor:
         return self.empty(SLOTS, self.channels, 3)
 
-    def prefill(self, pool: Tensor, tokens: int = T) -> None:
+    def prefill(self, pool: Tensor, tokens: int = T, grouped: bool = True) -> None:
         x, weight, pool, slots = self.convolved(tokens, pool)
-        batch = slots, self.indices(N + 1), self.empty(N, dtype=torch.bool)
-        TritonCausalConv1d().prefill(x, weight, pool, *batch)
-        TritonCausalConv1d().prefill(x, weight, pool, *batch, (self.indices(), self.indices()))
+        if grouped:
+            x = self.projection(tokens)[:, :, : 4 * 128]
+        batch, key_dim = (slots, self.indices(N + 1), self.empty(N, dtype=torch.bool)), 128 if grouped else None
+        for snapshots in (None, (self.indices(), self.indices())):
+            TritonCausalConv1d().prefill(x, weight, pool, *batch, snapshots, key_dim)
 
     def decode(self, pool: Tensor) -> None:
         TritonCausalConv1d().decode(*self.convolved(N, pool))
@@ -70,9 +72,9 @@ class Rank:
         TritonRmsNorm().rms_norm(self.empty(T, HIDDEN), self.empty(HIDDEN), EPS, self.empty(T, HIDDEN))
 
     def gated_norm(self) -> None:
-        z = self.projection(T)[:, self.channels :].unflatten(1, (self.value_heads, 128))
-        x, weight = self.empty(T, self.value_heads, 128), self.empty(128, dtype=torch.float32)
-        TritonGatedNorm().gated_rms_norm(x, z, weight, EPS)
+        z = self.projection(T)[:, :, 4 * 128 :].unflatten(2, (2, 128))
+        x, weight = self.empty(*z.shape), self.empty(128, dtype=torch.float32)
+        TritonGatedNorm().gated_rms_norm(x, z, weight, EPS, x)
 
     def qk_norm_rope_gate(self) -> None:
         qkv, weight = self.empty(T, 2 * (self.heads + self.kv_heads) * 256), self.empty(256)
@@ -109,7 +111,7 @@ SAME_ON_EVERY_RANK: dict[str, Callable[[Rank], None]] = {
 OF_POOLS: dict[str, Callable[[Rank], None]] = {
     "decode": lambda rank: rank.decode(rank.channels_last()),
     "decode, channels first": lambda rank: rank.decode(rank.channels_first()),
-    "prefill, channels first": lambda rank: rank.prefill(rank.channels_first()),
+    "prefill, channels first": lambda rank: rank.prefill(rank.channels_first(), grouped=False),
     "verify into steps": lambda rank: rank.verify(rank.channels_first(), in_steps=True),
 }
 LAUNCHES = SPLIT_BY_RANKS | SAME_ON_EVERY_RANK | OF_POOLS
@@ -177,7 +179,7 @@ def test_a_sum_over_a_row_is_one_kernel_wherever_the_rows_lie_and_however_many_t
     assert len(compiled) == 1
     with compiling_for("sm_90") as compiled:
         for x in rows:
-            TritonGatedNorm().gated_rms_norm(x, x.flip(0), weight, EPS)
+            TritonGatedNorm().gated_rms_norm(x, x.flip(0), weight, EPS, torch.empty_like(x))
     assert len(compiled) == 1
 
 

@@ -17,7 +17,7 @@ from qnext_kernels import (
     gated_delta_rule_prefill,
     gated_rms_norm,
 )
-from qnext_kernels.gated_delta_net.split import split_convolved, split_projections
+from qnext_kernels.gated_delta_net.split import split_convolved
 from qnext_kernels.gated_delta_net.triton_fused import fits, run_fused
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from tests.kernels import delta_net_runs as runs_of
@@ -201,6 +201,15 @@ def test_decode_has_the_bits_of_the_operations_one_after_the_other() -> None:
     of_any_backend.test_decode_is_the_operations_one_after_the_other("triton")
 
 
+def test_prefill_has_the_bits_of_the_operations_one_after_the_other() -> None:
+    of_any_backend.test_prefill_is_the_operations_one_after_the_other("triton", True)
+
+
+@pytest.mark.parametrize("call", ["decode", "prefill", "verify"])
+def test_a_destination_gets_the_result_and_nothing_around_it_is_written(call: str) -> None:
+    of_any_backend.test_a_destination_gets_the_result_and_nothing_around_it_is_written("triton", call)
+
+
 def test_verify_has_the_bits_of_a_prefill_of_few_tokens() -> None:
     shape, dtypes, lengths = CASES[0][0], CASES[0][1:], [1, RECURRENT_TOKENS]
     layer, runs = random_layer(shape), random_runs(shape, lengths, *dtypes)
@@ -208,7 +217,7 @@ def test_verify_has_the_bits_of_a_prefill_of_few_tokens() -> None:
     slots, known = torch.tensor([3, 0]), torch.tensor([True, True])
     for slot, run in zip(slots, runs, strict=True):
         conv_state[slot], state[slot] = run.history, run.state
-    mixed, z, b, a = split_projections(*join(runs), state)
+    mixed, z, a, b = of_any_backend.head_by_head(*join(runs), shape)
     where = slots, start_offsets(lengths), known
     convolved = causal_conv1d_prefill(mixed, layer.conv_weight, conv_state, *where)
     tokens = *split_convolved(convolved, state), a, b, layer.A_log, layer.dt_bias

@@ -20,6 +20,9 @@ test_a_row_does_not_depend_on_the_batch = served_by_triton(of_any_backend.test_a
 test_strided_views_have_the_bits_of_contiguous_rows = served_by_triton(
     of_any_backend.test_strided_views_have_the_bits_of_contiguous_rows
 )
+test_a_destination_gets_the_bits_of_the_result_and_may_be_the_input = served_by_triton(
+    of_any_backend.test_a_destination_gets_the_bits_of_the_result_and_may_be_the_input
+)
 
 
 def test_float16_agrees_with_float64() -> None:
