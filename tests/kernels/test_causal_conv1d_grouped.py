@@ -37,6 +37,19 @@ def random_inputs(shape: Shape, tokens: int, dtype: torch.dtype) -> Inputs:
     return x, mixed, (torch.randn(mixed.shape[1], WIDTH) / 2).to(dtype)
 
 
+def inputs_and_pool(
+    shape: Shape, tokens: int, dtype: torch.dtype, pool_dtype: torch.dtype, channels_last: bool
+) -> tuple[Inputs, Tensor]:
+    """Random inputs, and a pool of earlier ones with room for two drafts."""
+    inputs = random_inputs(shape, tokens, dtype)
+    sizes = (inputs[1].shape[1], WIDTH + 1)
+    if channels_last:
+        pool = nan_pool(SLOTS, sizes[::-1], pool_dtype).transpose(1, 2)
+    else:
+        pool = nan_pool(SLOTS, sizes, pool_dtype)
+    return inputs, pool.normal_()
+
+
 def assert_same_bits(inputs: Inputs, key_dim: int, pool: Tensor, *where: Tensor) -> None:
     x, mixed, weight = inputs
     plain = pool.clone()
@@ -54,19 +67,12 @@ def assert_same_bits(inputs: Inputs, key_dim: int, pool: Tensor, *where: Tensor)
 def test_it_has_the_bits_of_the_channels_one_after_the_other(
     backend: str, shape: Shape, dtype: torch.dtype, pool_dtype: torch.dtype, channels_last: bool
 ) -> None:
-    lengths, drafts = [70, 1, 0, 2, 61, 3], 2
-    inputs = random_inputs(shape, sum(lengths), dtype)
-    sizes = (inputs[1].shape[1], WIDTH - 1 + drafts)
-    pool = (
-        nan_pool(SLOTS, sizes[::-1], pool_dtype).transpose(1, 2)
-        if channels_last
-        else nan_pool(SLOTS, sizes, pool_dtype)
-    )
-    pool.normal_()
+    lengths = [70, 1, 0, 2, 61, 3]
     slots, snapshot_slots = distinct_slots(12, SLOTS).view(2, 6)
     slots[-1] = snapshot_slots[1] = -1
     where = slots, start_offsets(lengths), torch.arange(6) % 2 > 0
     with force_backend(backend):
+        inputs, pool = inputs_and_pool(shape, sum(lengths), dtype, pool_dtype, channels_last)
         assert_same_bits(inputs, shape[1], pool, *where)
         assert_same_bits(inputs, shape[1], pool, *where, snapshot_slots, torch.tensor([64, 0, 0, 1, 61, 0]))
 

@@ -199,12 +199,14 @@ def test_counts_that_no_host_checks_are_clamped_and_write_only_where_there_is_ro
     assert only_written(pool, before, bytes_before, slots)
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 12), (2, 24, 136)])
-def test_a_prefill_of_inputs_grouped_by_key_head_has_the_bits_of_one_of_channels(shape: tuple[int, int, int]) -> None:
-    for dtype, pool_dtype, channels_last in (
-        (torch.bfloat16, torch.bfloat16, True),
-        (torch.float32, torch.bfloat16, False),
-    ):
-        of_grouped_inputs.test_it_has_the_bits_of_the_channels_one_after_the_other(
-            "triton", shape, dtype, pool_dtype, channels_last
-        )
+@pytest.mark.parametrize(
+    ("shape", "dtype", "pool_dtype", "channels_last"),
+    [((3, 5, 12), torch.bfloat16, torch.bfloat16, True), ((2, 24, 136), torch.float32, torch.bfloat16, False)],
+)
+def test_a_prefill_of_inputs_grouped_by_key_head_has_the_bits_of_one_of_channels(
+    shape: of_grouped_inputs.Shape, dtype: torch.dtype, pool_dtype: torch.dtype, channels_last: bool
+) -> None:
+    inputs, pool = of_grouped_inputs.inputs_and_pool(shape, 37, dtype, pool_dtype, channels_last)
+    where = torch.tensor([4, 0, -1]), start_offsets([33, 2, 2]), torch.tensor([True, False, True])
+    snapshots = torch.tensor([3, -1, 1]), torch.tensor([32, 0, 1])
+    of_grouped_inputs.assert_same_bits(inputs, shape[1], pool, *where, *snapshots)
