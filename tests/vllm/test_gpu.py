@@ -291,10 +291,11 @@ def test_a_layer_launches_its_kernels_without_reading_a_tensor(
         torch.empty(9, 1, 1, layer.get_kv_cache_spec(config).page_size_bytes, dtype=torch.int8, device="meta")
     )
     tokens = int(make(builder).num_actual_tokens)
-    with compiling_for("sm_90") as compiled, set_forward_context({layer.prefix: metadata}, config):
-        out = layer.run(batch_of(get_forward_context(), metadata), *inputs(layer, tokens, "meta"))
+    qkvz, ba, weights = inputs(layer, tokens, "meta")
     _, (value_heads, value_dim, _) = layer.get_state_shape()
-    assert out.shape == (tokens, value_heads * value_dim)
+    out = qkvz.new_empty(tokens, value_heads * value_dim)
+    with compiling_for("sm_90") as compiled, set_forward_context({layer.prefix: metadata}, config):
+        layer.run(batch_of(get_forward_context(), metadata), qkvz, ba, weights, out)
     assert {"gated_delta_net_kernel", "recurrent_kernel"} & {kernel.name for kernel in compiled}
 
 
