@@ -12,12 +12,12 @@
 // two floats after a shift and a mask, so that queries and results are kept in the order even elements, odd elements.
 // Many queries first copy a block to float32, in the order in which they read it.
 #include <algorithm>
+#include <atomic>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "arguments.h"
-#include "pairs.h"
+#include "attention_tile.h"
 
 namespace qnext {
 
@@ -51,197 +51,44 @@ constexpr int64_t kPartition = 576;
 constexpr int64_t kTileRows = 64;  // queries, of all heads of a group, that meet a block together
 constexpr int64_t kCopyRows = 24;  // from so many on, a block is copied
 constexpr int64_t kKeysAtOnce = 12;
-constexpr int kRows = Vec::size == 16 ? 8 : 4, kKeys = 3;  // queries and keys in registers
+constexpr int64_t kScoring = 3;
 
-// What scores are computed from: with BF16 dot products keys and queries as they are, else floats.
+// Rows of keys and values, in turn, that are read after those that are computed on: a processor does not foresee them,
+// and waiting for memory would come on top of the operations.
 template <class T>
-struct Scores {
-    using Element = float;
-    static constexpr bool direct = false;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Scores<bfloat16> {
-    using Element = bfloat16;
-    static constexpr bool direct = true;
-};
-#endif
-
-// In a register: the compiler would make a value that is read several times a memory operand of each use.
-inline Vec held(Vec x) {
-    asm("" : "+v"(x.v));
-    return x;
-}
-
-template <class T>
-Vec load_raw(const T* p) {
-    return Vec::load(reinterpret_cast<const float*>(p));
-}
-
-// Of floats, or of pairs of bfloat16.
-template <bool Bf16>
-Vec add_products(Vec total, Vec x, Vec y) {
-#if defined(__AVX512BF16__)
-    if constexpr (Bf16) return {_mm512_dpbf16_ps(total.v, (__m512bh)x.v, (__m512bh)y.v)};
-#endif
-    return fma(x, y, total);
-}
-
-// Calls f with min(rows, R) as a constant.
-template <int R, class F>
-void with_rows(int64_t rows, F f) {
-    if constexpr (R > 1) {
-        if (rows < R) return with_rows<R - 1>(rows, f);
-    }
-    f(std::integral_constant<int, R>());
-}
-
-#if defined(__AVX512F__)
-
-// The sums of R <= 8 vectors' elements, each in one order whatever R is, to R neighbouring floats. Inlined, so that the
-// vectors come from registers.
-template <int R>
-__attribute__((always_inline)) inline void store_sums(const Vec (&x)[R], Vec scale, float* to) {
-    const auto at = [&](int r) { return r < R ? x[r].v : _mm512_setzero_ps(); };
-    __m512 halves[2];
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-        if (half * 4 >= R) {
-            halves[half] = _mm512_setzero_ps();
-            continue;
-        }
-        __m512d pairs[2];
-#pragma GCC unroll 2
-        for (int pair = 0; pair < 2; ++pair) {
-            const __m512 a = at(half * 4 + pair * 2), b = at(half * 4 + pair * 2 + 1);
-            pairs[pair] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-        }
-        halves[half] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[1])),
-                                     _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[1])));
-    }
-    const __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x44),
-                                      _mm512_shuffle_f32x4(halves[0], halves[1], 0xee));
-    const __m512 total = _mm512_add_ps(sums, _mm512_shuffle_f32x4(sums, sums, 0xb1));
-    const __m256 eight = _mm512_castps512_ps256(_mm512_shuffle_f32x4(total, total, 0x08));
-    _mm256_mask_storeu_ps(to, __mmask8((1 << R) - 1), _mm256_mul_ps(eight, _mm512_castps512_ps256(scale.v)));
-}
-
-#else
-
-template <int R>
-__attribute__((always_inline)) inline void store_sums(const Vec (&x)[R], Vec scale, float* to) {
-    for (int r = 0; r < R; r += 4) {
-        const Vec none = Vec::zero();
-        const auto at = [&](int i) { return i < R ? x[i] : none; };
-        const __m128 four = sums(at(r), at(r + 1), at(r + 2), at(r + 3));
-        _mm_storeu_ps(to + r, _mm_mul_ps(four, _mm256_castps256_ps128(scale.v)));
-    }
-}
-
-#endif
-
-// The products of R queries [R, width] with K keys, times `scale`, to R neighbouring floats for each key.
-template <int R, int K, class Q, class S>
-void dots(const Q* q, int64_t width, const S* const* keys, Vec scale, float* out, int64_t lanes) {
-    const S* rows[K];
-    Vec total[K][R];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
-        rows[k] = keys[k];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) total[k][r] = Vec::zero();
-    }
-    for (int64_t i = 0; i < width; i += kPair) {
-        constexpr bool direct = std::is_same_v<Q, bfloat16>;
-#pragma GCC unroll 2
-        for (int half = 0; half < (direct ? 1 : 2); ++half) {
-            Vec key[K];
-#pragma GCC unroll 8
-            for (int k = 0; k < K; ++k) key[k] = held(direct ? load_raw(rows[k] + i) : load_half(rows[k] + i, half));
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                const Vec x = held(direct ? load_raw(q + r * width + i) : load_half(q + r * width + i, half));
-#pragma GCC unroll 8
-                for (int k = 0; k < K; ++k) total[k][r] = add_products<direct>(total[k][r], x, key[k]);
-            }
+struct Ahead {
+    const T *const *keys, *const *values;
+    int64_t row, end;  // keys and values are counted together
+    int64_t lines;     // of the cache, a row
+    int64_t line = 0;
+    void fetch(int64_t count) {
+        while (count > 0 && row < end) {
+            const char* from = reinterpret_cast<const char*>(row % 2 ? values[row / 2] : keys[row / 2]);
+            const int64_t to = std::min(lines, line + count);
+            count -= to - line;
+            for (; line < to; ++line) _mm_prefetch(from + 64 * line, _MM_HINT_T0);
+            if (line == lines) line = 0, ++row;
         }
     }
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) store_sums<R>(total[k], scale, out + k * lanes);
-}
-
-// Values where they lie in the cache.
-template <class T>
-struct Paged {
-    static constexpr int64_t at_once = Vec::size == 16 ? kBlock : 16;  // keys whose values the first-level cache holds
-    const T* const* rows;
-    int64_t count;
-    const T* const* next_keys;
-    int64_t next_count;
-    Pair load(int64_t key, int64_t column) const { return load_pair(rows[key] + column); }
-    // What is read next, while this is computed: a processor does not foresee it, and waiting for memory would come on top
-    // of the operations.
-    void fetch_with_keys(int64_t from, int64_t to, int64_t width) const { fetch(rows, from, std::min(to, count), width); }
-    void fetch_with_values(int64_t from, int64_t to, int64_t width) const {
-        fetch(next_keys, from, std::min(to, next_count), width);
-    }
-    static void fetch(const T* const* rows, int64_t from, int64_t to, int64_t width) {
-        for (int64_t j = from; j < to; ++j)
-            for (int64_t c = 0; c < width; c += 64 / sizeof(T))
-                _mm_prefetch(reinterpret_cast<const char*>(rows[j] + c), _MM_HINT_T0);
-    }
 };
-
-// Values of a block in float32, kPair columns of all keys behind each other.
-struct Panels {
-    static constexpr int64_t at_once = kBlock;
-    const float* data;
-    Pair load(int64_t key, int64_t column) const { return load_pair(data + column * kBlock + key * kPair); }
-    void fetch_with_keys(int64_t, int64_t, int64_t) const {}
-    void fetch_with_values(int64_t, int64_t, int64_t) const {}
-};
-
-// Adds to kPair columns of R results [R, width] the values of keys [from, to) times their weights [keys, lanes].
-template <int R, class Values>
-void add_weighted(const float* weights, int64_t lanes, const Values& values, int64_t from, int64_t to, int64_t column,
-                  float* out, int64_t width) {
-    Vec x[R], y[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        x[r] = Vec::load(out + r * width + column);
-        y[r] = Vec::load(out + r * width + column + Vec::size);
-    }
-    for (int64_t j = from; j < to; ++j) {
-        const Pair v = values.load(j, column);
-        const Vec first = held(v.first), second = held(v.second);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const Vec w = Vec::fill(weights[j * lanes + r]);
-            x[r] = fma(w, first, x[r]);
-            y[r] = fma(w, second, y[r]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        x[r].store(out + r * width + column);
-        y[r].store(out + r * width + column + Vec::size);
-    }
-}
 
 // A vector of lanes; where they fill half of it, twice.
 inline Vec load_lanes(const float* p, int64_t times) {
     if (times == 1) return Vec::load(p);
-    alignas(64) float both[Vec::size];
-    std::copy_n(p, Vec::size / 2, both);
-    std::copy_n(p, Vec::size / 2, both + Vec::size / 2);
-    return Vec::load(both);
+#if defined(__AVX512F__)
+    return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))};
+#else
+    return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
+#endif
 }
 
 inline void store_lanes(Vec x, float* p, int64_t times) {
     if (times == 1) return x.store(p);
-    alignas(64) float both[Vec::size];
-    x.store(both);
-    std::copy_n(both, Vec::size / 2, p);
+#if defined(__AVX512F__)
+    _mm256_storeu_ps(p, _mm512_castps512_ps256(x.v));
+#else
+    _mm_storeu_ps(p, _mm256_castps256_ps128(x.v));
+#endif
 }
 
 // The halves of a vector in the other order.
@@ -267,6 +114,14 @@ struct Tile {
     int64_t parts() const { return (keys + kPartition - 1) / kPartition; }
 };
 
+// A partition of the keys of a tile; of none where there is no such.
+struct Part {
+    const Tile* tile;
+    int64_t number;
+    int64_t begin() const { return number * kPartition; }
+    int64_t count() const { return tile ? std::min(kPartition, tile->keys - begin()) : 0; }
+};
+
 // The softmax of a tile over some of its keys: the largest score, Σ e^(score − largest), and the values weighted so.
 struct Softmax {
     static int64_t floats(const Shape& s, int64_t tokens) { return tokens * (2 * s.lanes + s.group * s.width); }
@@ -287,29 +142,28 @@ class Worker {
   public:
     explicit Worker(const PagedAttention& p)
         : p(p), s(p), queries(scratch<Element>(s.tokens * s.group * s.width)),
-          weights(scratch<float>(s.tokens * kBlock * s.lanes)), key_copy(scratch<Element>(kBlock * s.width)),
-          value_copy(scratch<float>(kBlock * s.width)), part_memory(scratch<float>(Softmax::floats(s, s.tokens))),
-          memory(scratch<float>(Softmax::floats(s, s.tokens))) {
+          weights(scratch<float>(s.tokens * kBlock * s.lanes)), factors(scratch<float>(s.tokens * s.lanes)),
+          key_copy(scratch<Element>(kBlock * s.width)), value_copy(scratch<float>(kBlock * s.width)),
+          part_memory(scratch<float>(Softmax::floats(s, s.tokens))), memory(scratch<float>(Softmax::floats(s, s.tokens))) {
         std::fill_n(weights.get(), s.tokens * kBlock * s.lanes, 0.0f);
         for (int64_t j = 0; j < kBlock; ++j) copied_keys[j] = key_copy.get() + j * s.width;
     }
 
-    void whole(const Tile& tile) {
-        t = tile;
-        load_queries();
+    // `next`: what this thread computes then, of which some is fetched; none or nothing where that is not known.
+    void whole(const Tile& tile, const Tile* next) {
+        begin(tile);
         const Softmax part(part_memory.get(), s, t.tokens), all(memory.get(), s, t.tokens);
         all.clear();
         for (int64_t i = 0; i < t.parts(); ++i) {
-            attend(i, part);
+            attend({&tile, i}, i + 1 < t.parts() ? Part{&tile, i + 1} : Part{next, 0}, part);
             join(i, part, all);
         }
         finish(all);
     }
 
-    void part(const Tile& tile, int64_t i, float* result) {
-        t = tile;
-        load_queries();
-        attend(i, Softmax(result, s, t.tokens));
+    void part(const Part& part, const Part& next, float* result) {
+        begin(*part.tile);
+        attend(part, next, Softmax(result, s, t.tokens));
     }
 
     void finish_parts(const Tile& tile, float* parts) {
@@ -330,7 +184,8 @@ class Worker {
         return static_cast<const T*>(data) + token * token_stride + (t.kv_head * s.group + g) * head_stride;
     }
 
-    void load_queries() {
+    void begin(const Tile& tile) {
+        t = tile;
         Element* to = queries.get();
         for (int64_t i = 0; i < t.tokens; ++i) {
             for (int64_t g = 0; g < s.group; ++g, to += s.width)
@@ -348,45 +203,51 @@ class Worker {
         }
     }
 
-    void attend(int64_t part, const Softmax& to) {
-        const int64_t begin = part * kPartition, end = std::min(begin + kPartition, t.keys);
+    void attend(const Part& part, const Part& next, const Softmax& to) {
+        const int64_t total = part.count(), after = std::min(kBlock, next.count());
         const bool copies = s.width != p.head_dim || t.tokens * s.group >= kCopyRows;
         to.clear();
-        find(begin, end);
-        for (int64_t start = begin; start < end; start += kBlock) {
-            const int64_t count = std::min(kBlock, end - start);
-            const T *const *keys = key_rows + (start - begin), *const *values = value_rows + (start - begin);
-            if (copies) {
-                copy_values(values, count);
-                const Panels panels{value_copy.get()};
-                if constexpr (Scores<T>::direct) {
-                    if (s.width == p.head_dim) {
-                        block(keys, panels, start, count, to);
-                        continue;
-                    }
-                }
-                for (int64_t j = 0; j < count; ++j) copy_row(keys[j], key_copy.get() + j * s.width);
-                block(copied_keys, panels, start, count, to);
-            } else {
-                const int64_t next = std::min(kBlock, end - start - count);
-                block(keys, Paged<T>{values, count, keys + count, next}, start, count, to);
+        find(part, total, 0);
+        find(next, after, total);
+        ahead = {key_rows, value_rows, 2 * std::min(kBlock, total), 2 * (total + after), row_lines()};
+        for (int64_t done = 0; done < total; done += kBlock) {
+            const int64_t count = std::min(kBlock, total - done), start = part.begin() + done;
+            const T *const *keys = key_rows + done, *const *values = value_rows + done;
+            for (int64_t i = 0; i < t.tokens; ++i) seen[i] = std::clamp<int64_t>(keys_of(i) - start, 0, count);
+            if (!copies) {
+                block(keys, Paged<T>{values}, count, to);
+                continue;
             }
+            copy_values(values, count);
+            const Panels panels{value_copy.get(), kBlock};
+            if constexpr (Scores<T>::direct) {
+                if (s.width == p.head_dim) {
+                    block(keys, panels, count, to);
+                    continue;
+                }
+            }
+            for (int64_t j = 0; j < count; ++j) copy_row(keys[j], key_copy.get() + j * s.width);
+            block(copied_keys, panels, count, to);
         }
     }
 
-    // Where keys and values [begin, end) lie.
-    void find(int64_t begin, int64_t end) {
-        int64_t column = t.sequence * p.table_row + begin / p.block_size, slot = begin % p.block_size;
-        for (int64_t at = 0; at < end - begin; ++column, slot = 0) {
+    // Where the first `count` keys and values of a partition lie.
+    void find(const Part& part, int64_t count, int64_t at) {
+        if (!count) return;
+        const Tile& tile = *part.tile;
+        int64_t column = tile.sequence * p.table_row + part.begin() / p.block_size, slot = part.begin() % p.block_size;
+        for (const int64_t end = at + count; at < end; ++column, slot = 0) {
             const int64_t block = p.block_table[column];
-            const T* k = static_cast<const T*>(p.keys) + block * p.key_block + t.kv_head * p.key_head;
-            const T* v = static_cast<const T*>(p.values) + block * p.value_block + t.kv_head * p.value_head;
-            for (; slot < p.block_size && at < end - begin; ++slot, ++at) {
+            const T* k = static_cast<const T*>(p.keys) + block * p.key_block + tile.kv_head * p.key_head;
+            const T* v = static_cast<const T*>(p.values) + block * p.value_block + tile.kv_head * p.value_head;
+            for (; slot < p.block_size && at < end; ++slot, ++at) {
                 key_rows[at] = k + slot * p.key_slot;
                 value_rows[at] = v + slot * p.value_slot;
             }
         }
     }
+
+    int64_t row_lines() const { return (p.head_dim * int64_t(sizeof(T)) + 63) / 64; }
 
     void copy_values(const T* const* values, int64_t count) {
         for (int64_t j = 0; j < count; ++j)
@@ -394,26 +255,27 @@ class Worker {
                 load_pair(values[j], c, p.head_dim).store(value_copy.get() + c * kBlock + j * kPair);
     }
 
+    // The keys and values of a block.
     template <class S, class Values>
-    void block(const S* const* keys, const Values& values, int64_t start, int64_t count, const Softmax& to) {
-        for (int64_t i = 0; i < t.tokens; ++i) seen[i] = std::clamp<int64_t>(keys_of(i) - start, 0, count);
-        score(keys, values, count);
+    void block(const S* const* keys, const Values& values, int64_t count, const Softmax& to) {
+        score(keys, count);
         for (int64_t i = 0; i < t.tokens; ++i) {
             if (seen[i]) soften(i, to);
         }
-        weigh(values, count, to);
+        weigh(values, to);
     }
 
     float* weights_of(int64_t i) const { return weights.get() + i * kBlock * s.lanes; }
 
-    template <class S, class Values>
-    void score(const S* const* keys, const Values& values, int64_t count) {
+    template <class S>
+    void score(const S* const* keys, int64_t count) {
         const Vec scale = Vec::fill(float(p.scale));
+        const int64_t lines = kKeys * row_lines() * 2 * kScoring / 8;
         for (int64_t from = 0; from < count; from += kKeysAtOnce) {
             for (int64_t i = 0; i < t.tokens; ++i) {
                 const int64_t to = std::min(from + kKeysAtOnce, seen[i]);
                 for (int64_t j = from; j < to; j += kKeys) {
-                    if (i == 0) values.fetch_with_keys(j, j + kKeys, s.width);
+                    if (i == 0) ahead.fetch(lines);
                     // The last one again where there are fewer.
                     const S* some[kKeys];
                     for (int k = 0; k < kKeys; ++k) some[k] = keys[std::min(j + k, to - 1)];
@@ -421,7 +283,7 @@ class Worker {
                         const Element* q = queries.get() + (i * s.group + g) * s.width;
                         float* out = weights_of(i) + j * s.lanes + g;
                         with_rows<kRows>(s.group - g, [&](auto rows) {
-                            dots<rows.value, kKeys>(q, s.width, some, scale, out, s.lanes);
+                            dots<rows.value>(q, s.width, some, scale, out, s.lanes);
                         });
                     }
                 }
@@ -429,9 +291,8 @@ class Worker {
         }
     }
 
-    // Scores of token i become weights, a query a lane; what was weighted by a smaller largest score is scaled.
+    // Scores of token i become weights, a query a lane; what was weighted by a smaller largest score gets a factor.
     void soften(int64_t i, const Softmax& to) {
-        alignas(64) float factors[Vec::size];
         const int64_t together = std::max<int64_t>(1, Vec::size / s.lanes), keys = seen[i];
         float* const scores = weights_of(i);
         // Where two keys share a vector, none behind the last.
@@ -453,33 +314,24 @@ class Worker {
             sum = fma(load_lanes(total, together), factor, sum);
             store_lanes(top, largest, together);
             store_lanes(sum, total, together);
-            factor.store(factors);
-            for (int64_t r = g; r < std::min(g + Vec::size, s.group); ++r)
-                scale(to.values + (i * s.group + r) * s.width, factors[r - g]);
+            store_lanes(factor, factors.get() + i * s.lanes + g, together);
         }
     }
 
-    void scale(float* values, float factor) const {
-        if (factor == 1.0f) return;
-        for (int64_t c = 0; c < s.width; c += Vec::size) (Vec::load(values + c) * Vec::fill(factor)).store(values + c);
-    }
-
     template <class Values>
-    void weigh(const Values& values, int64_t count, const Softmax& sums) {
-        for (int64_t from = 0; from < count; from += Values::at_once) {
-            for (int64_t c = 0; c < s.width; c += kPair) {
-                // Every column its share of the next keys.
-                const int64_t columns = s.width / kPair, share = (Values::at_once + columns - 1) / columns;
-                const int64_t part = from + c / kPair * share;
-                values.fetch_with_values(part, std::min(part + share, from + Values::at_once), s.width);
-                for (int64_t i = 0; i < t.tokens; ++i) {
-                    const int64_t to = std::min(from + Values::at_once, seen[i]);
-                    for (int64_t g = 0; g < s.group; g += kRows) {
-                        float* out = sums.values + (i * s.group + g) * s.width;
-                        with_rows<kRows>(s.group - g, [&](auto rows) {
-                            add_weighted<rows.value>(weights_of(i) + g, s.lanes, values, from, to, c, out, s.width);
-                        });
-                    }
+    void weigh(const Values& values, const Softmax& sums) {
+        const int64_t lines = kStretch * row_lines() * 2 * (8 - kScoring) / 8 * kPair / s.width;
+        for (int64_t c = 0; c < s.width; c += kPair) {
+            for (int64_t i = 0; i < t.tokens; ++i) {
+                if (!seen[i]) continue;
+                for (int64_t g = 0; g < s.group; g += kRows) {
+                    float* out = sums.values + (i * s.group + g) * s.width;
+                    const float* factor = factors.get() + i * s.lanes + g;
+                    const int64_t more = i == 0 && g == 0 ? lines : 0;
+                    with_rows<kRows>(s.group - g, [&](auto rows) {
+                        add_weighted<rows.value>(weights_of(i) + g, s.lanes, factor, values, seen[i], c, out, s.width,
+                                                 [&] { ahead.fetch(more); });
+                    });
                 }
             }
         }
@@ -534,10 +386,11 @@ class Worker {
     const Shape s;
     Tile t;
     Scratch<Element> queries;
-    Scratch<float> weights;
+    Scratch<float> weights, factors;
     Scratch<Element> key_copy;
     Scratch<float> value_copy, part_memory, memory;
-    const T *key_rows[kPartition], *value_rows[kPartition];
+    const T *key_rows[kPartition + kBlock], *value_rows[kPartition + kBlock];
+    Ahead<T> ahead;
     const Element* copied_keys[kBlock];
     int64_t seen[kTileRows];  // keys of the current block, by token
 };
@@ -558,38 +411,49 @@ std::vector<Tile> tiles_of(const PagedAttention& p, const Shape& s) {
     return tiles;
 }
 
-template <class T>
-void by_tiles(const PagedAttention& p, const std::vector<Tile>& tiles, bool parallel) {
-#pragma omp parallel if (parallel)
-    {
-        Worker<T> worker(p);
-#pragma omp for schedule(dynamic, 1)
-        for (size_t i = 0; i < tiles.size(); ++i) worker.whole(tiles[i]);
+// Calls f(i, next) for each i < count on the threads of a team. A thread takes its next piece before it begins one, so that
+// it can fetch some of it; `next` may be `count` or more.
+template <class F>
+void share(std::atomic<size_t>& taken, size_t count, F f) {
+    for (size_t i = taken++, next; i < count; i = next) {
+        next = taken++;
+        f(i, next);
     }
 }
 
-struct Part {
-    size_t tile;
-    int64_t number, at;  // at: where its result lies
-};
+template <class T>
+void by_tiles(const PagedAttention& p, const std::vector<Tile>& tiles, bool parallel) {
+    std::atomic<size_t> taken{0};
+#pragma omp parallel if (parallel)
+    {
+        Worker<T> worker(p);
+        share(taken, tiles.size(), [&](size_t i, size_t next) {
+            worker.whole(tiles[i], next < tiles.size() ? &tiles[next] : nullptr);
+        });
+    }
+}
 
 template <class T>
 void by_parts(const PagedAttention& p, const Shape& s, const std::vector<Tile>& tiles) {
     std::vector<Part> parts;
-    std::vector<int64_t> starts;
+    std::vector<int64_t> places, starts;  // of results
     int64_t floats = 0;
-    for (size_t i = 0; i < tiles.size(); ++i) {
+    for (const Tile& tile : tiles) {
         starts.push_back(floats);
-        for (int64_t n = 0; n < tiles[i].parts(); ++n, floats += Softmax::floats(s, tiles[i].tokens))
-            parts.push_back({i, n, floats});
+        for (int64_t n = 0; n < tile.parts(); ++n, floats += Softmax::floats(s, tile.tokens)) {
+            parts.push_back({&tile, n});
+            places.push_back(floats);
+        }
     }
     const auto results = scratch<float>(floats);
+    std::atomic<size_t> taken{0};
 #pragma omp parallel
     {
         Worker<T> worker(p);
-#pragma omp for schedule(dynamic, 1)
-        for (size_t i = 0; i < parts.size(); ++i)
-            worker.part(tiles[parts[i].tile], parts[i].number, results.get() + parts[i].at);
+        share(taken, parts.size(), [&](size_t i, size_t next) {
+            worker.part(parts[i], next < parts.size() ? parts[next] : Part{}, results.get() + places[i]);
+        });
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < tiles.size(); ++i) worker.finish_parts(tiles[i], results.get() + starts[i]);
     }

@@ -1,0 +1,185 @@
+// The steps of attention in registers: queries times keys, and weights times values.
+//
+// Queries and results are rows of floats or of bfloat16; scores and weights [keys, lanes], a query a lane. A sum's order
+// does not depend on how many queries or keys are computed together.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "pairs.h"
+
+namespace qnext {
+
+// Queries and keys in registers.
+constexpr int kRows = Vec::size == 16 ? 8 : 4, kKeys = Vec::size == 16 ? 2 : 3;
+
+// What scores are computed from: with BF16 dot products keys and queries as they are, else floats.
+template <class T>
+struct Scores {
+    using Element = float;
+    static constexpr bool direct = false;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Scores<bfloat16> {
+    using Element = bfloat16;
+    static constexpr bool direct = true;
+};
+#endif
+
+// In a register: the compiler would make a value that is read several times a memory operand of each use.
+inline Vec held(Vec x) {
+    asm("" : "+v"(x.v));
+    return x;
+}
+
+template <class T>
+Vec load_raw(const T* p) {
+    return Vec::load(reinterpret_cast<const float*>(p));
+}
+
+// Of floats, or of pairs of bfloat16.
+template <bool Bf16>
+Vec add_products(Vec total, Vec x, Vec y) {
+#if defined(__AVX512BF16__)
+    if constexpr (Bf16) return {_mm512_dpbf16_ps(total.v, (__m512bh)x.v, (__m512bh)y.v)};
+#endif
+    return fma(x, y, total);
+}
+
+// Calls f with min(rows, R) as a constant.
+template <int R, class F>
+void with_rows(int64_t rows, F f) {
+    if constexpr (R > 1) {
+        if (rows < R) return with_rows<R - 1>(rows, f);
+    }
+    f(std::integral_constant<int, R>());
+}
+
+// The sums of the elements of [kKeys, R] vectors times `scale` to [kKeys, lanes] floats, kRows for each key; what lies
+// behind the R-th of them is undefined. Inlined, so that the vectors come from registers.
+#if defined(__AVX512F__)
+
+template <int R>
+__attribute__((always_inline)) inline void store_sums(const Vec (&x)[kKeys][R], Vec scale, float* to, int64_t lanes) {
+    static_assert(kKeys == 2 && R <= 8);
+    const auto at = [&](int i) { return i % 8 < R ? x[i / 8][i % 8].v : _mm512_setzero_ps(); };
+    __m512 eighths[4], quarters[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        __m512d pairs[2];
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const __m512 a = at(4 * i + 2 * half), b = at(4 * i + 2 * half + 1);
+            pairs[half] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        }
+        eighths[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[1])),
+                                   _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[1])));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const __m512 a = eighths[2 * i], b = eighths[2 * i + 1];
+        quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    const Vec sums = {_mm512_add_ps(_mm512_shuffle_f32x4(quarters[0], quarters[1], 0x88),
+                                    _mm512_shuffle_f32x4(quarters[0], quarters[1], 0xdd))};
+    const Vec scaled = sums * scale;
+    if (lanes == 8) return scaled.store(to);
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(scaled.v));
+    _mm256_storeu_ps(to + lanes, _mm512_extractf32x8_ps(scaled.v, 1));
+}
+
+#else
+
+template <int R>
+__attribute__((always_inline)) inline void store_sums(const Vec (&x)[kKeys][R], Vec scale, float* to, int64_t lanes) {
+    static_assert(R <= 4);
+    for (int k = 0; k < kKeys; ++k) {
+        const auto at = [&](int r) { return r < R ? x[k][r] : Vec::zero(); };
+        const __m128 four = sums(at(0), at(1), at(2), at(3));
+        _mm_storeu_ps(to + k * lanes, _mm_mul_ps(four, _mm256_castps256_ps128(scale.v)));
+    }
+}
+
+#endif
+
+// The products of R queries [R, width] with kKeys keys, times `scale`, to kRows neighbouring floats for each key.
+template <int R, class Q, class S>
+void dots(const Q* q, int64_t width, const S* const* keys, Vec scale, float* out, int64_t lanes) {
+    constexpr bool direct = std::is_same_v<Q, bfloat16>;
+    const S* rows[kKeys];
+    Vec total[kKeys][R];
+#pragma GCC unroll 8
+    for (int k = 0; k < kKeys; ++k) {
+        rows[k] = keys[k];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) total[k][r] = Vec::zero();
+    }
+    for (int64_t i = 0; i < width; i += kPair) {
+#pragma GCC unroll 2
+        for (int half = 0; half < (direct ? 1 : 2); ++half) {
+            Vec key[kKeys];
+#pragma GCC unroll 8
+            for (int k = 0; k < kKeys; ++k) key[k] = held(direct ? load_raw(rows[k] + i) : load_half(rows[k] + i, half));
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const Vec x = held(direct ? load_raw(q + r * width + i) : load_half(q + r * width + i, half));
+#pragma GCC unroll 8
+                for (int k = 0; k < kKeys; ++k) total[k][r] = add_products<direct>(total[k][r], x, key[k]);
+            }
+        }
+    }
+    store_sums<R>(total, scale, out, lanes);
+}
+
+// Values where they lie in the cache.
+template <class T>
+struct Paged {
+    const T* const* rows;
+    Pair load(int64_t key, int64_t column) const { return load_pair(rows[key] + column); }
+};
+
+// Values of a block of `keys` keys in float32, kPair columns of all keys behind each other.
+struct Panels {
+    const float* data;
+    int64_t keys;
+    Pair load(int64_t key, int64_t column) const { return load_pair(data + column * keys + key * kPair); }
+};
+
+// Keys between two calls of `between` in add_weighted.
+constexpr int64_t kStretch = 8;
+
+// kPair columns of R results [R, width]: times their factors, plus the values of `count` keys times their weights [count,
+// lanes].
+template <int R, class Values, class F>
+void add_weighted(const float* weights, int64_t lanes, const float* factors, const Values& values, int64_t count,
+                  int64_t column, float* out, int64_t width, F between) {
+    Vec x[R], y[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        const Vec factor = Vec::fill(factors[r]);
+        x[r] = Vec::load(out + r * width + column) * factor;
+        y[r] = Vec::load(out + r * width + column + Vec::size) * factor;
+    }
+    for (int64_t j = 0; j < count;) {
+        between();
+        for (const int64_t end = std::min(j + kStretch, count); j < end; ++j) {
+            const Pair v = values.load(j, column);
+            const Vec first = held(v.first), second = held(v.second);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const Vec w = Vec::fill(weights[j * lanes + r]);
+                x[r] = fma(w, first, x[r]);
+                y[r] = fma(w, second, y[r]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        x[r].store(out + r * width + column);
+        y[r].store(out + r * width + column + Vec::size);
+    }
+}
+
+}  // namespace qnext
