@@ -104,15 +104,16 @@ __attribute__((always_inline)) inline void store_sums(const Vec (&x)[kKeys][R], 
 
 #endif
 
-// The products of R queries [R, width] with kKeys keys, times `scale`, to kRows neighbouring floats for each key.
+// The products of R queries [R, width] with min(kKeys, count) keys, times `scale`, to kRows neighbouring floats for each
+// key; where there are fewer keys, the last one's again.
 template <int R, class Q, class S>
-void dots(const Q* q, int64_t width, const S* const* keys, Vec scale, float* out, int64_t lanes) {
+__attribute__((noinline)) void dots(const Q* q, int64_t width, const S* const* keys, int64_t count, Vec scale, float* out, int64_t lanes) {
     constexpr bool direct = std::is_same_v<Q, bfloat16>;
     const S* rows[kKeys];
     Vec total[kKeys][R];
 #pragma GCC unroll 8
     for (int k = 0; k < kKeys; ++k) {
-        rows[k] = keys[k];
+        rows[k] = keys[std::min<int64_t>(k, count - 1)];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) total[k][r] = Vec::zero();
     }
@@ -147,14 +148,29 @@ struct Panels {
     Pair load(int64_t key, int64_t column) const { return load_pair(data + column * keys + key * kPair); }
 };
 
-// Keys between two calls of `between` in add_weighted.
-constexpr int64_t kStretch = 8;
+// Keys and values that are read after those that are computed on: a processor does not foresee them, and waiting for
+// memory would come on top of the operations.
+template <class T>
+struct Ahead {
+    const T *const *keys, *const *values;
+    int64_t bytes;       // a row
+    int64_t token, end;  // of both
+    void fetch() {
+        if (token >= end) return;
+        const char *key = reinterpret_cast<const char*>(keys[token]), *value = reinterpret_cast<const char*>(values[token]);
+        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(key + i, _MM_HINT_T0);
+        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(value + i, _MM_HINT_T0);
+        ++token;
+    }
+};
 
 // kPair columns of R results [R, width]: times their factors, plus the values of `count` keys times their weights [count,
-// lanes].
-template <int R, class Values, class F>
-void add_weighted(const float* weights, int64_t lanes, const float* factors, const Values& values, int64_t count,
-                  int64_t column, float* out, int64_t width, F between) {
+// lanes]. A token ahead, if there is one, is fetched every `stretch` keys. Not inlined: the compiler would keep addresses
+// of the loops around in registers of vectors, from where they come only after all additions before.
+template <int R, class Values, class T>
+__attribute__((noinline)) void add_weighted(const float* weights, int64_t lanes, const float* factors,
+                                            const Values& values, int64_t count, int64_t column, float* out,
+                                            int64_t width, Ahead<T>* ahead, int64_t stretch) {
     Vec x[R], y[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -163,18 +179,20 @@ void add_weighted(const float* weights, int64_t lanes, const float* factors, con
         y[r] = Vec::load(out + r * width + column + Vec::size) * factor;
     }
     for (int64_t j = 0; j < count;) {
-        between();
-        for (const int64_t end = std::min(j + kStretch, count); j < end; ++j) {
+        if (ahead) ahead->fetch();
+        for (const int64_t end = std::min(j + stretch, count); j < end; ++j, weights += lanes) {
             const Pair v = values.load(j, column);
             const Vec first = held(v.first), second = held(v.second);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vec w = Vec::fill(weights[j * lanes + r]);
+                const Vec w = Vec::fill(weights[r]);
                 x[r] = fma(w, first, x[r]);
                 y[r] = fma(w, second, y[r]);
             }
         }
     }
+    // Addresses are computed again, for the same reason.
+    asm("" : "+r"(out), "+r"(width));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
         x[r].store(out + r * width + column);

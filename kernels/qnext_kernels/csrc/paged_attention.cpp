@@ -51,26 +51,6 @@ constexpr int64_t kPartition = 576;
 constexpr int64_t kTileRows = 64;  // queries, of all heads of a group, that meet a block together
 constexpr int64_t kCopyRows = 24;  // from so many on, a block is copied
 constexpr int64_t kKeysAtOnce = 12;
-constexpr int64_t kScoring = 3;
-
-// Rows of keys and values, in turn, that are read after those that are computed on: a processor does not foresee them,
-// and waiting for memory would come on top of the operations.
-template <class T>
-struct Ahead {
-    const T *const *keys, *const *values;
-    int64_t row, end;  // keys and values are counted together
-    int64_t lines;     // of the cache, a row
-    int64_t line = 0;
-    void fetch(int64_t count) {
-        while (count > 0 && row < end) {
-            const char* from = reinterpret_cast<const char*>(row % 2 ? values[row / 2] : keys[row / 2]);
-            const int64_t to = std::min(lines, line + count);
-            count -= to - line;
-            for (; line < to; ++line) _mm_prefetch(from + 64 * line, _MM_HINT_T0);
-            if (line == lines) line = 0, ++row;
-        }
-    }
-};
 
 // A vector of lanes; where they fill half of it, twice.
 inline Vec load_lanes(const float* p, int64_t times) {
@@ -209,10 +189,11 @@ class Worker {
         to.clear();
         find(part, total, 0);
         find(next, after, total);
-        ahead = {key_rows, value_rows, 2 * std::min(kBlock, total), 2 * (total + after), row_lines()};
+        ahead = {key_rows, value_rows, p.head_dim * int64_t(sizeof(T)), std::min(kBlock, total), 0};
         for (int64_t done = 0; done < total; done += kBlock) {
             const int64_t count = std::min(kBlock, total - done), start = part.begin() + done;
             const T *const *keys = key_rows + done, *const *values = value_rows + done;
+            ahead.end = std::min(done + 2 * kBlock, total + after);
             for (int64_t i = 0; i < t.tokens; ++i) seen[i] = std::clamp<int64_t>(keys_of(i) - start, 0, count);
             if (!copies) {
                 block(keys, Paged<T>{values}, count, to);
@@ -247,8 +228,6 @@ class Worker {
         }
     }
 
-    int64_t row_lines() const { return (p.head_dim * int64_t(sizeof(T)) + 63) / 64; }
-
     void copy_values(const T* const* values, int64_t count) {
         for (int64_t j = 0; j < count; ++j)
             for (int64_t c = 0; c < s.width; c += kPair)
@@ -270,20 +249,16 @@ class Worker {
     template <class S>
     void score(const S* const* keys, int64_t count) {
         const Vec scale = Vec::fill(float(p.scale));
-        const int64_t lines = kKeys * row_lines() * 2 * kScoring / 8;
         for (int64_t from = 0; from < count; from += kKeysAtOnce) {
             for (int64_t i = 0; i < t.tokens; ++i) {
                 const int64_t to = std::min(from + kKeysAtOnce, seen[i]);
                 for (int64_t j = from; j < to; j += kKeys) {
-                    if (i == 0) ahead.fetch(lines);
-                    // The last one again where there are fewer.
-                    const S* some[kKeys];
-                    for (int k = 0; k < kKeys; ++k) some[k] = keys[std::min(j + k, to - 1)];
+                    if (i == 0 && j % (2 * kKeys) == 0) ahead.fetch();
                     for (int64_t g = 0; g < s.group; g += kRows) {
                         const Element* q = queries.get() + (i * s.group + g) * s.width;
                         float* out = weights_of(i) + j * s.lanes + g;
                         with_rows<kRows>(s.group - g, [&](auto rows) {
-                            dots<rows.value>(q, s.width, some, scale, out, s.lanes);
+                            dots<rows.value>(q, s.width, keys + j, to - j, scale, out, s.lanes);
                         });
                     }
                 }
@@ -320,17 +295,18 @@ class Worker {
 
     template <class Values>
     void weigh(const Values& values, const Softmax& sums) {
-        const int64_t lines = kStretch * row_lines() * 2 * (8 - kScoring) / 8 * kPair / s.width;
+        // So that about three quarters of a block are fetched here, as it takes three quarters of the time.
+        const int64_t stretch = std::max<int64_t>(1, 5 * s.width / kPair / 4);
         for (int64_t c = 0; c < s.width; c += kPair) {
             for (int64_t i = 0; i < t.tokens; ++i) {
                 if (!seen[i]) continue;
                 for (int64_t g = 0; g < s.group; g += kRows) {
                     float* out = sums.values + (i * s.group + g) * s.width;
                     const float* factor = factors.get() + i * s.lanes + g;
-                    const int64_t more = i == 0 && g == 0 ? lines : 0;
+                    Ahead<T>* const fetched = i == 0 && g == 0 ? &ahead : nullptr;
                     with_rows<kRows>(s.group - g, [&](auto rows) {
                         add_weighted<rows.value>(weights_of(i) + g, s.lanes, factor, values, seen[i], c, out, s.width,
-                                                 [&] { ahead.fetch(more); });
+                                                 fetched, stretch);
                     });
                 }
             }
