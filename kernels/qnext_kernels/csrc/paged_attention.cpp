@@ -1,14 +1,15 @@
 // Attention over a paged cache of keys and values: decode, verify and prefill run the same steps, so they have the same
 // bits.
 //
-// A query's softmax runs through blocks of 64 keys within partitions of 512, both counted from the start of its
+// A query's softmax runs through blocks of 48 keys within partitions of 576, both counted from the start of its
 // sequence, and partitions are put together in order; keys behind a query's own are left out, not masked. So the bits of
 // a query's result do not depend on the other queries, and one long sequence still occupies many threads.
 //
 // Scores of bfloat16 come from dot products of pairs where the processor has them; weights and values are float32.
 //
 // With 8 query heads a key-value head, float32 has 4 vector operations a vector of the cache and query head: at bfloat16
-// a decode is bound by them as much as by the memory. A few queries read the cache as it lies: two bfloat16 in 32 bits are
+// a decode is bound by them as much as by the memory; so that the times do not add up, the keys and values of the next block
+// are fetched in step with the operations. A few queries read the cache as it lies: two bfloat16 in 32 bits are
 // two floats after a shift and a mask, so that queries and results are kept in the order even elements, odd elements.
 // Many queries first copy a block to float32, in the order in which they read it.
 #include <algorithm>
@@ -48,9 +49,10 @@ namespace {
 
 constexpr int64_t kBlock = 48;
 constexpr int64_t kPartition = 576;
-constexpr int64_t kTileRows = 64;  // queries, of all heads of a group, that meet a block together
+// Queries, of all heads of a group, that meet a block together: the more, the more often what is fetched is used.
+constexpr int64_t kTileRows = 64, kMostTileRows = 256;
 constexpr int64_t kCopyRows = 24;  // from so many on, a block is copied
-constexpr int64_t kKeysAtOnce = 12;
+constexpr int64_t kKeysAtOnce = 24;
 
 // A vector of lanes; where they fill half of it, twice.
 inline Vec load_lanes(const float* p, int64_t times) {
@@ -84,7 +86,12 @@ struct Shape {
     explicit Shape(const PagedAttention& p)
         : group(p.heads / p.kv_heads), lanes(2 * group <= Vec::size ? Vec::size / 2 : padded(group)),
           width((p.head_dim + kPair - 1) / kPair * kPair),
-          tokens(std::max<int64_t>(1, kTileRows / group)) {}
+          tokens(tokens_of(p, group)) {}
+    // Eight tiles a thread are enough.
+    static int64_t tokens_of(const PagedAttention& p, int64_t group) {
+        const int64_t share = p.query_start_loc[p.sequences] * p.kv_heads / (8 * omp_get_max_threads());
+        return std::max<int64_t>(1, std::clamp(share, kTileRows / group, kMostTileRows / group));
+    }
     int64_t group, lanes, width, tokens;  // query heads a key-value head; both sizes in whole vectors; tokens a tile
 };
 
@@ -120,8 +127,8 @@ struct Softmax {
 template <class T>
 class Worker {
   public:
-    explicit Worker(const PagedAttention& p)
-        : p(p), s(p), queries(scratch<Element>(s.tokens * s.group * s.width)),
+    Worker(const PagedAttention& p, const Shape& s)
+        : p(p), s(s), queries(scratch<Element>(s.tokens * s.group * s.width)),
           weights(scratch<float>(s.tokens * kBlock * s.lanes)), factors(scratch<float>(s.tokens * s.lanes)),
           key_copy(scratch<Element>(kBlock * s.width)), value_copy(scratch<float>(kBlock * s.width)),
           part_memory(scratch<float>(Softmax::floats(s, s.tokens))), memory(scratch<float>(Softmax::floats(s, s.tokens))) {
@@ -133,10 +140,10 @@ class Worker {
     void whole(const Tile& tile, const Tile* next) {
         begin(tile);
         const Softmax part(part_memory.get(), s, t.tokens), all(memory.get(), s, t.tokens);
-        all.clear();
         for (int64_t i = 0; i < t.parts(); ++i) {
-            attend({&tile, i}, i + 1 < t.parts() ? Part{&tile, i + 1} : Part{next, 0}, part);
-            join(i, part, all);
+            const Softmax& to = i ? part : all;
+            attend({&tile, i}, i + 1 < t.parts() ? Part{&tile, i + 1} : Part{next, 0}, to);
+            if (i) join(i, part, all);
         }
         finish(all);
     }
@@ -343,11 +350,11 @@ class Worker {
                 const int64_t token = t.token + i;
                 T* to = static_cast<T*>(p.out) + (token * p.heads + t.kv_head * s.group + g) * p.head_dim;
                 const T* gate = p.gate ? row(p.gate, token, p.gate_token, p.gate_head, g) : nullptr;
-                const Vec total = Vec::fill(all.total[i * s.lanes + g]);
+                const Vec share = Vec::fill(1.0f / all.total[i * s.lanes + g]);
                 const float* values = all.values + (i * s.group + g) * s.width;
                 for (int64_t c = 0; c < s.width; c += kPair) {
                     Pair x = load_pair(values + c);
-                    x = {x.first / total, x.second / total};
+                    x = {x.first * share, x.second * share};
                     if (gate) {
                         const Pair y = load_pair(gate, c, p.head_dim);
                         x = {x.first * sigmoid(y.first), x.second * sigmoid(y.second)};
@@ -359,7 +366,7 @@ class Worker {
     }
 
     const PagedAttention& p;
-    const Shape s;
+    const Shape& s;
     Tile t;
     Scratch<Element> queries;
     Scratch<float> weights, factors;
@@ -368,7 +375,7 @@ class Worker {
     const T *key_rows[kPartition + kBlock], *value_rows[kPartition + kBlock];
     Ahead<T> ahead;
     const Element* copied_keys[kBlock];
-    int64_t seen[kTileRows];  // keys of the current block, by token
+    int64_t seen[kMostTileRows];  // keys of the current block, by token
 };
 
 std::vector<Tile> tiles_of(const PagedAttention& p, const Shape& s) {
@@ -398,11 +405,11 @@ void share(std::atomic<size_t>& taken, size_t count, F f) {
 }
 
 template <class T>
-void by_tiles(const PagedAttention& p, const std::vector<Tile>& tiles, bool parallel) {
+void by_tiles(const PagedAttention& p, const Shape& s, const std::vector<Tile>& tiles, bool parallel) {
     std::atomic<size_t> taken{0};
 #pragma omp parallel if (parallel)
     {
-        Worker<T> worker(p);
+        Worker<T> worker(p, s);
         share(taken, tiles.size(), [&](size_t i, size_t next) {
             worker.whole(tiles[i], next < tiles.size() ? &tiles[next] : nullptr);
         });
@@ -425,7 +432,7 @@ void by_parts(const PagedAttention& p, const Shape& s, const std::vector<Tile>& 
     std::atomic<size_t> taken{0};
 #pragma omp parallel
     {
-        Worker<T> worker(p);
+        Worker<T> worker(p, s);
         share(taken, parts.size(), [&](size_t i, size_t next) {
             worker.part(parts[i], next < parts.size() ? parts[next] : Part{}, results.get() + places[i]);
         });
@@ -451,7 +458,7 @@ void paged_attention(const PagedAttention& p) {
     if (parallel && most_parts > 1 && count < 4 * threads && parts * Softmax::floats(s, s.tokens) < 1 << 25)
         by_parts<T>(p, s, tiles);
     else
-        by_tiles<T>(p, tiles, parallel);
+        by_tiles<T>(p, s, tiles, parallel);
 }
 
 void store_row(const void* from, int64_t at, void* pool, int64_t to, int64_t bytes, int64_t count) {
