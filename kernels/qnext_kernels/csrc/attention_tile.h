@@ -106,10 +106,11 @@ __attribute__((always_inline)) inline void store_sums(const Vec (&x)[kKeys][R], 
 
 // The products of R queries [R, width] with min(kKeys, count) keys, times `scale`, to kRows neighbouring floats for each
 // key; where there are fewer keys, the last one's again.
-template <int R, class Q, class S>
-__attribute__((noinline)) void dots(const Q* q, int64_t width, const S* const* keys, int64_t count, Vec scale, float* out, int64_t lanes) {
+template <int R, class Q, class T>
+__attribute__((noinline)) void dots(const Q* q, int64_t width, const T* const* keys, int64_t count, Vec scale, float* out,
+                                    int64_t lanes) {
     constexpr bool direct = std::is_same_v<Q, bfloat16>;
-    const S* rows[kKeys];
+    const T* rows[kKeys];
     Vec total[kKeys][R];
 #pragma GCC unroll 8
     for (int k = 0; k < kKeys; ++k) {
@@ -134,20 +135,6 @@ __attribute__((noinline)) void dots(const Q* q, int64_t width, const S* const* k
     store_sums<R>(total, scale, out, lanes);
 }
 
-// Values where they lie in the cache.
-template <class T>
-struct Paged {
-    const T* const* rows;
-    Pair load(int64_t key, int64_t column) const { return load_pair(rows[key] + column); }
-};
-
-// Values of a block of `keys` keys in float32, kPair columns of all keys behind each other.
-struct Panels {
-    const float* data;
-    int64_t keys;
-    Pair load(int64_t key, int64_t column) const { return load_pair(data + column * keys + key * kPair); }
-};
-
 // Keys and values that are read after those that are computed on: a processor does not foresee them, and waiting for
 // memory would come on top of the operations.
 template <class T>
@@ -167,9 +154,9 @@ struct Ahead {
 // kPair columns of R results [R, width]: times their factors, plus the values of `count` keys times their weights [count,
 // lanes]. A token ahead, if there is one, is fetched every `stretch` keys. Not inlined: the compiler would keep addresses
 // of the loops around in registers of vectors, from where they come only after all additions before.
-template <int R, class Values, class T>
+template <int R, class T>
 __attribute__((noinline)) void add_weighted(const float* weights, int64_t lanes, const float* factors,
-                                            const Values& values, int64_t count, int64_t column, float* out,
+                                            const T* const* values, int64_t count, int64_t column, float* out,
                                             int64_t width, Ahead<T>* ahead, int64_t stretch) {
     Vec x[R], y[R];
 #pragma GCC unroll 8
@@ -181,7 +168,7 @@ __attribute__((noinline)) void add_weighted(const float* weights, int64_t lanes,
     for (int64_t j = 0; j < count;) {
         if (ahead) ahead->fetch();
         for (const int64_t end = std::min(j + stretch, count); j < end; ++j, weights += lanes) {
-            const Pair v = values.load(j, column);
+            const Pair v = load_pair(values[j] + column);
             const Vec first = held(v.first), second = held(v.second);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {

@@ -8,10 +8,9 @@
 // Scores of bfloat16 come from dot products of pairs where the processor has them; weights and values are float32.
 //
 // With 8 query heads a key-value head, float32 has 4 vector operations a vector of the cache and query head: at bfloat16
-// a decode is bound by them as much as by the memory; so that the times do not add up, the keys and values of the next block
-// are fetched in step with the operations. A few queries read the cache as it lies: two bfloat16 in 32 bits are
-// two floats after a shift and a mask, so that queries and results are kept in the order even elements, odd elements.
-// Many queries first copy a block to float32, in the order in which they read it.
+// a decode is bound by them as much as by the memory. So that the times do not add up, the keys and values of the next
+// block are fetched in step with the operations. The cache is read as it lies: two bfloat16 in 32 bits are two floats after
+// a shift and a mask, so that queries and results are kept in the order even elements, odd elements.
 #include <algorithm>
 #include <atomic>
 #include <limits>
@@ -51,8 +50,7 @@ constexpr int64_t kBlock = 48;
 constexpr int64_t kPartition = 576;
 // Queries, of all heads of a group, that meet a block together: the more, the more often what is fetched is used.
 constexpr int64_t kTileRows = 64, kMostTileRows = 256;
-constexpr int64_t kCopyRows = 24;  // from so many on, a block is copied
-constexpr int64_t kKeysAtOnce = 24;
+constexpr int64_t kKeysAtOnce = 24;  // that meet all queries of a tile before the next ones
 
 // A vector of lanes; where they fill half of it, twice.
 inline Vec load_lanes(const float* p, int64_t times) {
@@ -130,10 +128,9 @@ class Worker {
     Worker(const PagedAttention& p, const Shape& s)
         : p(p), s(s), queries(scratch<Element>(s.tokens * s.group * s.width)),
           weights(scratch<float>(s.tokens * kBlock * s.lanes)), factors(scratch<float>(s.tokens * s.lanes)),
-          key_copy(scratch<Element>(kBlock * s.width)), value_copy(scratch<float>(kBlock * s.width)),
+          key_copy(scratch<T>(kBlock * s.width)), value_copy(scratch<T>(kBlock * s.width)),
           part_memory(scratch<float>(Softmax::floats(s, s.tokens))), memory(scratch<float>(Softmax::floats(s, s.tokens))) {
         std::fill_n(weights.get(), s.tokens * kBlock * s.lanes, 0.0f);
-        for (int64_t j = 0; j < kBlock; ++j) copied_keys[j] = key_copy.get() + j * s.width;
     }
 
     // `next`: what this thread computes then, of which some is fetched; none or nothing where that is not known.
@@ -155,9 +152,8 @@ class Worker {
 
     void finish_parts(const Tile& tile, float* parts) {
         t = tile;
-        const Softmax all(memory.get(), s, t.tokens);
-        all.clear();
-        for (int64_t i = 0; i < t.parts(); ++i) join(i, Softmax(parts + i * Softmax::floats(s, t.tokens), s, t.tokens), all);
+        const Softmax all(parts, s, t.tokens);
+        for (int64_t i = 1; i < t.parts(); ++i) join(i, Softmax(parts + i * Softmax::floats(s, t.tokens), s, t.tokens), all);
         finish(all);
     }
 
@@ -175,24 +171,18 @@ class Worker {
         t = tile;
         Element* to = queries.get();
         for (int64_t i = 0; i < t.tokens; ++i) {
-            for (int64_t g = 0; g < s.group; ++g, to += s.width)
-                copy_row(row(p.q, t.token + i, p.q_token, p.q_head, g), to);
-        }
-    }
-
-    // A query or key as scores are computed from it, zeros behind its end.
-    void copy_row(const T* from, Element* to) const {
-        if constexpr (Scores<T>::direct) {
-            std::copy_n(from, p.head_dim, to);
-            std::fill(to + p.head_dim, to + s.width, Element{});
-        } else {
-            for (int64_t c = 0; c < s.width; c += kPair) load_pair(from, c, p.head_dim).store(to + c);
+            for (int64_t g = 0; g < s.group; ++g, to += s.width) {
+                const T* from = row(p.q, t.token + i, p.q_token, p.q_head, g);
+                if constexpr (std::is_same_v<T, Element>)
+                    std::fill(std::copy_n(from, p.head_dim, to), to + s.width, T{});
+                else
+                    for (int64_t c = 0; c < s.width; c += kPair) load_pair(from, c, p.head_dim).store(to + c);
+            }
         }
     }
 
     void attend(const Part& part, const Part& next, const Softmax& to) {
         const int64_t total = part.count(), after = std::min(kBlock, next.count());
-        const bool copies = s.width != p.head_dim || t.tokens * s.group >= kCopyRows;
         to.clear();
         find(part, total, 0);
         find(next, after, total);
@@ -201,22 +191,26 @@ class Worker {
             const int64_t count = std::min(kBlock, total - done), start = part.begin() + done;
             const T *const *keys = key_rows + done, *const *values = value_rows + done;
             ahead.end = std::min(done + 2 * kBlock, total + after);
+            if (s.width != p.head_dim) {
+                keys = pad(keys, count, key_copy.get(), copied_keys);
+                values = pad(values, count, value_copy.get(), copied_values);
+            }
             for (int64_t i = 0; i < t.tokens; ++i) seen[i] = std::clamp<int64_t>(keys_of(i) - start, 0, count);
-            if (!copies) {
-                block(keys, Paged<T>{values}, count, to);
-                continue;
+            score(keys, count);
+            for (int64_t i = 0; i < t.tokens; ++i) {
+                if (seen[i]) soften(i, to);
             }
-            copy_values(values, count);
-            const Panels panels{value_copy.get(), kBlock};
-            if constexpr (Scores<T>::direct) {
-                if (s.width == p.head_dim) {
-                    block(keys, panels, count, to);
-                    continue;
-                }
-            }
-            for (int64_t j = 0; j < count; ++j) copy_row(keys[j], key_copy.get() + j * s.width);
-            block(copied_keys, panels, count, to);
+            weigh(values, to);
         }
+    }
+
+    // Rows with zeros behind their ends.
+    const T* const* pad(const T* const* rows, int64_t count, T* to, const T** padded) const {
+        for (int64_t j = 0; j < count; ++j, to += s.width) {
+            std::fill(std::copy_n(rows[j], p.head_dim, to), to + s.width, T{});
+            padded[j] = to;
+        }
+        return padded;
     }
 
     // Where the first `count` keys and values of a partition lie.
@@ -226,35 +220,20 @@ class Worker {
         int64_t column = tile.sequence * p.table_row + part.begin() / p.block_size, slot = part.begin() % p.block_size;
         for (const int64_t end = at + count; at < end; ++column, slot = 0) {
             const int64_t block = p.block_table[column];
-            const T* k = static_cast<const T*>(p.keys) + block * p.key_block + tile.kv_head * p.key_head;
-            const T* v = static_cast<const T*>(p.values) + block * p.value_block + tile.kv_head * p.value_head;
-            for (; slot < p.block_size && at < end; ++slot, ++at) {
-                key_rows[at] = k + slot * p.key_slot;
-                value_rows[at] = v + slot * p.value_slot;
+            const T* k = static_cast<const T*>(p.keys) + block * p.key_block + tile.kv_head * p.key_head + slot * p.key_slot;
+            const T* v = static_cast<const T*>(p.values) + block * p.value_block + tile.kv_head * p.value_head +
+                         slot * p.value_slot;
+            const int64_t stop = std::min(end, at + p.block_size - slot);
+            for (; at < stop; ++at, k += p.key_slot, v += p.value_slot) {
+                key_rows[at] = k;
+                value_rows[at] = v;
             }
         }
     }
 
-    void copy_values(const T* const* values, int64_t count) {
-        for (int64_t j = 0; j < count; ++j)
-            for (int64_t c = 0; c < s.width; c += kPair)
-                load_pair(values[j], c, p.head_dim).store(value_copy.get() + c * kBlock + j * kPair);
-    }
-
-    // The keys and values of a block.
-    template <class S, class Values>
-    void block(const S* const* keys, const Values& values, int64_t count, const Softmax& to) {
-        score(keys, count);
-        for (int64_t i = 0; i < t.tokens; ++i) {
-            if (seen[i]) soften(i, to);
-        }
-        weigh(values, to);
-    }
-
     float* weights_of(int64_t i) const { return weights.get() + i * kBlock * s.lanes; }
 
-    template <class S>
-    void score(const S* const* keys, int64_t count) {
+    void score(const T* const* keys, int64_t count) {
         const Vec scale = Vec::fill(float(p.scale));
         for (int64_t from = 0; from < count; from += kKeysAtOnce) {
             for (int64_t i = 0; i < t.tokens; ++i) {
@@ -300,9 +279,8 @@ class Worker {
         }
     }
 
-    template <class Values>
-    void weigh(const Values& values, const Softmax& sums) {
-        // So that about three quarters of a block are fetched here, as it takes three quarters of the time.
+    void weigh(const T* const* values, const Softmax& sums) {
+        // Three quarters of the next block are fetched here, as about three quarters of the time pass here.
         const int64_t stretch = std::max<int64_t>(1, 5 * s.width / kPair / 4);
         for (int64_t c = 0; c < s.width; c += kPair) {
             for (int64_t i = 0; i < t.tokens; ++i) {
@@ -350,11 +328,11 @@ class Worker {
                 const int64_t token = t.token + i;
                 T* to = static_cast<T*>(p.out) + (token * p.heads + t.kv_head * s.group + g) * p.head_dim;
                 const T* gate = p.gate ? row(p.gate, token, p.gate_token, p.gate_head, g) : nullptr;
-                const Vec share = Vec::fill(1.0f / all.total[i * s.lanes + g]);
+                const Vec inverse = Vec::fill(1.0f / all.total[i * s.lanes + g]);
                 const float* values = all.values + (i * s.group + g) * s.width;
                 for (int64_t c = 0; c < s.width; c += kPair) {
                     Pair x = load_pair(values + c);
-                    x = {x.first * share, x.second * share};
+                    x = {x.first * inverse, x.second * inverse};
                     if (gate) {
                         const Pair y = load_pair(gate, c, p.head_dim);
                         x = {x.first * sigmoid(y.first), x.second * sigmoid(y.second)};
@@ -370,11 +348,11 @@ class Worker {
     Tile t;
     Scratch<Element> queries;
     Scratch<float> weights, factors;
-    Scratch<Element> key_copy;
-    Scratch<float> value_copy, part_memory, memory;
+    Scratch<T> key_copy, value_copy;
+    Scratch<float> part_memory, memory;
     const T *key_rows[kPartition + kBlock], *value_rows[kPartition + kBlock];
     Ahead<T> ahead;
-    const Element* copied_keys[kBlock];
+    const T *copied_keys[kBlock], *copied_values[kBlock];
     int64_t seen[kMostTileRows];  // keys of the current block, by token
 };
 
