@@ -29,9 +29,11 @@ class QnextAttentionImpl(api.CPUAttentionBackendImpl):
         if attn_metadata is None:  # vLLM measures memory without a cache
             return output
         tokens = attn_metadata.num_actual_tokens
+        caches = keys_and_values(kv_cache)
+        store_kv(key[:tokens], value[:tokens], *caches, attn_metadata.slot_mapping[:tokens])
         output[:tokens] = paged_attention(
             query[:tokens],
-            *keys_and_values(kv_cache),
+            *caches,
             attn_metadata.block_table,
             attn_metadata.seq_lens,
             attn_metadata.query_start_loc,
@@ -40,15 +42,12 @@ class QnextAttentionImpl(api.CPUAttentionBackendImpl):
         )
         return output
 
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        tokens = slot_mapping.shape[0]
-        store_kv(key[:tokens], value[:tokens], *keys_and_values(kv_cache), slot_mapping)
-
 
 class QnextAttentionBackend(api.CPUAttentionBackend):
     """vLLM's CPU backend with our arithmetic; its name, cache and metadata stay vLLM's."""
+
+    forward_includes_kv_cache_update = True
+    """One operator a layer instead of two: each costs more than it takes to store a token."""
 
     @staticmethod
     def get_impl_cls() -> type[QnextAttentionImpl]:
