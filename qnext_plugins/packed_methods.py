@@ -41,14 +41,24 @@ class PackedExperts:
         layer.packed = False
         use_huge_pages(layer.w13_weight, layer.w2_weight)
 
+    def shared(self, layer: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        """w13, w2 and gate of the shared expert that the kernel computes along, or None."""
+        return None
+
     def process_weights_after_loading(self, layer: Any) -> None:
-        layer.packed = pack_experts_(layer.w13_weight.data, layer.w2_weight.data)
+        layer.packed = pack_experts_(*self._weights(layer))
 
     def unpack(self, layer: Any) -> None:
-        unpack_experts_(layer.w13_weight.data, layer.w2_weight.data)
+        unpack_experts_(*self._weights(layer))
+
+    def _weights(self, layer: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        shared = self.shared(layer)
+        both = None if shared is None else (shared[0].data, shared[1].data)
+        return layer.w13_weight.data, layer.w2_weight.data, both
 
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        return experts(x, layer.w13_weight, layer.w2_weight, topk_weights, topk_ids, layer.packed)
+        weights = layer.w13_weight, layer.w2_weight
+        return experts(x, *weights, topk_weights, topk_ids, layer.packed, self.shared(layer))
 
 
 class Fp8Experts:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMoeBlock
 
-from qnext_kernels import experts, experts_fp8, force_backend, topk_softmax
+from qnext_kernels import (
+    experts,
+    experts_fp8,
+    force_backend,
+    pack_experts_,
+    topk_softmax,
+    unpack_experts_,
+)
+from qnext_kernels.dispatch import BackendError
 from qnext_kernels.moe.reference import (
     FP8_GROUP,
     dequantize_blocks,
@@ -19,12 +27,14 @@ from qnext_kernels.moe.reference import (
 )
 from tests.kernels.kernel_inputs import DTYPES, NATIVE_BACKENDS, Bad, assert_close, same_bits
 from tests.kernels.moe_inputs import (
+    EXPERTS,
     HIDDEN,
     MIDDLE,
     SHARED_MIDDLE,
     TOP_K,
     fp8_roundings,
     in_float64,
+    random_choice,
     random_experts,
     random_fp8,
     rows_of,
@@ -65,6 +75,53 @@ def test_native_experts_with_a_shared_one_do_not_depend_on_the_batch() -> None:
         together = experts(**arguments)
         for some in (slice(0, 1), slice(3, 9)):
             assert same_bits(experts(**rows_of(arguments, some)), together[some])
+
+
+# Sizes of the shared expert beside the routed ones' that have fewer, as many and more panels, whole and not.
+@pytest.mark.parametrize("shared_middle", [24, 64, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_experts_with_a_shared_one_give_the_bits_of_the_plain_ones(
+    dtype: torch.dtype, shared_middle: int
+) -> None:
+    hidden, middle = 130, 96
+    w13, w2 = (torch.randn(shape).to(dtype) for shape in ((EXPERTS, 2 * middle, hidden), (EXPERTS, hidden, middle)))
+    up, down, gate = (
+        torch.randn(shape).to(dtype) for shape in ((2 * shared_middle, hidden), (hidden, shared_middle), (hidden,))
+    )
+    x, choice = torch.randn(300, hidden).to(dtype), random_choice(300)
+    packed = [weight.clone() for weight in (w13, w2, up, down)]
+    with force_backend("native"):
+        assert pack_experts_(*packed[:2], (packed[2], packed[3]))
+        for some in (slice(0, 1), slice(1, 3), slice(0, 300)):
+            rows = x[some], *(part[some] for part in choice)
+            plain = experts(rows[0], w13, w2, *rows[1:], shared=(up, down, gate))
+            out = experts(rows[0], *packed[:2], *rows[1:], packed=True, shared=(packed[2], packed[3], gate))
+            assert same_bits(out, plain)
+        unpack_experts_(*packed[:2], (packed[2], packed[3]))
+    for weight, original in zip(packed, (w13, w2, up, down), strict=True):
+        assert same_bits(weight, original)
+
+
+def test_experts_are_packed_with_the_shared_one_or_not_at_all() -> None:
+    arguments = random_experts(1, torch.bfloat16, shared=True)
+    up, down, _ = arguments["shared"]
+    before = arguments["w13"].clone()
+    with force_backend("native"):
+        assert not pack_experts_(arguments["w13"], arguments["w2"], (up, down[:, :-1]))
+    assert same_bits(arguments["w13"], before)
+
+
+def test_backend_that_reads_no_packed_experts_says_so() -> None:
+    with force_backend("cpu"), pytest.raises(BackendError, match=r"^packed: backend cpu"):
+        experts(**random_experts(5, torch.float32, shared=True), packed=True)
+
+
+@pytest.mark.parametrize("bad", [-2, EXPERTS])
+def test_ids_that_the_kernel_finds_wrong_are_named(bad: int) -> None:
+    arguments = random_experts(5, torch.float32, shared=True)
+    arguments["topk_ids"][3, 1] = bad
+    with force_backend("native"), pytest.raises(IndexError, match=r"^topk_ids:"):
+        experts(**arguments)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -143,10 +200,8 @@ def test_a_bad_shared_expert_is_refused_by_name(place: int, change: Any, name: s
         experts(**(arguments | {"shared": tuple(shared)}))
 
 
-def test_scales_of_a_shared_expert_are_checked_and_packed_weights_refused() -> None:
+def test_scales_of_a_shared_expert_are_checked() -> None:
     arguments = random_fp8(5, torch.float32, shared=True)
     up, up_scale, down, down_scale, gate = arguments["shared"]
     with pytest.raises(ValueError, match=r"^shared_w2_scale:"):
         experts_fp8(**(arguments | {"shared": (up, up_scale, down, down_scale[:-1], gate)}))
-    with pytest.raises(ValueError, match=r"^packed:"):
-        experts(**random_experts(5, torch.float32, shared=True), packed=True)

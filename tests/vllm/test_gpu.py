@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata, GDNAttentionMetadataBuilder
 
 import qnext_vllm
-from qnext_kernels import triton_support, without_kernels
+from qnext_kernels import force_backend, triton_support, without_kernels
 from qnext_kernels.dispatch import OPERATIONS, deterministic, is_deterministic
 from qnext_kernels.triton_support import TritonBackend
 from qnext_plugins.gpus import ENGINES_OWN
@@ -392,7 +392,7 @@ def test_our_experts_compute_the_shared_one_where_a_rank_has_parts_of_one_size(
     assert of_vllm(gpu_config, shared_expert)
 
 
-def test_shared_expert_stays_vllms_where_experts_are_quantized_or_vllms_and_on_a_cpu(
+def test_shared_expert_stays_vllms_where_experts_are_quantized_or_vllms(
     gpu_config: VllmConfig, shared_expert: MLP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = gpu_config.model_config.hf_text_config
@@ -404,8 +404,20 @@ def test_shared_expert_stays_vllms_where_experts_are_quantized_or_vllms_and_on_a
     with monkeypatch.context() as patch:
         patch.setattr(gpu_config.kernel_config, "moe_backend", "flashinfer_cutlass")
         assert of_vllm(gpu_config, shared_expert)
-    gpu_config.device_config.device = CPU
-    assert of_vllm(gpu_config, shared_expert)
+
+
+def test_on_a_cpu_our_experts_compute_the_shared_one_but_not_under_adapters_or_data_parallelism(
+    config: VllmConfig, shared_expert: MLP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not of_vllm(config, shared_expert)
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "lora_config", object())
+        assert of_vllm(config, shared_expert)
+    with monkeypatch.context() as patch:
+        patch.setattr(config.parallel_config, "data_parallel_size", 2)
+        assert of_vllm(config, shared_expert)
+    with force_backend("moe=cpu"):
+        assert of_vllm(config, shared_expert)
 
 
 def test_quantized_experts_stay_vllms_own_with_one_line(

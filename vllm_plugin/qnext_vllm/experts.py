@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext_kernels import OPERATIONS, experts, topk_softmax
+from qnext_kernels import OPERATIONS, topk_softmax
 from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle
 from qnext_plugins.packed_methods import Fp8Experts, PackedExperts
 from qnext_vllm import step_back
@@ -42,11 +42,13 @@ class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
         shared_experts: Any,
         shared_experts_input: Tensor | None,
     ) -> Tensor:
-        ids, shared_expert = local_ids(layer, topk_ids), layer.shared_expert[0]
-        if shared_expert is None:
-            return self.run(layer, x, topk_weights, ids)
-        up, down, gate = (linear.weight for linear in shared_expert.linears())
-        return experts(x, layer.w13_weight, layer.w2_weight, topk_weights, ids, shared=(up, down, gate[0]))
+        return self.run(layer, x, topk_weights, local_ids(layer, topk_ids))
+
+    def shared(self, layer: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        if layer.shared_expert[0] is None:
+            return None
+        up, down, gate = (linear.weight for linear in layer.shared_expert[0].linears())
+        return up, down, gate[0]
 
 
 class QnextFp8MoEMethod(Fp8Experts, api.Fp8MoEMethod):
@@ -77,7 +79,7 @@ def local_ids(layer: Any, topk_ids: Tensor) -> Tensor:
 class QnextRoutedExperts(api.RoutedExperts):
     """Takes our method where vLLM would take its unquantized or its FP8 one; layers quantized otherwise keep vLLM's.
 
-    ``shared_expert``: an MLP that our unquantized method computes along, in the same launches.
+    ``shared_expert``: an MLP that our unquantized method computes along, in the same calls.
     """
 
     def __init__(self, *args: Any, shared_expert: Any = None, **kwargs: Any) -> None:
@@ -118,15 +120,20 @@ def experts_options(vllm_config: api.VllmConfig, shared_expert: Any) -> dict[str
 
 
 def computes_shared(vllm_config: api.VllmConfig) -> bool:
-    """Whether the launches of our routed experts compute the shared one along: where Triton serves, both of one size.
+    """Whether the calls of our routed experts compute the shared one along.
 
-    Not in FP8, where vLLM lays the weights of a linear out as its own kernels want them.
+    In C++, but not with LoRA adapters on its linears, nor with data parallelism, where every rank would add it to the
+    tokens of all; in Triton, if both are of one size. Not in FP8, where vLLM lays the weights of a linear out as its
+    own kernels want them.
     """
     device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
-    if vllm_config.quant_config is not None or OPERATIONS["moe"].select(device, dtype).name != "triton":
+    parallel, backend = vllm_config.parallel_config, OPERATIONS["moe"].select(device, dtype).name
+    if vllm_config.quant_config is not None:
         return False
+    if backend == "native":
+        return vllm_config.lora_config is None and parallel.data_parallel_size == 1
     shared = vllm_config.model_config.hf_text_config.shared_expert_intermediate_size
-    return shared // vllm_config.parallel_config.tensor_parallel_size == columns_of_a_rank(vllm_config)
+    return backend == "triton" and shared // parallel.tensor_parallel_size == columns_of_a_rank(vllm_config)
 
 
 def columns_of_a_rank(vllm_config: api.VllmConfig) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from qnext_kernels.linear.cpu import CpuBackend
@@ -35,7 +34,7 @@ def packable(weight: Tensor) -> bool:
 
 
 def _empty(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool) -> Tensor:
-    return torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @operator(_empty)

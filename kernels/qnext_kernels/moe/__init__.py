@@ -1,17 +1,18 @@
 """Mixture of experts: router top-k, the routed experts, SwiGLU.
 
-Source: transformers' ``Qwen3NextTopKRouter``, ``Qwen3NextExperts`` and ``Qwen3NextMLP``. The shared expert is SwiGLU
-between two linears of the engine, scaled by :func:`qnext_kernels.sigmoid_gate` of its gate.
+Source: transformers' ``Qwen3NextTopKRouter``, ``Qwen3NextExperts`` and ``Qwen3NextMLP``. The shared expert is computed
+along with the routed ones, or is SwiGLU between two linears of the engine and :func:`qnext_kernels.sigmoid_gate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qnext_kernels.checks import expect_dtype, expect_floating, expect_indices, expect_shape
+from qnext_kernels.checks import INTEGERS, expect_dtype, expect_floating, expect_indices, expect_shape
 from qnext_kernels.dispatch import Operation
 from qnext_kernels.linear import expect_reads_packed, pack_weight_, unpack_weight_
 from qnext_kernels.linear.native import packable
@@ -82,7 +83,7 @@ def experts(
         w2: [E, D, I], the down projections, in the dtype of ``x``.
         topk_weights: [T, top_k] float32.
         topk_ids: [T, top_k] int32 or int64; −1 (an expert of another rank) is skipped.
-        packed: whether :func:`pack_experts_` has packed the weights; not with a shared expert.
+        packed: whether :func:`pack_experts_` has packed the weights, those of a shared expert too.
         shared: of the shared expert, w13 [2·S, D], w2 [D, S] and its gate g [D], in the dtype of ``x``; or None.
 
     Returns:
@@ -95,9 +96,7 @@ def experts(
     """
     if shared is None:
         return torch.ops.qnext.experts(x, w13, w2, topk_weights, topk_ids, packed)
-    if packed:
-        raise ValueError("packed: expected False because shared is given, got True")
-    return torch.ops.qnext.experts_with_shared(x, w13, w2, topk_weights, topk_ids, shared)
+    return torch.ops.qnext.experts_with_shared(x, w13, w2, topk_weights, topk_ids, shared, packed)
 
 
 def experts_fp8(
@@ -137,33 +136,41 @@ def experts_fp8(
     return torch.ops.qnext.experts_fp8(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, shared or ())
 
 
-def pack_experts_(w13: Tensor, w2: Tensor) -> bool:
+def pack_experts_(w13: Tensor, w2: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> bool:
     """Pack the experts' weights in place (:func:`qnext_kernels.pack_weight_`), gate, up and down projections apart.
 
     Args:
         w13: [E, 2·I, D], written in place.
         w2: [E, D, I], written in place.
+        shared: w13 [2·S, D] and w2 [D, S] of the shared expert, written in place; or None.
 
     Returns:
-        Whether both are packed now; else neither is.
+        Whether all are packed now; else none is.
     """
-    if not (packable(w13) and packable(w2)) or operation.select(w13.device, w13.dtype).name != MoeNative.name:
+    weights = (w13, w2, *(shared or ()))
+    if operation.select(w13.device, w13.dtype).name != MoeNative.name or not all(map(packable, weights)):
         return False
-    return pack_weight_(w13.unflatten(1, (2, -1))) and pack_weight_(w2)
+    for matrices in _matrices(*weights):
+        pack_weight_(matrices)
+    return True
 
 
-def unpack_experts_(w13: Tensor, w2: Tensor) -> None:
+def unpack_experts_(w13: Tensor, w2: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> None:
     """Undo :func:`pack_experts_` in place."""
-    unpack_weight_(w13.unflatten(1, (2, -1)))
-    unpack_weight_(w2)
+    for matrices in _matrices(w13, w2, *(shared or ())):
+        unpack_weight_(matrices)
+
+
+def _matrices(*weights: Tensor) -> list[Tensor]:
+    """Each w13 as its two matrices, each w2 as it is."""
+    return [weight if n % 2 else weight.unflatten(-2, (2, -1)) for n, weight in enumerate(weights)]
 
 
 def _experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool) -> Tensor:
-    _expect_experts(x, w13, w2, topk_weights, topk_ids, x.dtype)
-    backend = operation.select(x.device, x.dtype)
+    backend = _expect_experts(x, w13, w2, topk_weights, topk_ids, x.dtype)
     if packed:
         expect_reads_packed(backend)
-        return backend.experts_packed(x, w13, w2, topk_weights, topk_ids)
+        return backend.run(x, w13, w2, topk_weights, topk_ids, None, packed=True)
     return backend.experts(x, w13, w2, topk_weights, topk_ids)
 
 
@@ -174,11 +181,14 @@ def _experts_with_shared(
     topk_weights: Tensor,
     topk_ids: Tensor,
     shared: Sequence[Tensor],
+    packed: bool,
 ) -> Tensor:
-    _expect_experts(x, w13, w2, topk_weights, topk_ids, x.dtype)
+    backend = _expect_experts(x, w13, w2, topk_weights, topk_ids, x.dtype)
     shared_w13, shared_w2, gate = shared
     _expect_shared(x, shared_w13, shared_w2, gate, x.dtype)
-    backend = operation.select(x.device, x.dtype)
+    if packed:
+        expect_reads_packed(backend)
+        return backend.run(x, w13, w2, topk_weights, topk_ids, (shared_w13, shared_w2, gate), packed=True)
     return backend.experts_with_shared(x, w13, w2, topk_weights, topk_ids, tuple(shared))
 
 
@@ -192,19 +202,19 @@ def _experts_fp8(
     topk_ids: Tensor,
     shared: Sequence[Tensor],
 ) -> Tensor:
-    _expect_experts(x, w13, w2, topk_weights, topk_ids, FP8)
+    backend = _expect_experts(x, w13, w2, topk_weights, topk_ids, FP8)
     _expect_scales("", w13, w13_scale, w2, w2_scale)
     if shared:
         shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, gate = shared
         _expect_shared(x, shared_w13, shared_w2, gate, FP8)
         _expect_scales("shared_", shared_w13, shared_w13_scale, shared_w2, shared_w2_scale)
-    backend = operation.select(x.device, x.dtype)
     return backend.experts_fp8(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, tuple(shared) or None)
 
 
 def _expect_experts(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, dtype: torch.dtype
-) -> None:
+) -> Any:
+    """Check what all calls have; return the backend. The native one's kernel checks the ids that it reads itself."""
     expect_shape("x", x, (None, None))
     expect_floating("x", x)
     expect_shape("w13", w13, (None, None, x.shape[1]))
@@ -217,7 +227,11 @@ def _expect_experts(
     expect_shape("topk_weights", topk_weights, (x.shape[0], None))
     expect_dtype("topk_weights", topk_weights, (torch.float32,))
     expect_shape("topk_ids", topk_ids, topk_weights.shape)
-    expect_indices("topk_ids", topk_ids, -1, num_experts)
+    expect_dtype("topk_ids", topk_ids, INTEGERS)
+    backend = operation.select(x.device, x.dtype)
+    if dtype == FP8 or backend.name != MoeNative.name:
+        expect_indices("topk_ids", topk_ids, -1, num_experts)
+    return backend
 
 
 def _expect_shared(x: Tensor, w13: Tensor, w2: Tensor, gate: Tensor, dtype: torch.dtype) -> None:

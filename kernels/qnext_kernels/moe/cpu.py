@@ -52,14 +52,10 @@ class CpuBackend(Backend):
     ) -> Tensor:
         shared_w13, shared_w2, gate = shared
         routed = self.experts(x, w13, w2, topk_weights, topk_ids)
-        strength = sigmoid(self.gate_logits(x, gate).float())
+        strength = sigmoid(F.linear(x, gate[None]).float())
         # One expert that every token chooses.
         zeros = torch.zeros_like(strength, dtype=torch.int32)
         return routed + self.experts(x, shared_w13[None], shared_w2[None], strength, zeros)
-
-    def gate_logits(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x · gate for each token, [T, 1]."""
-        return F.linear(x, gate[None])
 
     def experts_fp8(
         self,

@@ -1,13 +1,12 @@
-"""The routed experts in C++ (``csrc/experts.cpp``), over weights as the checkpoint stores them or packed."""
+"""The experts in C++ (``csrc/experts.cpp``), over weights as the checkpoint stores them or packed."""
 
 from __future__ import annotations
 
 from functools import cache
 
-import torch
 from torch import Tensor
 
-from qnext_kernels.linear.native import LinearNative
+from qnext_kernels.checks import expect_indices
 from qnext_kernels.moe import elementwise_native
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, NativeBackend
@@ -27,26 +26,55 @@ class MoeNative(NativeBackend, CpuBackend):
 
     def experts(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         if not (w13.is_contiguous() and w2.is_contiguous()):
+            _expect_ids(topk_ids, w13)
             return super().experts(x, w13, w2, topk_weights, topk_ids)
-        return self._run(x, w13, w2, topk_weights, topk_ids, packed=False)
+        return self.run(x, w13, w2, topk_weights, topk_ids, None, packed=False)
 
-    def experts_packed(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        return self._run(x, w13, w2, topk_weights, topk_ids, packed=True)
+    def experts_with_shared(
+        self,
+        x: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        if not all(weight.is_contiguous() for weight in (w13, w2, *shared)):
+            _expect_ids(topk_ids, w13)
+            return super().experts_with_shared(x, w13, w2, topk_weights, topk_ids, shared)
+        return self.run(x, w13, w2, topk_weights, topk_ids, shared, packed=False)
 
-    def gate_logits(self, x: Tensor, gate: Tensor) -> Tensor:
-        return LinearNative().linear(x, gate[None], None)
-
-    def _run(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor] | None,
+        *,
+        packed: bool,
+    ) -> Tensor:
+        """Over contiguous weights, all of them packed or none."""
         x = x if x.stride()[1] == 1 else x.contiguous()
         topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
-        out = torch.empty(x.shape, dtype=x.dtype)
         tokens, hidden = x.shape
-        _kernel()(
-            *(x.data_ptr(), w13.data_ptr(), w2.data_ptr(), topk_weights.data_ptr(), *indices(topk_ids)),
+        out = x.new_empty(tokens, hidden)
+        places, middle = (0, 0, 0), 0
+        if shared is not None:
+            shared_w13, shared_w2, gate = shared
+            places, middle = (shared_w13.data_ptr(), shared_w2.data_ptr(), gate.data_ptr()), shared_w2.shape[1]
+        if not _kernel()(
+            *(x.data_ptr(), w13.data_ptr(), w2.data_ptr(), topk_weights.data_ptr(), *indices(topk_ids), *places),
             *(out.data_ptr(), DTYPES[x.dtype], x.stride()[0], tokens, topk_ids.shape[1]),
-            *(w13.shape[0], hidden, w2.shape[2], packed),
-        )
+            *(w13.shape[0], hidden, w2.shape[2], middle, packed),
+        ):
+            _expect_ids(topk_ids, w13)
         return out
 
 
-_kernel = cache(lambda: packed_function("qnext_experts", "15q"))
+def _expect_ids(topk_ids: Tensor, w13: Tensor) -> None:
+    expect_indices("topk_ids", topk_ids, -1, w13.shape[0])
+
+
+_kernel = cache(lambda: packed_function("qnext_experts", "19q"))
