@@ -78,6 +78,14 @@ PARAMETERS: dict[str, set[str]] = {
 
 # Fields that we read.
 FIELDS: dict[str, set[str]] = {
+    "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadata": {
+        "num_actual_tokens",
+        "slot_mapping",
+        "block_table",
+        "seq_lens",
+        "query_start_loc",
+        "causal",
+    },
     "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadata": {
         "num_prefills",
         "num_prefill_tokens",
@@ -143,7 +151,7 @@ ATTRIBUTES: dict[str, set[str]] = {
     "vllm.model_executor.models.registry.ModelRegistry": {"register_model"},
     "vllm.envs": {"VLLM_BATCH_INVARIANT"},
     "vllm.model_executor.determinism.batch_invariant": {"enable_batch_invariant_mode"},
-    "vllm.v1.attention.backend.AttentionBackend": {"supports_batch_invariance"},
+    "vllm.v1.attention.backend.AttentionBackend": {"supports_batch_invariance", "forward_includes_kv_cache_update"},
     "vllm.v1.outputs.LogprobsTensors": {"logprob_token_ids", "logprobs", "selected_token_ranks"},
     "vllm.triton_utils": {"HAS_TRITON"},
     "vllm.v1.sample.rejection_sampler": {"apply_top_k_top_p"},

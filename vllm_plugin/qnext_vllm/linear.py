@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
+from qnext_kernels import linear
 from qnext_plugins.packed_methods import PackedLinear, replace_method
 from qnext_vllm import vllm_api as api
 
 
 class QnextLinearMethod(PackedLinear, api.UnquantizedLinearMethod):
-    pass
+    """Reads the weight as a plain tensor: vLLM's parameters pass every operator that gets one through Python twice."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        super().process_weights_after_loading(layer)
+        layer.register_buffer("plain_weight", layer.weight.data, persistent=False)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, layer.plain_weight, bias, layer.packed)
 
 
 class QnextHeadMethod(PackedLinear, api.UnquantizedEmbeddingMethod):
