@@ -47,7 +47,9 @@ class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
     def shared(self, layer: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         if layer.shared_expert[0] is None:
             return None
-        up, down, gate = (linear.weight for linear in layer.shared_expert[0].linears())
+        linears = layer.shared_expert[0].linears()
+        # On a CPU, once they have been loaded, a plain tensor of each (QnextLinearMethod).
+        up, down, gate = (getattr(linear, "plain_weight", linear.weight) for linear in linears)
         return up, down, gate[0]
 
 
