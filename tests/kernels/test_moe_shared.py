@@ -102,6 +102,16 @@ def test_packed_experts_with_a_shared_one_give_the_bits_of_the_plain_ones(
         assert same_bits(weight, original)
 
 
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_strided_shared_expert_gives_what_a_contiguous_one_does(part: int) -> None:
+    arguments = random_experts(5, torch.float32, shared=True)
+    shared = list(arguments["shared"])
+    shared[part] = torch.stack([shared[part], torch.zeros_like(shared[part])], dim=-1)[..., 0]
+    with force_backend("native"):
+        out, truth = experts(**(arguments | {"shared": tuple(shared)})), experts(**arguments)
+    assert_close(out, truth, {torch.float32: HIDDEN + SHARED_MIDDLE})
+
+
 def test_experts_are_packed_with_the_shared_one_or_not_at_all() -> None:
     arguments = random_experts(1, torch.bfloat16, shared=True)
     up, down, _ = arguments["shared"]

@@ -39,7 +39,7 @@ class MoeNative(NativeBackend, CpuBackend):
         topk_ids: Tensor,
         shared: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:
-        if not all(weight.is_contiguous() for weight in (w13, w2, *shared)):
+        if not all(weight.is_contiguous() for weight in (w13, w2, *shared[:2])):
             _expect_ids(topk_ids, w13)
             return super().experts_with_shared(x, w13, w2, topk_weights, topk_ids, shared)
         return self.run(x, w13, w2, topk_weights, topk_ids, shared, packed=False)
@@ -55,7 +55,7 @@ class MoeNative(NativeBackend, CpuBackend):
         *,
         packed: bool,
     ) -> Tensor:
-        """Over contiguous weights, all of them packed or none."""
+        """Over contiguous weights, all of them packed or none; the gate may be strided."""
         x = x if x.stride()[1] == 1 else x.contiguous()
         topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
         tokens, hidden = x.shape
@@ -63,6 +63,7 @@ class MoeNative(NativeBackend, CpuBackend):
         places, middle = (0, 0, 0), 0
         if shared is not None:
             shared_w13, shared_w2, gate = shared
+            gate = gate.contiguous()
             places, middle = (shared_w13.data_ptr(), shared_w2.data_ptr(), gate.data_ptr()), shared_w2.shape[1]
         if not _kernel()(
             *(x.data_ptr(), w13.data_ptr(), w2.data_ptr(), topk_weights.data_ptr(), *indices(topk_ids), *places),
