@@ -1,8 +1,9 @@
-"""Unquantized linears, heads and experts of either engine on our kernels, with weights packed once behind loading."""
+"""Linears, heads and experts of either engine on our kernels; unquantized weights are packed once behind loading."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,18 +14,21 @@ from qnext_kernels import (
     experts_fp8,
     linear,
     pack_experts_,
+    pack_experts_fp8_,
     pack_weight_,
     unpack_experts_,
+    unpack_experts_fp8_,
     unpack_weight_,
     use_huge_pages,
 )
+from qnext_plugins.model import MLP
 
 
 class PackedLinear:
     """Goes before an engine's unquantized method: creating and loading the weights stays the engine's."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        layer.packed = layer.packable and pack_weight_(layer.weight.data)
+        layer.packed = layer.packed or (layer.packable and pack_weight_(layer.weight.data))
 
     def unpack(self, layer: Any) -> None:
         unpack_weight_(layer.weight.data)
@@ -43,34 +47,96 @@ class PackedExperts:
 
     def shared(self, layer: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         """w13, w2 and gate of the shared expert that the kernel computes along, or None."""
-        return None
+        if layer.shared_expert[0] is None:
+            return None
+        linears = layer.shared_expert[0].linears()
+        # On a CPU, once they have been loaded, vLLM's have a plain tensor of each (its QnextLinearMethod).
+        up, down, gate = (getattr(linear, "plain_weight", linear.weight) for linear in linears)
+        return up, down, gate[0]
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        layer.packed = pack_experts_(*self._weights(layer))
+        layer.packed = layer.packed or pack_experts_(*self._weights(layer))
 
     def unpack(self, layer: Any) -> None:
         unpack_experts_(*self._weights(layer))
 
     def _weights(self, layer: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        shared = self.shared(layer)
-        both = None if shared is None else (shared[0].data, shared[1].data)
+        both = None
+        if layer.shared_expert[0] is not None:
+            # As they have just been loaded: what is kept beside them may be of an earlier time.
+            up, down, _ = layer.shared_expert[0].linears()
+            both = up.weight.data, down.weight.data
         return layer.w13_weight.data, layer.w2_weight.data, both
 
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """Σ of the experts, with the MLP of ``layer.shared_expert`` where the tuple has one."""
         weights = layer.w13_weight, layer.w2_weight
         return experts(x, *weights, topk_weights, topk_ids, layer.packed, self.shared(layer))
 
 
 class Fp8Experts:
-    """Goes before an engine's method of experts in block-wise FP8, which stay as the checkpoint has them."""
+    """Goes before an engine's method of experts in block-wise FP8, whose weights and scales stay as they are loaded.
+
+    Where the kernel wants each up projection before its gate, both are exchanged in place.
+    """
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
+        layer.packed = False
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.packed = layer.packed or pack_experts_fp8_(*(weight.data for weight in _fp8_weights(layer)))
+
+    def unpack(self, layer: Any) -> None:
+        unpack_experts_fp8_(*(weight.data for weight in _fp8_weights(layer)))
+
+    def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """As that of :class:`PackedExperts`; a shared expert is in FP8 too."""
+        shared = None
+        if layer.shared_expert[0] is not None:
+            *projections, gate = layer.shared_expert[0].linears()
+            both = (tensor for linear in projections for tensor in (linear.weight, linear.weight_scale_inv))
+            shared = (*both, gate.weight[0])
+        return experts_fp8(x, *_fp8_weights(layer), topk_weights, topk_ids, layer.packed, shared)
+
+
+def _fp8_weights(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv
+
+
+class LeftAsLoaded:
+    """Goes before an engine's base of linears' methods, in place of one that lays weights out for a kernel of its own.
+
+    The linear is not called: the launches of the routed experts read its weights.
+    """
+
+    supports_pre_processed_weights = True
+
+    def __init__(self, quant_config: Any) -> None:
+        self.quant_config = quant_config  # which SGLang's loading asks for
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("the engine's method has created the weights")
 
     def process_weights_after_loading(self, layer: Any) -> None:
         pass
 
-    def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        up = layer.w13_weight, layer.w13_weight_scale_inv
-        down = layer.w2_weight, layer.w2_weight_scale_inv
-        return experts_fp8(x, *up, *down, topk_weights, topk_ids)
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        raise NotImplementedError("the routed experts compute the shared one along")
+
+
+def leave_to_experts(shared_expert: MLP, as_loaded: Mapping[type, type[LeftAsLoaded]]) -> None:
+    """Keep the weights of a shared expert as they are loaded, for the launches of the routed experts, which read them.
+
+    Args:
+        shared_expert: of linears of the engine.
+        as_loaded: what takes the place of each of the engine's methods that would change them.
+    """
+    layers: Iterable[Any] = shared_expert.linears()
+    for layer in layers:
+        layer.packable = False
+        if (ours := as_loaded.get(type(layer.quant_method))) is not None:
+            layer.quant_method = ours(layer.quant_method.quant_config)
 
 
 def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable: bool) -> Any:
@@ -91,10 +157,27 @@ def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable
     return layer
 
 
-def unpack_weights(model: nn.Module) -> None:
-    """Undo the packing of a model's weights, which may be loaded again then."""
+@contextmanager
+def unpacked_weights(model: nn.Module) -> Iterator[None]:
+    """A model whose weights can be loaded again inside a ``with`` block: they lie as the checkpoint has them.
+
+    On a CPU they stay so until the engine processes them as after the first loading. On a GPU they are packed again at
+    once, since a CUDA graph goes on reading them as they were when it was captured. vLLM's reload puts tensors without
+    memory in their place before, and processes each layer that it has filled.
+    """
+    loaded = []
     for layer in model.modules():
-        method = getattr(layer, "quant_method", None)
-        if isinstance(method, PackedLinear | PackedExperts) and layer.packed:  # type: ignore[union-attr]
-            method.unpack(layer)
+        method: Any = getattr(layer, "quant_method", None)
+        if isinstance(method, PackedLinear | PackedExperts | Fp8Experts) and layer.packed:
+            if not next(layer.parameters()).is_meta:
+                method.unpack(layer)
+                loaded.append((method, layer))
             layer.packed = False  # type: ignore[assignment]
+    yield
+    for method, layer in loaded:
+        if _graphs_read(layer):
+            method.process_weights_after_loading(layer)
+
+
+def _graphs_read(layer: Any) -> bool:
+    return next(layer.parameters()).device.type != "cpu"

@@ -51,7 +51,7 @@ def quantize_experts(path: Path) -> None:
     """Turn a float32 checkpoint into one in bfloat16 with experts in FP8, each of their matrices a single block."""
     weights, kept = {}, set()
     for name, weight in load_file(path / "model.safetensors").items():
-        if ".mlp.experts." in name:
+        if ".mlp.experts." in name or ".mlp.shared_expert." in name:
             scale = weight.abs().max().view(1, 1) / torch.finfo(torch.float8_e4m3fn).max
             weights[name] = (weight / scale).to(torch.float8_e4m3fn)
             weights[f"{name}_scale_inv"] = scale

@@ -18,7 +18,16 @@ from qnext_kernels.gated_delta_rule import (
 from qnext_kernels.gated_norm import gated_rms_norm
 from qnext_kernels.linear import linear, pack_weight_, unpack_weight_
 from qnext_kernels.memory import use_huge_pages
-from qnext_kernels.moe import experts, experts_fp8, pack_experts_, silu_and_mul, topk_softmax, unpack_experts_
+from qnext_kernels.moe import (
+    experts,
+    experts_fp8,
+    pack_experts_,
+    pack_experts_fp8_,
+    silu_and_mul,
+    topk_softmax,
+    unpack_experts_,
+    unpack_experts_fp8_,
+)
 from qnext_kernels.paged_attention import paged_attention, store_kv
 from qnext_kernels.rms_norm import rms_norm
 
@@ -40,6 +49,7 @@ __all__ = [
     "gated_rms_norm",
     "linear",
     "pack_experts_",
+    "pack_experts_fp8_",
     "pack_weight_",
     "paged_attention",
     "qk_norm_rope_gate",
@@ -50,6 +60,7 @@ __all__ = [
     "store_kv",
     "topk_softmax",
     "unpack_experts_",
+    "unpack_experts_fp8_",
     "unpack_weight_",
     "use_huge_pages",
     "without_kernels",

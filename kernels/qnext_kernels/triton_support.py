@@ -79,6 +79,8 @@ class Target(NamedTuple):
     nvidia: bool
     shared_memory: int
     """Bytes that one program may use."""
+    e4m3: bool = True
+    """Whether it multiplies e4m3."""
 
     def precision(self, dtype: torch.dtype) -> str:
         """``input_precision`` of products of float32 matrices, where the activations are of this dtype.
@@ -104,7 +106,9 @@ def _target(gpu: object, device: int) -> Target:
     from triton.runtime import driver
 
     properties = driver.active.utils.get_device_properties(device)
-    return Target(nvidia=gpu.backend == "cuda", shared_memory=properties["max_shared_mem"])  # type: ignore[attr-defined]
+    backend, arch = gpu.backend, gpu.arch  # type: ignore[attr-defined]
+    nvidia = backend == "cuda"
+    return Target(nvidia, properties["max_shared_mem"], e4m3=arch >= 89 if nvidia else arch == "gfx950")
 
 
 def rows(x: Tensor) -> Tensor:

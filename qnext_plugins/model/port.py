@@ -14,6 +14,7 @@ from qnext_plugins.model.config import Qwen3NextConfig
 
 if TYPE_CHECKING:
     from qnext_plugins.model.gated_delta_net import CoreWeights
+    from qnext_plugins.model.sparse_moe import MLP
 
 
 class RecurrentCore(Protocol):
@@ -96,5 +97,5 @@ class Engine(Protocol):
     def recurrent_core(self, config: Qwen3NextConfig, *, prefix: str) -> RecurrentCore:
         """The recurrent states of the layer ``prefix``."""
 
-    def experts(self, config: Qwen3NextConfig, shared_expert: nn.Module | None, *, prefix: str) -> Experts:
-        """The routed experts of a layer."""
+    def experts(self, config: Qwen3NextConfig, shared_expert: MLP | None, *, prefix: str) -> Experts:
+        """The routed experts of a layer, and what calls the shared one."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qnext_plugins.model import CoreWeights, Qwen3NextConfig
+from qnext_plugins.model import MLP, CoreWeights, Qwen3NextConfig
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_sglang import sglang_api as api
 from qnext_sglang.experts import SparseExperts
@@ -109,7 +109,7 @@ class SglangEngine:
     def recurrent_core(self, config: Qwen3NextConfig, *, prefix: str) -> nn.Module:
         return RecurrentState(config, self.tensor_parallel_size, self.batch, layer_id(prefix))
 
-    def experts(self, config: Qwen3NextConfig, shared_expert: nn.Module | None, *, prefix: str) -> nn.Module:
+    def experts(self, config: Qwen3NextConfig, shared_expert: MLP | None, *, prefix: str) -> nn.Module:
         options = {"layer_id": layer_id(prefix), "quant_config": self.quant_config, "prefix": prefix}
         return SparseExperts(config, shared_expert, **options)
 

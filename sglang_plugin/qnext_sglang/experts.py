@@ -1,4 +1,4 @@
-"""The routed experts: SGLang's loading, sharding, dispatch and quantization around our routing and our kernels."""
+"""The experts: SGLang's loading, sharding, dispatch and quantization around our routing and our kernels."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qnext_kernels import topk_softmax
+from qnext_kernels import OPERATIONS, topk_softmax
 from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle
-from qnext_plugins.model import Qwen3NextConfig
-from qnext_plugins.packed_methods import Fp8Experts, PackedExperts
+from qnext_plugins.model import MLP, Qwen3NextConfig
+from qnext_plugins.packed_methods import Fp8Experts, LeftAsLoaded, PackedExperts, leave_to_experts
 from qnext_sglang import serving, step_back
 from qnext_sglang import sglang_api as api
 
@@ -36,13 +36,17 @@ class QnextFp8MoEMethod(_OurKernel, Fp8Experts, api.Fp8MoEMethod):
     """Experts in block-wise FP8 on our kernel, which reads weights and scales as the checkpoint stores them."""
 
 
+class SharedFp8LinearMethod(LeftAsLoaded, api.LinearMethodBase):
+    """Of the shared expert's projections in block-wise FP8, where our kernel for experts reads them."""
+
+
 class SparseExperts(api.FusedMoE):
     """:class:`qnext_plugins.model.port.Experts`: routes, runs the experts, adds the shared one, sums over the ranks."""
 
     def __init__(
         self,
         config: Qwen3NextConfig,
-        shared_expert: nn.Module | None,
+        shared_expert: MLP | None,
         *,
         layer_id: int,
         quant_config: Any,
@@ -68,12 +72,16 @@ class SparseExperts(api.FusedMoE):
             # Some of SGLang's experts route by themselves.
             self.sglangs_topk = api.TopK(self.top_k, renormalize=self.renormalize, layer_id=layer_id)
             self.sglangs_topk.bind_runner_backend(self.runner_backend, routing_method_type=self.routing_method_type)
-        # Held in a tuple: it is a child of the block, under the checkpoint's name for it.
-        self._shared_expert = (shared_expert,)
+        # Held in tuples: it is a child of the block, under the checkpoint's name for it.
+        along = shared_expert is not None and computes_shared(self.quant_method, shared_expert, middle)
+        if shared_expert is not None and along:
+            leave_to_experts(shared_expert, {api.Fp8LinearMethod: SharedFp8LinearMethod})
+        self.shared_expert = (shared_expert if along else None,)
+        self._added_expert = (None if along else shared_expert,)
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
         out = super().forward(hidden_states, self._route(hidden_states, router_logits))
-        if (shared_expert := self._shared_expert[0]) is not None:
+        if (shared_expert := self._added_expert[0]) is not None:
             out = out + shared_expert(hidden_states)
         return api.tensor_model_parallel_all_reduce(out)
 
@@ -82,6 +90,24 @@ class SparseExperts(api.FusedMoE):
             return self.sglangs_topk(hidden_states, router_logits)
         weights, ids = topk_softmax(router_logits, self.top_k, self.renormalize)
         return api.StandardTopKOutput(weights, ids, router_logits)
+
+
+def computes_shared(method: Any, shared_expert: MLP, middle: int) -> bool:
+    """Whether the calls of our routed experts compute the shared one along, if both are stored alike.
+
+    In C++ they do without quantization; in Triton, where a rank's parts of both are of one size, in block-wise FP8 too.
+
+    Args:
+        method: of the routed experts.
+        middle: this rank's columns between the two products of a routed expert.
+    """
+    stored = {QnextMoEMethod: api.UnquantizedLinearMethod, QnextFp8MoEMethod: api.Fp8LinearMethod}.get(type(method))
+    backend = OPERATIONS["moe"].select(serving.device(), torch.get_default_dtype()).name
+    projections: tuple[Any, ...] = shared_expert.linears()[:2]
+    same_size = projections[1].weight.shape[1] == middle
+    if stored is None or not (backend == "native" or (backend == "triton" and same_size)):
+        return False
+    return all(isinstance(linear.quant_method, stored) for linear in projections)
 
 
 def our_method(quant_config: Any, prefix: str, middle: int, device: torch.device, dtype: torch.dtype) -> Any:

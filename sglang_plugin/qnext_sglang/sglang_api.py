@@ -21,7 +21,8 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.moe.utils import RoutingMethodType, get_moe_runner_backend
-from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
+from sglang.srt.layers.quantization.base_config import LinearMethodBase
+from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
 from sglang.srt.layers.quantization.unquant import (
     UnquantizedEmbeddingMethod,
     UnquantizedFusedMoEMethod,
@@ -41,9 +42,11 @@ __all__ = [
     "ColumnParallelLinear",
     "ForwardBatch",
     "Fp8Config",
+    "Fp8LinearMethod",
     "Fp8MoEMethod",
     "FusedMoE",
     "HybridLinearAttnBackend",
+    "LinearMethodBase",
     "LogitsProcessor",
     "MambaAttnBackendBase",
     "MergedColumnParallelLinear",

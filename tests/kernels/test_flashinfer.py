@@ -36,6 +36,7 @@ from qnext_kernels.dispatch import Call, deterministic, reason_to_decline
 from qnext_kernels.gated_delta_rule import flash_qla, flashinfer
 from qnext_kernels.gated_delta_rule.flash_qla import FlashQlaGatedDeltaRule
 from qnext_kernels.gated_delta_rule.flashinfer import FlashInferGatedDeltaRule
+from qnext_kernels.moe import flashinfer as moe_flashinfer
 from qnext_kernels.rms_norm import flashinfer as rms_norm_flashinfer
 from qnext_kernels.rms_norm.flashinfer import FlashInferRmsNorm
 from tests.kernels.delta_rule_runs import Shape, random_gates, random_state, random_tokens
@@ -199,6 +200,7 @@ def signature(package: str, file: str, name: str) -> inspect.Signature:
         (*FLASHINFER, flashinfer, "flashinfer/gdn_prefill.py", "chunk_gated_delta_rule"),
         (*FLASHINFER, flashinfer, "flashinfer/gdn_decode.py", "gated_delta_rule_decode_pretranspose"),
         (*FLASHINFER, rms_norm_flashinfer, "flashinfer/norm/__init__.py", "gemma_rmsnorm"),
+        (*FLASHINFER, moe_flashinfer, "flashinfer/fused_moe/core.py", "cutlass_fused_moe"),
         (*FLASH_QLA, flash_qla, "flash_qla/ops/gated_delta_rule/chunk/__init__.py", "chunk_gated_delta_rule"),
     ],
 )

@@ -44,6 +44,16 @@ def test_one_token_gives_every_multiprocessor_two_programs() -> None:
         assert SHAPE.top_k * -(-columns // product.columns) >= 2 * 132
 
 
+def test_where_weights_are_decoded_large_blocks_have_fewer_columns() -> None:
+    a100, fp8 = Target(nvidia=True, shared_memory=163 << 10, e4m3=False), SHAPE._replace(weights="float8_e4m3fn")
+    for tokens, columns in ((16, 64), (2048, 32), (65536, 32)):
+        config = rule(fp8, tokens, a100)
+        assert config.down.columns == columns
+        assert config == rule(fp8, tokens, a100._replace(e4m3=True))._replace(down=config.down), (
+            "nothing else depends on it"
+        )
+
+
 def test_a_file_comes_back_as_it_was_written_and_the_next_measured_number_of_tokens_counts(tmp_path: Path) -> None:
     found = {tokens: Configuration(tokens, PRODUCT, PRODUCT._replace(columns=64)) for tokens in (16, 32, 64)}
     file = file_of("NVIDIA H200", tmp_path / "tuned")

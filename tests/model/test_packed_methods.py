@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from qnext_kernels import force_backend, topk_softmax
-from qnext_plugins.packed_methods import PackedExperts, PackedLinear, replace_method, unpack_weights
+from qnext_plugins import packed_methods
+from qnext_plugins.packed_methods import PackedExperts, PackedLinear, replace_method, unpacked_weights
 from tests.kernels.kernel_inputs import same_bits
 
 
@@ -44,10 +46,33 @@ def test_linear_is_packed_behind_loading_and_unpacked_before_it_is_loaded_again(
         assert model[0].packed
         assert not same_bits(model[0].weight.data, weight)
         assert same_bits(model[0].quant_method.apply(model[0], x), before)
-        unpack_weights(model)
-        assert not model[0].packed
-        assert same_bits(model[0].weight.data, weight)
+        with unpacked_weights(model):
+            assert not model[0].packed
+            assert same_bits(model[0].weight.data, weight)
         assert same_bits(model[0].quant_method.apply(model[0], x), before)
+
+
+def test_weights_that_graphs_read_are_packed_again_with_what_has_been_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_methods, "_graphs_read", lambda layer: True)
+    weight, x = torch.randn(128, 32), torch.randn(3, 32)
+    with torch.no_grad(), force_backend("native"):
+        model, expected = nn.ModuleList([linear_layer(torch.randn(128, 32))]), linear_layer(weight)
+        model[0].quant_method.process_weights_after_loading(model[0])
+        with unpacked_weights(model):
+            model[0].weight.copy_(weight)
+        assert model[0].packed
+        # As an engine may do on its part.
+        model[0].quant_method.process_weights_after_loading(model[0])
+        assert same_bits(model[0].quant_method.apply(model[0], x), expected.quant_method.apply(expected, x))
+
+
+def test_weights_that_an_engine_has_replaced_by_none_are_as_loaded_whatever_they_were() -> None:
+    with force_backend("native"):
+        model = nn.ModuleList([linear_layer(torch.randn(130, 32))])
+        model[0].quant_method.process_weights_after_loading(model[0])
+        model.to("meta")
+        with unpacked_weights(model):
+            assert not model[0].packed
 
 
 def test_weight_that_another_layer_reads_is_not_packed() -> None:
@@ -69,14 +94,15 @@ def test_experts_are_packed_behind_loading_and_unpacked_before_they_are_loaded_a
     routing = topk_softmax(torch.randn(5, 4), 2, True)
     model = nn.ModuleList([nn.Module()])
     layer: Any = model[0]
-    layer.quant_method = method = OurExperts()
+    layer.quant_method, layer.shared_expert = (method := OurExperts()), (None,)
     with torch.no_grad(), force_backend("native"):
         method.create_weights(layer, w13.clone(), w2.clone())
         before = method.run(layer, x, *routing)
         method.process_weights_after_loading(layer)
         assert layer.packed
         assert same_bits(method.run(layer, x, *routing), before)
-        unpack_weights(model)
-        assert same_bits(layer.w13_weight.data, w13)
-        assert same_bits(layer.w2_weight.data, w2)
-        assert same_bits(method.run(layer, x, *routing), before)
+        method.process_weights_after_loading(layer)
+        with unpacked_weights(model):
+            assert same_bits(layer.w13_weight.data, w13)
+            assert same_bits(layer.w2_weight.data, w2)
+            assert same_bits(method.run(layer, x, *routing), before)

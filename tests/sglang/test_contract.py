@@ -17,7 +17,7 @@ import qnext_sglang
 from qnext_sglang import MODELS_VARIABLE, determinism, hooks, serving
 from qnext_sglang.cpu import attention, defaults, gated_delta_net, platform, speculation
 from qnext_sglang.cpu import hooks as cpu_hooks
-from qnext_sglang.experts import QnextFp8MoEMethod, QnextMoEMethod, SparseExperts
+from qnext_sglang.experts import QnextFp8MoEMethod, QnextMoEMethod, SharedFp8LinearMethod, SparseExperts
 from qnext_sglang.gated_delta_net import GatedDeltaNetBackend
 
 PACKAGE = Path(qnext_sglang.__file__).parent
@@ -177,6 +177,7 @@ CLASSES: dict[type, set[str]] = {
     attention.CpuAttentionBackend: {"_attend"},
     QnextMoEMethod: set(),
     QnextFp8MoEMethod: set(),
+    SharedFp8LinearMethod: set(),
     SparseExperts: {"_route"},
 }
 # Overridden methods whose arguments are ours to choose, because we call them ourselves.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.moe.topk import TopKOutputFormat
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
-from sglang.srt.layers.quantization.fp8 import Fp8Config
-from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
@@ -28,12 +29,17 @@ from qnext_kernels import experts as our_experts
 from qnext_kernels import experts_fp8, force_backend, topk_softmax, triton_support
 from qnext_kernels.dispatch import OPERATIONS, deterministic
 from qnext_plugins import gpus
-from qnext_plugins.model import Qwen3NextConfig
+from qnext_plugins.model import Qwen3NextConfig, SparseMoe
+from qnext_plugins.packed_methods import unpacked_weights
 from qnext_sglang import UnsupportedEngineError, determinism, experts, gpu_refusal, serving
+from qnext_sglang import sglang_api as api
 from qnext_sglang.determinism import DeterminismError
+from qnext_sglang.engine import SglangEngine
 from qnext_sglang.gated_delta_net import GatedDeltaNetBackend
 from qnext_sglang.loading import load_parameters
+from qnext_sglang.models.qwen3_next import Qwen3NextForCausalLM
 from tests.checkpoints import random_config
+from tests.kernels.fused_moe_stand_in import stand_in
 from tests.kernels.triton.ahead_of_time import compiling_for
 from tests.kernels.triton.interpreter import interpreted, kernel_modules
 from tests.sglang import recurrent_runs as runs
@@ -201,7 +207,7 @@ class TestExpertsLayer:
 
     @pytest.fixture(autouse=True)
     def one_rank(self, on_gpu: ServerArgs) -> Iterator[None]:
-        with get_parallel().override(moe_ep_rank=0, moe_tp_rank=0):
+        with get_parallel().override(tp_rank=0, moe_ep_rank=0, moe_tp_rank=0):
             yield
 
     @staticmethod
@@ -226,41 +232,132 @@ class TestExpertsLayer:
         assert layer.sglangs_topk is not None
         assert layer.sglangs_topk.topk_config.output_format is output
 
+    @staticmethod
+    def block(quant_config: Fp8Config | None, **sizes: int) -> SparseMoe:
+        """A block of the model, of SGLang's parts."""
+        found = {"hidden_size": 128, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128} | sizes
+        hf_config = random_config(num_experts=4, **found)
+        engine = SglangEngine(hf_config, quant_config)
+        return SparseMoe(Qwen3NextConfig.from_hf(hf_config), engine, prefix="model.layers.0.mlp")
+
     @pytest.mark.parametrize("quantized", [False, True], ids=["float32", "fp8"])
-    def test_ours_run_what_sglang_has_loaded(self, quantized: bool) -> None:
-        layer = self.build(Fp8Config(True, weight_block_size=[128, 128]) if quantized else None)
+    def test_ours_run_what_sglang_has_loaded_and_loads_again(self, quantized: bool) -> None:
+        block = self.block(Fp8Config(True, weight_block_size=[128, 128]) if quantized else None)
+        layer = block.experts
         assert layer.sglangs_topk is None
         assert layer.runner_backend is None, "SGLang then hands on the indices of this rank's experts"
+        assert layer.shared_expert == (block.shared_expert,)
+        model = nn.ModuleDict({"layer": nn.ModuleDict({"mlp": block})})
         random = torch.Generator().manual_seed(1)
-        checkpoint: dict[str, Tensor] = {}
-        for expert in range(layer.num_experts):
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                weight = torch.randn(128, 128, generator=random) * 0.1
-                if quantized:
-                    scale = torch.rand(1, 1, generator=random) * 1e-3 + 1e-4
-                    checkpoint[f"layer.mlp.experts.{expert}.{name}.weight_scale_inv"] = scale
-                    weight = (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-                checkpoint[f"layer.mlp.experts.{expert}.{name}.weight"] = weight
-        model = nn.ModuleDict({"layer": nn.ModuleDict({"mlp": nn.ModuleDict({"experts": layer})})})
-        load_parameters(model, checkpoint.items(), layer.num_experts)
+        for _ in range(2):
+            checkpoint = random_block(random, layer.num_experts, quantized)
+            with unpacked_weights(model):
+                load_parameters(model, checkpoint.items(), layer.num_experts)
+            x, logits = torch.randn(5, 128, generator=random), torch.randn(5, 4, generator=random)
+            with force_backend("moe=reference"):
+                routed = topk_softmax(logits, layer.top_k, True)
+                weights, shared = arguments_of(checkpoint, layer.num_experts, quantized)
+                expected = (experts_fp8 if quantized else our_experts)(x, *weights, *routed, shared=shared)
+            with interpreted(*kernel_modules()), force_backend("moe=triton"):
+                for module in block.modules():
+                    if (method := getattr(module, "quant_method", None)) is not None:
+                        method.process_weights_after_loading(module)
+                batch = StandardDispatchOutput(x, None, layer._route(x, logits))
+                out = layer.quant_method.apply(layer, batch).hidden_states
+            # A sum in another order may round one of an expert's 128 activations to the next e4m3, 2⁻³ away.
+            tolerance = 2**-3 / 128**0.5 if quantized else TOLERANCE
+            assert (out - expected).norm() <= tolerance * expected.norm()
 
-        def stacked(kind: str, *names: str) -> Tensor:
-            tensors = [[checkpoint[f"layer.mlp.experts.{n}.{name}.{kind}"] for name in names] for n in range(4)]
-            return torch.stack([torch.cat(parts) for parts in tensors])
+    @pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "fp8"])
+    def test_flashinfers_are_laid_out_for_it_once_they_are_loaded_and_load_again(
+        self, quantized: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stand_in(monkeypatch)
+        random = torch.Generator().manual_seed(2)
+        with force_backend("moe=flashinfer"):
+            with default_dtype(torch.bfloat16):
+                block = self.block(Fp8Config(True, weight_block_size=[128, 128]) if quantized else None)
+            layer = block.experts
+            assert layer.shared_expert == (None,), "it is an MLP of its own"
+            model = nn.ModuleDict({"layer": nn.ModuleDict({"mlp": block})})
+            for _ in range(2):
+                checkpoint = random_block(random, layer.num_experts, quantized)
+                if not quantized:
+                    checkpoint = {name: weight.bfloat16() for name, weight in checkpoint.items()}
+                with unpacked_weights(model):
+                    load_parameters(model, checkpoint.items(), layer.num_experts)
+                layer.quant_method.process_weights_after_loading(layer)
+                assert layer.packed
+                weights, _ = arguments_of(checkpoint, layer.num_experts, quantized)
+                x = torch.randn(5, 128, generator=random).bfloat16()
+                with force_backend("moe=reference"):
+                    routed = topk_softmax(torch.randn(5, 4, generator=random), layer.top_k, True)
+                    expected = (experts_fp8 if quantized else our_experts)(x, *weights, *routed)
+                batch = StandardDispatchOutput(x, None, api.StandardTopKOutput(*routed, x))
+                assert torch.equal(layer.quant_method.apply(layer, batch).hidden_states, expected)
 
-        kinds = ("weight", "weight_scale_inv") if quantized else ("weight",)
-        weights = [stacked(kind, *names) for names in (("gate_proj", "up_proj"), ("down_proj",)) for kind in kinds]
-        x, logits = torch.randn(5, 128, generator=random), torch.randn(5, 4, generator=random)
-        with force_backend("moe=reference"):
-            routed = topk_softmax(logits, layer.top_k, True)
-            expected = (experts_fp8 if quantized else our_experts)(x, *weights, *routed)
-        with interpreted(*kernel_modules()), force_backend("triton"):
-            layer.quant_method.process_weights_after_loading(layer)
-            batch = StandardDispatchOutput(x, None, layer._route(x, logits))
-            out = layer.quant_method.apply(layer, batch).hidden_states
-        # A sum in another order may round one of an expert's 128 activations to the next e4m3, 2⁻³ away.
-        tolerance = 2**-3 / 128**0.5 if quantized else TOLERANCE
-        assert (out - expected).norm() <= tolerance * expected.norm()
+    def test_shared_expert_of_another_size_or_stored_otherwise_is_an_mlp_of_its_own(self) -> None:
+        shared = f"{PREFIX.removesuffix('experts')}shared_expert"
+        ignored = [f"{shared}.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+        config = Fp8Config(True, weight_block_size=[128, 128], ignored_layers=ignored)
+        config.packed_modules_mapping = Qwen3NextForCausalLM.packed_modules_mapping
+        for block in (self.block(None, shared_expert_intermediate_size=256), self.block(config)):
+            assert block.experts.shared_expert == (None,)
+            assert isinstance(block.shared_expert.down_proj.quant_method, UnquantizedLinearMethod)
+
+    def test_sglangs_own_experts_do_not_compute_the_shared_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(get_flags().moe, "runner_backend", MoeRunnerBackend.TRITON)
+        config = Fp8Config(True, weight_block_size=[128, 128])
+        block = self.block(config)
+        assert block.experts.shared_expert == (None,)
+        assert type(block.shared_expert.down_proj.quant_method) is Fp8LinearMethod
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The dtype of a model that is made."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def random_block(random: torch.Generator, num_experts: int, quantized: bool) -> dict[str, Tensor]:
+    """Weights of a block as a checkpoint has them, each matrix of its experts [128, 128]."""
+    checkpoint = {
+        "layer.mlp.gate.weight": torch.randn(num_experts, 128, generator=random) * 0.1,
+        "layer.mlp.shared_expert_gate.weight": torch.randn(1, 128, generator=random) * 0.1,
+    }
+    for expert in (*(f"experts.{n}" for n in range(num_experts)), "shared_expert"):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            weight = torch.randn(128, 128, generator=random) * 0.1
+            if quantized:
+                scale = torch.rand(1, 1, generator=random) * 1e-3 + 1e-4
+                checkpoint[f"layer.mlp.{expert}.{name}.weight_scale_inv"] = scale
+                weight = (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+            checkpoint[f"layer.mlp.{expert}.{name}.weight"] = weight
+    return checkpoint
+
+
+def arguments_of(
+    checkpoint: dict[str, Tensor], num_experts: int, quantized: bool
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """The routed and the shared expert's weights of a checkpoint as the kernel takes them."""
+    kinds = ("weight", "weight_scale_inv") if quantized else ("weight",)
+
+    def of(expert: str) -> list[Tensor]:
+        parts = [("gate_proj", "up_proj"), ("down_proj",)]
+        return [
+            torch.cat([checkpoint[f"layer.mlp.{expert}.{name}.{kind}"] for name in names])
+            for names in parts
+            for kind in kinds
+        ]
+
+    routed = zip(*(of(f"experts.{n}") for n in range(num_experts)), strict=True)
+    gate = checkpoint["layer.mlp.shared_expert_gate.weight"][0]
+    return [torch.stack(weights) for weights in routed], (*of("shared_expert"), gate)
 
 
 def args_with(field: str, value: object) -> SimpleNamespace:

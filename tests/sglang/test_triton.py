@@ -67,16 +67,35 @@ def test_in_the_deterministic_mode_a_request_has_the_same_bits_however_it_is_ser
     assert not {"chunk_kernel", "state_kernel"} & kernels
 
 
+def test_shared_expert_of_the_size_of_the_others_is_computed_along_and_the_tokens_are_those_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same_size = {"shared_expert_intermediate_size": 32, "mlp_only_layers": []}
+    # Little agreement: here the tokens change where the shared expert does.
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", agreement=0.1, **SMALL, **same_size)
+    file = tmp_path / "launched"
+    monkeypatch.setenv(LAUNCHED, str(file))
+    with engine(checkpoint, drafts=2, **INTERPRETED) as running:
+        tokens = running.greedy(PROMPTS, MAX_TOKENS)
+    assert tokens == [reference.greedy(checkpoint, prompt, MAX_TOKENS) for prompt in PROMPTS]
+    launched = file.read_text().split()
+    assert "up_kernel" in launched
+    assert "silu_and_mul_kernel" not in launched, "an MLP has run on its own"
+
+
 @pytest.mark.slow
-def test_experts_in_fp8_are_ours_and_give_the_tokens_of_the_unquantized_checkpoint(
+def test_experts_in_fp8_are_ours_the_shared_one_too_and_give_the_tokens_of_the_unquantized_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The head of this checkpoint leaves wide gaps between its logits.
-    checkpoint = write_random_checkpoint(tmp_path / "fp8", agreement=1.0, moe_intermediate_size=128, **SMALL)
+    sizes = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "mlp_only_layers": []}
+    checkpoint = write_random_checkpoint(tmp_path / "fp8", agreement=1.0, **SMALL, **sizes)
     expected = [reference.greedy(checkpoint, prompt, MAX_TOKENS) for prompt in PROMPTS]
     quantize_experts(checkpoint)
     file = tmp_path / "launched"
     monkeypatch.setenv(LAUNCHED, str(file))
     with engine(checkpoint, dtype="bfloat16", **INTERPRETED) as running:
         assert running.greedy(PROMPTS, MAX_TOKENS) == expected
-    assert "quantize_kernel" in file.read_text().split()
+    launched = file.read_text().split()
+    assert "quantize_kernel" in launched
+    assert "silu_and_mul_kernel" not in launched, "an MLP has run on its own"

@@ -61,6 +61,12 @@ PARAMETERS: dict[str, set[str]] = {
         "quant_config",
         "moe_config",
     },
+    "vllm.model_executor.layers.quantization.utils.quant_utils.is_layer_skipped": {
+        "prefix",
+        "ignored_layers",
+        "fused_mapping",
+        "match_mode",
+    },
     "vllm.model_executor.layers.rotary_embedding.get_rope": {"head_size", "max_position", "rope_parameters", "dtype"},
     "vllm.compilation.decorators.support_torch_compile": {"dynamic_arg_dims"},
     "vllm.model_executor.models.utils.AutoWeightsLoader.load_weights": {"weights", "mapper"},
@@ -299,3 +305,9 @@ def test_fp8_weights_and_scales_have_the_names_that_we_read() -> None:
     create = inspect.getsource(method.create_weights)
     for name in ('"w13_weight"', '"w2_weight"', 'f"w13_{self.weight_scale_name}"', 'f"w2_{self.weight_scale_name}"'):
         assert f"layer.register_parameter({name}, " in create
+    linear = inspect.getsource(resolve("vllm.model_executor.layers.quantization.fp8.Fp8LinearMethod.create_weights"))
+    for name in ('"weight"', '"weight_scale_inv"'):
+        assert f"layer.register_parameter({name}, " in linear
+    config = resolve("vllm.model_executor.layers.quantization.fp8.Fp8Config")()
+    for name in ("ignored_layers", "ignored_layers_match_mode", "packed_modules_mapping", "weight_block_size"):
+        assert hasattr(config, name)

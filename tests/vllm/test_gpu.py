@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,21 @@ import torch
 from torch import Tensor, nn
 from vllm import platforms, triton_utils
 from vllm.compilation.backends import split_graph
-from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, LoRAConfig, VllmConfig
+from vllm.config import (
+    CompilationConfig,
+    CompilationMode,
+    CUDAGraphMode,
+    LoRAConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
+from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.determinism import batch_invariant
+from vllm.model_executor.layers.quantization import fp8
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata, GDNAttentionMetadataBuilder
@@ -28,12 +39,14 @@ from qnext_kernels.triton_support import TritonBackend
 from qnext_plugins.gpus import ENGINES_OWN
 from qnext_plugins.model import MLP, CoreWeights, Qwen3NextConfig
 from qnext_vllm import UnsupportedEngineError, determinism, experts, gpu_refusal
+from qnext_vllm.engine import VllmEngine
 from qnext_vllm.gated_delta_net import OPERATOR, GatedDeltaNetState, StateBackend, batch_of, recurrent_batch
 from tests.checkpoints import TINY
+from tests.kernels.fused_moe_stand_in import stand_in
 from tests.kernels.triton.ahead_of_time import compiling_for
-from tests.model.plain_engine import PlainEngine
 
 DRAFTS, REQUESTS = 2, 4
+PREFIX = "model.layers.0.mlp.experts"
 CPU = torch.device("cpu")
 
 
@@ -322,7 +335,7 @@ def gpu_config(monkeypatch: pytest.MonkeyPatch, all_kernels: None) -> VllmConfig
 
 
 def test_the_experts_are_ours_on_a_gpu(gpu_config: VllmConfig, lines: list[str]) -> None:
-    options = experts.experts_options(gpu_config, None)
+    options = experts.experts_options(gpu_config, None, PREFIX)
     assert options["custom_routing_function"] is experts.route
     assert options["routed_experts_cls"] is experts.QnextRoutedExperts
     assert not lines
@@ -360,64 +373,108 @@ def test_the_deterministic_mode_refuses_by_name_what_neither_side_keeps(
 
 
 @pytest.fixture
-def shared_expert() -> MLP:
-    engine = PlainEngine(torch.empty(0))
-    gate = engine.replicated_linear(16, 1, quantized=False, prefix="gate")
-    return MLP(16, 8, engine, reduce=False, gate=gate, prefix="shared_expert")
+def one_rank(gpu_config: VllmConfig, tmp_path: Path) -> Iterator[None]:
+    """A process that makes vLLM's layers."""
+    with set_current_vllm_config(gpu_config):
+        parallel_state.init_distributed_environment(1, 0, f"file://{tmp_path}/ranks", 0, "gloo")
+        parallel_state.initialize_model_parallel()
+        yield
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
 
 
-def of_vllm(vllm_config: VllmConfig, shared_expert: MLP) -> bool:
+def shared_expert(vllm_config: VllmConfig) -> MLP:
+    """Of vLLM's linears, as the model makes it."""
+    engine, prefix = VllmEngine(vllm_config), PREFIX.replace("experts", "shared_expert")
+    gate = engine.replicated_linear(128, 1, quantized=False, prefix=f"{prefix}_gate")
+    return MLP(128, 128, engine, reduce=False, gate=gate, prefix=prefix)
+
+
+def of_vllm(vllm_config: VllmConfig, shared: MLP) -> bool:
     """Whether vLLM's runner calls the shared expert; otherwise our experts have it."""
-    options = experts.experts_options(vllm_config, shared_expert)
+    options = experts.experts_options(vllm_config, shared, PREFIX)
     if "routed_experts_args" in options:
-        assert options["routed_experts_args"]["shared_expert"] is shared_expert
+        assert options["routed_experts_args"]["shared_expert"] is shared
         return "shared_experts" in options
-    assert options["shared_experts"] is shared_expert
+    assert options["shared_experts"] is shared
     return True
 
 
-def test_our_experts_compute_the_shared_one_where_a_rank_has_parts_of_one_size(
-    gpu_config: VllmConfig, shared_expert: MLP, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes, parallel = gpu_config.model_config.hf_text_config, gpu_config.parallel_config
-    monkeypatch.setattr(sizes, "moe_intermediate_size", 512)
-    monkeypatch.setattr(sizes, "shared_expert_intermediate_size", 512)
-    assert not of_vllm(gpu_config, shared_expert)
-    monkeypatch.setattr(parallel, "tensor_parallel_size", 4)
-    assert not of_vllm(gpu_config, shared_expert)
-    monkeypatch.setattr(parallel, "enable_expert_parallel", True)
-    assert of_vllm(gpu_config, shared_expert), "whole routed experts, a part of the shared one"
-    monkeypatch.setattr(parallel, "enable_expert_parallel", False)
-    monkeypatch.setattr(sizes, "shared_expert_intermediate_size", 1024)
-    assert of_vllm(gpu_config, shared_expert)
+@pytest.mark.usefixtures("one_rank")
+class TestSharedExpert:
+    @pytest.fixture(autouse=True)
+    def sizes(self, gpu_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+            monkeypatch.setattr(gpu_config.model_config.hf_text_config, name, 512)
+        # vLLM has no linear in FP8 for the CPU that this test runs on.
+        monkeypatch.setattr(fp8, "init_fp8_linear_kernel", lambda **options: None)
 
+    @pytest.mark.parametrize("quant_config", [None, Fp8Config(weight_block_size=[128, 128])], ids=["bfloat16", "fp8"])
+    def test_our_experts_compute_it_where_a_rank_has_parts_of_one_size(
+        self, gpu_config: VllmConfig, quant_config: Fp8Config | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sizes, parallel = gpu_config.model_config.hf_text_config, gpu_config.parallel_config
+        gpu_config.quant_config = quant_config
 
-def test_shared_expert_stays_vllms_where_experts_are_quantized_or_vllms(
-    gpu_config: VllmConfig, shared_expert: MLP, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = gpu_config.model_config.hf_text_config
-    monkeypatch.setattr(sizes, "moe_intermediate_size", 512)
-    monkeypatch.setattr(sizes, "shared_expert_intermediate_size", 512)
-    with monkeypatch.context() as patch:
-        patch.setattr(gpu_config, "quant_config", Fp8Config(weight_block_size=[128, 128]))
-        assert of_vllm(gpu_config, shared_expert)
-    with monkeypatch.context() as patch:
-        patch.setattr(gpu_config.kernel_config, "moe_backend", "flashinfer_cutlass")
-        assert of_vllm(gpu_config, shared_expert)
+        def of_vllms() -> bool:
+            return of_vllm(gpu_config, shared_expert(gpu_config))
 
+        assert not of_vllms()
+        monkeypatch.setattr(parallel, "tensor_parallel_size", 4)
+        assert not of_vllms()
+        monkeypatch.setattr(parallel, "enable_expert_parallel", True)
+        assert of_vllms(), "whole routed experts, a part of the shared one"
+        monkeypatch.setattr(parallel, "enable_expert_parallel", False)
+        monkeypatch.setattr(sizes, "shared_expert_intermediate_size", 1024)
+        assert of_vllms()
 
-def test_on_a_cpu_our_experts_compute_the_shared_one_but_not_under_adapters_or_data_parallelism(
-    config: VllmConfig, shared_expert: MLP, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert not of_vllm(config, shared_expert)
-    with monkeypatch.context() as patch:
-        patch.setattr(config, "lora_config", object())
-        assert of_vllm(config, shared_expert)
-    with monkeypatch.context() as patch:
-        patch.setattr(config.parallel_config, "data_parallel_size", 2)
-        assert of_vllm(config, shared_expert)
-    with force_backend("moe=cpu"):
-        assert of_vllm(config, shared_expert)
+    def test_its_weights_in_fp8_are_left_as_they_are_loaded(self, gpu_config: VllmConfig) -> None:
+        gpu_config.quant_config = Fp8Config(weight_block_size=[128, 128])
+        shared = shared_expert(gpu_config)
+        before = {name: parameter.data_ptr() for name, parameter in shared.named_parameters()}
+        assert {"gate_up_proj.weight_scale_inv", "down_proj.weight_scale_inv"} <= set(before)
+        assert not of_vllm(gpu_config, shared)
+        process_weights_after_loading(shared, gpu_config.model_config, CPU)
+        assert {name: parameter.data_ptr() for name, parameter in shared.named_parameters()} == before
+        assert shared.down_proj.weight.shape == (128, 128)
+
+    @pytest.mark.parametrize("left_out", ["experts", "shared_expert.down_proj"])
+    def test_it_stays_vllms_where_one_of_both_is_not_in_fp8(self, gpu_config: VllmConfig, left_out: str) -> None:
+        ignored = [PREFIX.replace("experts", left_out)]
+        gpu_config.quant_config = Fp8Config(weight_block_size=[128, 128], ignored_layers=ignored)
+        shared = shared_expert(gpu_config)
+        methods = [type(linear.quant_method) for linear in shared.linears()]
+        assert of_vllm(gpu_config, shared)
+        assert [type(linear.quant_method) for linear in shared.linears()] == methods
+
+    def test_it_stays_vllms_where_the_experts_are_vllms(
+        self, gpu_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shared = shared_expert(gpu_config)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_config, "quant_config", Fp8Config())
+            assert of_vllm(gpu_config, shared)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_config.kernel_config, "moe_backend", "flashinfer_cutlass")
+            assert of_vllm(gpu_config, shared)
+        with monkeypatch.context() as patch, force_backend("moe=flashinfer"):
+            stand_in(patch)
+            assert of_vllm(gpu_config, shared)
+
+    def test_on_a_cpu_our_experts_compute_it_but_not_under_adapters_or_data_parallelism(
+        self, gpu_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gpu_config.device_config.device = CPU
+        shared = shared_expert(gpu_config)
+        assert not of_vllm(gpu_config, shared)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_config, "lora_config", object())
+            assert of_vllm(gpu_config, shared)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_config.parallel_config, "data_parallel_size", 2)
+            assert of_vllm(gpu_config, shared)
+        with force_backend("moe=cpu"):
+            assert of_vllm(gpu_config, shared)
 
 
 def test_quantized_experts_stay_vllms_own_with_one_line(
@@ -425,12 +482,12 @@ def test_quantized_experts_stay_vllms_own_with_one_line(
 ) -> None:
     gpu_config.quant_config, gpu_config.model_config.quantization = Fp8Config(), "fp8"
     for _ in range(2):
-        assert experts.experts_options(gpu_config, None) == {"shared_experts": None}
+        assert experts.experts_options(gpu_config, None, PREFIX) == {"shared_experts": None}
     assert lines == ["qnext-plugins leaves vLLM's own experts in place: their weights are quantized (fp8)"]
     monkeypatch.setenv("QNEXT_STRICT", "1")
     experts._say_once.cache_clear()
     with pytest.raises(UnsupportedEngineError, match="quantized"):
-        experts.experts_options(gpu_config, None)
+        experts.experts_options(gpu_config, None, PREFIX)
 
 
 def test_experts_in_block_wise_fp8_are_ours_where_a_rank_has_whole_blocks(
@@ -438,7 +495,7 @@ def test_experts_in_block_wise_fp8_are_ours_where_a_rank_has_whole_blocks(
 ) -> None:
     gpu_config.quant_config = Fp8Config(weight_block_size=[128, 128])
     monkeypatch.setattr(gpu_config.model_config.hf_text_config, "moe_intermediate_size", 512)
-    assert experts.experts_options(gpu_config, None)["routed_experts_cls"] is experts.QnextRoutedExperts
+    assert experts.experts_options(gpu_config, None, PREFIX)["routed_experts_cls"] is experts.QnextRoutedExperts
     monkeypatch.setattr(gpu_config.parallel_config, "tensor_parallel_size", 8)
     assert experts.obstacle(gpu_config) == "a rank's 64 columns of them are not whole blocks of FP8"
     monkeypatch.setattr(gpu_config.parallel_config, "enable_expert_parallel", True)

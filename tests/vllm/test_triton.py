@@ -74,10 +74,12 @@ def test_in_the_deterministic_mode_a_request_has_the_same_bits_however_it_is_ser
 
 
 @pytest.mark.slow
-def test_experts_in_fp8_are_ours_and_give_the_tokens_of_the_cpu_backend(tmp_path: Path) -> None:
+def test_experts_in_fp8_are_ours_the_shared_one_too_and_give_the_tokens_of_the_cpu_backend(tmp_path: Path) -> None:
     # Rounding differs between the two, but the head of this checkpoint leaves wide gaps between its logits.
-    checkpoint = write_random_checkpoint(tmp_path / "fp8", agreement=1.0, moe_intermediate_size=128, **SMALL)
+    sizes = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "mlp_only_layers": []}
+    checkpoint = write_random_checkpoint(tmp_path / "fp8", agreement=1.0, **SMALL, **sizes)
     quantize_experts(checkpoint)
     answer = run(checkpoint, 0, "bfloat16")
     assert "quantize_kernel" in answer["kernels"]
+    assert "silu_and_mul_kernel" not in answer["kernels"], "an MLP has run on its own"
     assert answer["triton"] == answer["native"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qnext_plugins.model import Qwen3NextConfig
+from qnext_plugins.model import MLP, Qwen3NextConfig
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_vllm import vllm_api as api
 from qnext_vllm.attention import attention_backend
@@ -86,7 +86,7 @@ class VllmEngine:
     def recurrent_core(self, config: Qwen3NextConfig, *, prefix: str) -> GatedDeltaNetState:
         return GatedDeltaNetState(config, self.vllm_config, prefix=prefix)
 
-    def experts(self, config: Qwen3NextConfig, shared_expert: nn.Module | None, *, prefix: str) -> nn.Module:
+    def experts(self, config: Qwen3NextConfig, shared_expert: MLP | None, *, prefix: str) -> nn.Module:
         parallel = self.vllm_config.parallel_config
         return api.FusedMoEFactory(
             num_experts=config.num_experts,
@@ -98,7 +98,7 @@ class VllmEngine:
             prefix=prefix,
             enable_eplb=parallel.enable_eplb,
             num_redundant_experts=parallel.eplb_config.num_redundant_experts,
-            **experts_options(self.vllm_config, shared_expert),
+            **experts_options(self.vllm_config, shared_expert, prefix),
         )
 
     def _linear(self, prefix: str, *, bias: bool = False) -> dict:

@@ -1,4 +1,4 @@
-"""The routed experts: vLLM's loading, sharding and quantization around our routing and our experts kernel."""
+"""The experts: vLLM's loading, sharding and quantization around our routing and our experts kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qnext_kernels import OPERATIONS, topk_softmax
 from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle
-from qnext_plugins.packed_methods import Fp8Experts, PackedExperts
+from qnext_plugins.model import MLP
+from qnext_plugins.packed_methods import Fp8Experts, LeftAsLoaded, PackedExperts, leave_to_experts
 from qnext_vllm import step_back
 from qnext_vllm import vllm_api as api
 
@@ -31,7 +32,7 @@ class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
         api.FusedMoEMethodBase.__init__(self, moe)
         self.unquantized_backend = api.UnquantizedMoeBackend.OOT
         self.experts_cls = None
-        self.supports_pre_processed_weights = True
+        self.supports_pre_processed_weights = leaves_weights(moe)
 
     def apply(
         self,
@@ -44,19 +45,15 @@ class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
     ) -> Tensor:
         return self.run(layer, x, topk_weights, local_ids(layer, topk_ids))
 
-    def shared(self, layer: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-        if layer.shared_expert[0] is None:
-            return None
-        linears = layer.shared_expert[0].linears()
-        # On a CPU, once they have been loaded, a plain tensor of each (QnextLinearMethod).
-        up, down, gate = (getattr(linear, "plain_weight", linear.weight) for linear in linears)
-        return up, down, gate[0]
-
 
 class QnextFp8MoEMethod(Fp8Experts, api.Fp8MoEMethod):
     """Experts in block-wise FP8 on our kernel, which reads weights and scales as the checkpoint stores them."""
 
     is_monolithic = False
+
+    def __init__(self, quant_config: Any, layer: Any) -> None:
+        super().__init__(quant_config, layer)
+        self.supports_pre_processed_weights = leaves_weights(layer.moe_config)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         return None
@@ -73,6 +70,15 @@ class QnextFp8MoEMethod(Fp8Experts, api.Fp8MoEMethod):
         return self.run(layer, x, topk_weights, local_ids(layer, topk_ids))
 
 
+class SharedFp8LinearMethod(LeftAsLoaded, api.LinearMethodBase):
+    """Of the shared expert's projections in block-wise FP8, where our kernel for experts reads them."""
+
+
+def leaves_weights(moe_config: Any) -> bool:
+    """Whether the kernel reads weights as they are loaded, so that they are never changed twice."""
+    return OPERATIONS["moe"].select(torch.device(moe_config.device), moe_config.in_dtype).name == "triton"
+
+
 def local_ids(layer: Any, topk_ids: Tensor) -> Tensor:
     """Indices of this rank's experts, −1 for those of other ranks."""
     return topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
@@ -81,11 +87,12 @@ def local_ids(layer: Any, topk_ids: Tensor) -> Tensor:
 class QnextRoutedExperts(api.RoutedExperts):
     """Takes our method where vLLM would take its unquantized or its FP8 one; layers quantized otherwise keep vLLM's.
 
-    ``shared_expert``: an MLP that our unquantized method computes along, in the same calls.
+    ``shared_expert``: an MLP that our method computes along, in the same calls.
     """
 
-    def __init__(self, *args: Any, shared_expert: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, shared_expert: MLP | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        assert shared_expert is None or isinstance(self.quant_method, PackedExperts | Fp8Experts)
         # Held in a tuple: it is a child of the block.
         self.shared_expert = (shared_expert,)
 
@@ -101,8 +108,8 @@ class QnextRoutedExperts(api.RoutedExperts):
         return QnextMoEMethod(moe_config)
 
 
-def experts_options(vllm_config: api.VllmConfig, shared_expert: Any) -> dict[str, Any]:
-    """What makes vLLM's experts ours, and who computes the shared one (an MLP or None).
+def experts_options(vllm_config: api.VllmConfig, shared_expert: MLP | None, prefix: str) -> dict[str, Any]:
+    """What makes vLLM's experts at ``prefix`` ours, and who computes the shared one.
 
     Where the routed experts stay vLLM's own, which is said in one line, vLLM's runner calls the shared one too.
 
@@ -114,28 +121,45 @@ def experts_options(vllm_config: api.VllmConfig, shared_expert: Any) -> dict[str
         _say_once(reason)
         return {"shared_experts": shared_expert}
     ours = {"custom_routing_function": route, "routed_experts_cls": QnextRoutedExperts}
-    if shared_expert is None or not computes_shared(vllm_config):
+    if shared_expert is None or not computes_shared(vllm_config, shared_expert, prefix):
         return ours | {"shared_experts": shared_expert}
-    for linear in shared_expert.linears():
-        linear.packable = False  # our kernel for experts reads the weight, too
+    leave_to_experts(shared_expert, {api.Fp8LinearMethod: SharedFp8LinearMethod})
     return ours | {"routed_experts_args": {"shared_expert": shared_expert}}
 
 
-def computes_shared(vllm_config: api.VllmConfig) -> bool:
+def computes_shared(vllm_config: api.VllmConfig, shared_expert: MLP, prefix: str) -> bool:
     """Whether the calls of our routed experts compute the shared one along.
 
-    In C++, but not with LoRA adapters on its linears, nor with data parallelism, where every rank would add it to the
-    tokens of all; in Triton, if both are of one size. Not in FP8, where vLLM lays the weights of a linear out as its
-    own kernels want them.
+    In C++ they do where nothing is quantized, but not with LoRA adapters on its linears, nor with data parallelism,
+    where every rank would add it to the tokens of all. In Triton they do where a rank's parts of both are of one size,
+    and both are stored alike: without quantization, or in block-wise FP8.
     """
     device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
-    parallel, backend = vllm_config.parallel_config, OPERATIONS["moe"].select(device, dtype).name
-    if vllm_config.quant_config is not None:
-        return False
+    backend, parallel = OPERATIONS["moe"].select(device, dtype).name, vllm_config.parallel_config
+    middle, quant_config = columns_of_a_rank(vllm_config), vllm_config.quant_config
     if backend == "native":
-        return vllm_config.lora_config is None and parallel.data_parallel_size == 1
+        return quant_config is None and vllm_config.lora_config is None and parallel.data_parallel_size == 1
+    if backend != "triton":
+        return False
+    if quant_config is not None and (
+        fp8_obstacle(quant_config, middle, device, dtype) is not None
+        or not both_in_fp8(quant_config, shared_expert, prefix)
+    ):
+        return False
     shared = vllm_config.model_config.hf_text_config.shared_expert_intermediate_size
-    return backend == "triton" and shared // parallel.tensor_parallel_size == columns_of_a_rank(vllm_config)
+    return shared // parallel.tensor_parallel_size == middle
+
+
+def both_in_fp8(quant_config: Any, shared_expert: MLP, prefix: str) -> bool:
+    """Whether a checkpoint in FP8 leaves out neither the routed experts at ``prefix`` nor the shared one."""
+    routed_left_out = api.is_layer_skipped(
+        prefix=prefix,
+        ignored_layers=quant_config.ignored_layers,
+        fused_mapping=quant_config.packed_modules_mapping,
+        match_mode=quant_config.ignored_layers_match_mode,
+    )
+    projections = shared_expert.linears()[:2]
+    return not routed_left_out and all(type(linear.quant_method) is api.Fp8LinearMethod for linear in projections)
 
 
 def columns_of_a_rank(vllm_config: api.VllmConfig) -> int:

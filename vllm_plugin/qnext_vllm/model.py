@@ -20,7 +20,7 @@ from qnext_plugins.model import (
     expected_shapes,
 )
 from qnext_plugins.model.weights import MTP_PREFIX
-from qnext_plugins.packed_methods import unpack_weights
+from qnext_plugins.packed_methods import unpacked_weights
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.gated_delta_net import state_dtypes, state_shapes
@@ -191,9 +191,9 @@ class Qwen3NextForCausalLM(
         if self.quant_config is None:
             shapes = expected_shapes(Qwen3NextConfig.from_hf(self.config))
             weights = checked_weights(weights, shapes, passing=(MTP_PREFIX,))
-        unpack_weights(self)
         skipped = api.WeightsMapper(orig_to_new_prefix={MTP_PREFIX: None})
-        return api.AutoWeightsLoader(self).load_weights(weights, mapper=skipped | STACKED)
+        with unpacked_weights(self):
+            return api.AutoWeightsLoader(self).load_weights(weights, mapper=skipped | STACKED)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: api.VllmConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights, expected_shapes
 from qnext_plugins.model.weights import MTP_PREFIX
-from qnext_plugins.packed_methods import unpack_weights
+from qnext_plugins.packed_methods import unpacked_weights
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.linear import on_our_kernel
@@ -84,9 +84,9 @@ class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
         if self.quant_config is None:
             shapes = expected_shapes(Qwen3NextConfig.from_hf(self.config), target=False, mtp=True)
             weights = checked_weights(weights, shapes)
-        unpack_weights(self)
         renamed = api.WeightsMapper(orig_to_new_prefix={MTP_PREFIX: "model."})
-        return api.AutoWeightsLoader(self).load_weights(weights, mapper=renamed | STACKED)
+        with unpacked_weights(self):
+            return api.AutoWeightsLoader(self).load_weights(weights, mapper=renamed | STACKED)
 
     @staticmethod
     def _is_ours(name: str) -> bool:

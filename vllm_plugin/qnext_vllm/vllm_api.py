@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
+    LinearMethodBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     ReplicatedLinear,
@@ -36,7 +37,8 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateShapeCalculator,
     is_conv_state_dim_first,
 )
-from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
+from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -77,6 +79,7 @@ __all__ = [
     "EagleModelMixin",
     "ForwardContext",
     "Fp8Config",
+    "Fp8LinearMethod",
     "Fp8MoEMethod",
     "FusedMoEFactory",
     "FusedMoEMethodBase",
@@ -85,6 +88,7 @@ __all__ = [
     "HasInnerState",
     "IntermediateTensors",
     "IsHybrid",
+    "LinearMethodBase",
     "LogitsProcessor",
     "MambaAttentionBackendEnum",
     "MambaBase",
@@ -118,6 +122,7 @@ __all__ = [
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "is_conv_state_dim_first",
+    "is_layer_skipped",
     "make_empty_intermediate_tensors_factory",
     "make_layers",
     "maybe_prefix",

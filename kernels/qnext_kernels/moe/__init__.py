@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.checks import INTEGERS, expect_dtype, expect_floating, expect_indices, expect_shape
-from qnext_kernels.dispatch import Operation
-from qnext_kernels.linear import expect_reads_packed, pack_weight_, unpack_weight_
-from qnext_kernels.linear.native import packable
+from qnext_kernels.dispatch import BackendError, Call, Operation
+from qnext_kernels.linear import expect_reads_packed
 from qnext_kernels.moe.cpu import CpuBackend
+from qnext_kernels.moe.flashinfer import FlashInferMoe
 from qnext_kernels.moe.native import MoeNative
 from qnext_kernels.moe.reference import FP8_GROUP, ReferenceBackend
 from qnext_kernels.moe.triton import TritonMoe
 
 FP8 = torch.float8_e4m3fn
-operation = Operation("moe", [MoeNative(), CpuBackend(), TritonMoe(), ReferenceBackend()])
+PACKING = (MoeNative.name, FlashInferMoe.name)
+"""Backends that read weights laid out otherwise than in a checkpoint."""
+operation = Operation("moe", [MoeNative(), CpuBackend(), TritonMoe(), FlashInferMoe(), ReferenceBackend()])
 
 
 def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -107,6 +109,7 @@ def experts_fp8(
     w2_scale: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
+    packed: bool = False,
     shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """:func:`experts` over block-wise FP8 weights (transformers' fine-grained FP8, the ``-FP8`` checkpoints).
@@ -124,6 +127,7 @@ def experts_fp8(
         w2_scale: [E, ceil(D / 128), ceil(I / 128)] float32.
         topk_weights: [T, top_k] float32.
         topk_ids: [T, top_k] int32 or int64; −1 (an expert of another rank) is skipped.
+        packed: whether :func:`pack_experts_fp8_` has packed the weights; not with a shared expert.
         shared: of the shared expert, w13 [2·S, D], w13_scale, w2 [D, S], w2_scale as those of one expert, and its gate
             [D] in the dtype of ``x``; or None.
 
@@ -132,12 +136,18 @@ def experts_fp8(
 
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit.
+        BackendError: the backend that serves does not read packed weights.
     """
-    return torch.ops.qnext.experts_fp8(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, shared or ())
+    if packed and shared is not None:
+        raise ValueError("packed: expected False because shared is given, got True")
+    return torch.ops.qnext.experts_fp8(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, packed, shared or ())
 
 
 def pack_experts_(w13: Tensor, w2: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> bool:
-    """Pack the experts' weights in place (:func:`qnext_kernels.pack_weight_`), gate, up and down projections apart.
+    """Lay the experts' weights out in place for the backend that serves them, where it reads them otherwise.
+
+    On a CPU that is :func:`qnext_kernels.pack_weight_`, gate, up and down projections apart; for FlashInfer, which has
+    no shared expert, each up projection comes before its gate. Only that backend reads them then.
 
     Args:
         w13: [E, 2·I, D], written in place.
@@ -146,31 +156,52 @@ def pack_experts_(w13: Tensor, w2: Tensor, shared: tuple[Tensor, Tensor] | None 
 
     Returns:
         Whether all are packed now; else none is.
+
+    Raises:
+        BackendError: a backend that ``QNEXT_BACKEND`` forces does not serve them.
     """
-    weights = (w13, w2, *(shared or ()))
-    if operation.select(w13.device, w13.dtype).name != MoeNative.name or not all(map(packable, weights)):
-        return False
-    for matrices in _matrices(*weights):
-        pack_weight_(matrices)
-    return True
+    return _pack(w13.dtype, "experts", w13, w2, shared=shared)
 
 
 def unpack_experts_(w13: Tensor, w2: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> None:
-    """Undo :func:`pack_experts_` in place."""
-    for matrices in _matrices(w13, w2, *(shared or ())):
-        unpack_weight_(matrices)
+    """Undo :func:`pack_experts_` in place; raises BackendError where the backend does not read packed weights."""
+    _expect_packing(operation.select(w13.device, w13.dtype)).unpack_experts_(w13, w2, shared=shared)
 
 
-def _matrices(*weights: Tensor) -> list[Tensor]:
-    """Each w13 as its two matrices, each w2 as it is."""
-    return [weight if n % 2 else weight.unflatten(-2, (2, -1)) for n, weight in enumerate(weights)]
+def pack_experts_fp8_(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> bool:
+    """:func:`pack_experts_` of weights and scales in block-wise FP8, for activations in bfloat16."""
+    return _pack(torch.bfloat16, "experts_fp8", w13, w13_scale, w2, w2_scale)
+
+
+def unpack_experts_fp8_(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> None:
+    """Undo :func:`pack_experts_fp8_` in place."""
+    weights = w13, w13_scale, w2, w2_scale
+    _expect_packing(operation.select(w13.device, torch.bfloat16)).unpack_experts_(*weights)
+
+
+def _pack(dtype: torch.dtype, method: str, *weights: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> bool:
+    device, w2 = weights[0].device, weights[len(weights) // 2]
+    backend = operation.select(device, dtype)
+    if backend.name not in PACKING:
+        return False
+    # Weights are laid out once, for calls of any number of tokens.
+    reason = backend.supports_call(device, dtype, Call(method, tokens=0, shape=tuple(w2.shape[1:])))
+    if reason is not None:
+        raise BackendError(f"{backend.name} does not serve moe.{method} on {device} with {dtype}: {reason}")
+    return backend.pack_experts_(*weights, shared=shared)  # type: ignore[no-any-return]
+
+
+def _expect_packing(backend: Any) -> Any:
+    """The backend; raises BackendError unless it reads packed weights."""
+    if backend.name not in PACKING:
+        raise BackendError(f"packed: backend {backend.name} reads weights as the checkpoint stores them")
+    return backend
 
 
 def _experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool) -> Tensor:
     backend = _expect_experts(x, w13, w2, topk_weights, topk_ids, x.dtype)
     if packed:
-        expect_reads_packed(backend)
-        return backend.run(x, w13, w2, topk_weights, topk_ids, None, packed=True)
+        return _expect_packing(backend).experts_packed(x, w13, w2, topk_weights, topk_ids)
     return backend.experts(x, w13, w2, topk_weights, topk_ids)
 
 
@@ -200,6 +231,7 @@ def _experts_fp8(
     w2_scale: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
+    packed: bool,
     shared: Sequence[Tensor],
 ) -> Tensor:
     backend = _expect_experts(x, w13, w2, topk_weights, topk_ids, FP8)
@@ -208,7 +240,10 @@ def _experts_fp8(
         shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, gate = shared
         _expect_shared(x, shared_w13, shared_w2, gate, FP8)
         _expect_scales("shared_", shared_w13, shared_w13_scale, shared_w2, shared_w2_scale)
-    return backend.experts_fp8(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, tuple(shared) or None)
+    arguments = x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids
+    if packed:
+        return _expect_packing(backend).experts_fp8_packed(*arguments)
+    return backend.experts_fp8(*arguments, tuple(shared) or None)
 
 
 def _expect_experts(

@@ -104,6 +104,8 @@ def _sized(rows: int, shape: Shape, blocks: int, target: Target) -> Configuratio
     def product(sum_size: int, width: int, per_column: int) -> Product:
         most = max(16, power_of_two(width))
         columns = min(widest // per_column, most, FP8_GROUP if itemsize == 1 else widest)
+        if itemsize == 1 and rows >= 64 and not target.e4m3:
+            columns = min(columns, 32)  # weights that are decoded in registers fill them
         while rows <= 32 and columns > 16 and blocks * -(-width // columns) < 264:
             columns //= 2
         deep = min(depth, max(32, power_of_two(sum_size)))

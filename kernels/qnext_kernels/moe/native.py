@@ -7,6 +7,8 @@ from functools import cache
 from torch import Tensor
 
 from qnext_kernels.checks import expect_indices
+from qnext_kernels.linear import pack_weight_, unpack_weight_
+from qnext_kernels.linear.native import packable
 from qnext_kernels.moe import elementwise_native
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, NativeBackend
@@ -44,6 +46,22 @@ class MoeNative(NativeBackend, CpuBackend):
             return super().experts_with_shared(x, w13, w2, topk_weights, topk_ids, shared)
         return self.run(x, w13, w2, topk_weights, topk_ids, shared, packed=False)
 
+    def pack_experts_(self, *weights: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> bool:
+        """Pack gate, up and down projections apart; False where strides or sizes forbid it, or they are in FP8."""
+        weights += shared or ()
+        if len(weights) % 2 or not all(map(packable, weights)):
+            return False
+        for matrices in _matrices(*weights):
+            pack_weight_(matrices)
+        return True
+
+    def unpack_experts_(self, *weights: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> None:
+        for matrices in _matrices(*weights, *(shared or ())):
+            unpack_weight_(matrices)
+
+    def experts_packed(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        return self.run(x, w13, w2, topk_weights, topk_ids, None, packed=True)
+
     def run(
         self,
         x: Tensor,
@@ -79,3 +97,8 @@ def _expect_ids(topk_ids: Tensor, w13: Tensor) -> None:
 
 
 _kernel = cache(lambda: packed_function("qnext_experts", "19q"))
+
+
+def _matrices(*weights: Tensor) -> list[Tensor]:
+    """Each w13 as its two matrices, each w2 as it is."""
+    return [weight if n % 2 else weight.unflatten(-2, (2, -1)) for n, weight in enumerate(weights)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from qnext_kernels.moe.configurations import Configuration
 from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_kernels.moe.triton_experts import Call, Shared, Weights, quantized_rows
-from qnext_kernels.triton_support import Target, interpreting, power_of_two
+from qnext_kernels.triton_support import Target, power_of_two
 
 GROUPS_AT_ONCE = 16
 MOST_ROWS_FUSED = 32
@@ -44,14 +44,6 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     values, scale = quantized_rows(tl.load(x + row[:, None] * x_row + columns, mask=inside, other=0.0), DECODE)
     tl.store(quantized + row[:, None] * SIZE + columns, values, mask=inside)
     tl.store(scales + group, scale, mask=group < groups)
-
-
-def multiplies_e4m3() -> bool:
-    """Whether the current GPU has products of e4m3; an interpreter has."""
-    if interpreting():
-        return True
-    gpu = triton.runtime.driver.active.get_current_target()
-    return gpu.arch >= 89 if gpu.backend == "cuda" else gpu.arch == "gfx950"
 
 
 def quantize(x: Tensor, decode: bool) -> tuple[Tensor, Tensor]:
@@ -84,7 +76,7 @@ def run_fp8(
     Every program of a product needs the activations quantized. Where it has few rows, and reading weights is what takes
     time, it does that itself and two launches are saved, with the same bits.
     """
-    decode = not multiplies_e4m3()
+    decode = not target.e4m3
     if decode:
         routed = _as_bytes(routed)
         shared = None if shared is None else shared._replace(weights=_as_bytes(shared.weights))

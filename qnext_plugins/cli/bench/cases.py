@@ -14,6 +14,7 @@ from torch import Tensor
 
 import qnext_kernels
 from qnext_kernels.dispatch import OPERATIONS
+from qnext_kernels.moe import PACKING
 from qnext_plugins.cli.bench.elementwise import elementwise_rows
 from qnext_plugins.cli.bench.gated_delta_net import conv_rows, delta_rule_rows
 from qnext_plugins.cli.bench.gated_delta_net_layer import layer_rows
@@ -40,18 +41,25 @@ FP8, FP8_BLOCK = torch.float8_e4m3fn, 128
 
 
 class Stored:
-    """Weights as a checkpoint has them, and a copy as our engines' sides keep them: packed, on huge pages."""
+    """Weights as a checkpoint has them, and a copy for each backend that our engines' sides pack them for."""
 
     def __init__(self, weights: tuple[Tensor, ...], pack: Callable[..., bool]) -> None:
         qnext_kernels.use_huge_pages(*weights)
-        copies = tuple(weight.clone() for weight in weights)
-        qnext_kernels.use_huge_pages(*copies)
-        self.plain, self.packed = weights, copies if pack(*copies) else None
+        self.plain, self._pack = weights, pack
+        self._packed: dict[str, tuple[Tensor, ...] | None] = {}
 
     def read(self, operation: str, function: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> Tensor:
         """Call ``function(x, *weights, *rest)`` with what the backend that serves reads."""
-        packed = self.packed if OPERATIONS[operation].select(x.device, x.dtype).name == "native" else None
+        backend = OPERATIONS[operation].select(x.device, x.dtype).name
+        if backend not in self._packed:
+            self._packed[backend] = self._copies() if backend in PACKING else None
+        packed = self._packed[backend]
         return function(x, *(packed or self.plain), *rest, packed=packed is not None)
+
+    def _copies(self) -> tuple[Tensor, ...] | None:
+        copies = tuple(weight.clone() for weight in self.plain)
+        qnext_kernels.use_huge_pages(*copies)
+        return copies if self._pack(*copies) else None
 
 
 # Routed experts.
@@ -94,7 +102,7 @@ def experts_fp8_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         w2, w2_scale = fp8_blocks(s.experts, s.hidden, s.intermediate)
         stored = w13, w13_scale, w2, w2_scale
         peers = {each.name: found for each in libraries if (found := each.experts_fp8(*stored)) is not None}
-        return lambda x, scores, ids: qnext_kernels.experts_fp8(x, *stored, scores, ids), peers
+        return partial(Stored(stored, qnext_kernels.pack_experts_fp8_).read, "moe", qnext_kernels.experts_fp8), peers
 
     # Two sides may quantize what is between the products differently: half a unit in the last place of e4m3.
     tolerance = torch.finfo(FP8).eps / 2

@@ -71,7 +71,9 @@ def elementwise_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
                 compiled=True,
             )
 
-        row = partial(Row, op, operation=operation, quick=op in QUICK)
+        # FlashInfer's experts leave what is around them to Triton.
+        borrowed = ("flashinfer",) if operation == "moe" else ()
+        row = partial(Row, op, operation=operation, quick=op in QUICK, borrowed=borrowed)
         return [row(f"T={tokens}", partial(build, tokens), stepped=tokens < max(s.rows)) for tokens in s.rows]
 
     def two(width: int) -> Callable[[int], tuple]:

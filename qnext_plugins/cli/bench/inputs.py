@@ -189,6 +189,8 @@ class Row:
     """Whether the reference, which goes token by token, would take minutes."""
     stepped: bool = False
     """Whether it is part of a step of decode, which a GPU replays from a CUDA graph."""
+    borrowed: tuple[str, ...] = ()
+    """Backends that have another's kernel here, and are left out."""
 
     @property
     def operations(self) -> tuple[str, ...]:

@@ -335,7 +335,7 @@ class KernelsBench:
             or name in self.options.backends
             or (name == REFERENCE and not self.options.time_reference)
         ]
-        return [name for name in wanted if not (name == REFERENCE and row.heavy)]
+        return [name for name in wanted if not (name == REFERENCE and row.heavy) and name not in row.borrowed]
 
     def _agreeing_peers(self, row: Row, case: Case, check: Check) -> dict[str, Side]:
         peers = {}

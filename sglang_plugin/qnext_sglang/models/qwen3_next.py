@@ -17,7 +17,7 @@ from qnext_plugins.model import (
     expected_shapes,
 )
 from qnext_plugins.model.weights import MTP_PREFIX
-from qnext_plugins.packed_methods import unpack_weights
+from qnext_plugins.packed_methods import unpacked_weights
 from qnext_sglang import determinism
 from qnext_sglang import sglang_api as api
 from qnext_sglang.engine import SglangEngine
@@ -150,8 +150,8 @@ class Qwen3NextForCausalLM(ServedModel):
         weights = ((name, tensor) for name, tensor in weights if not name.startswith(MTP_PREFIX))
         if self.quant_config is None:
             weights = checked_weights(weights, expected_shapes(self.qnext_config))
-        unpack_weights(self)
-        return load_parameters(self, weights, self.qnext_config.num_experts)
+        with unpacked_weights(self):
+            return load_parameters(self, weights, self.qnext_config.num_experts)
 
 
 EntryClass = Qwen3NextForCausalLM

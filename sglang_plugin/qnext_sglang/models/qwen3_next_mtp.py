@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qnext_plugins.model import MultiTokenPredictor, checked_weights, expected_shapes
 from qnext_plugins.model.weights import MTP_PREFIX
-from qnext_plugins.packed_methods import unpack_weights
+from qnext_plugins.packed_methods import unpacked_weights
 from qnext_sglang import sglang_api as api
 from qnext_sglang.loading import load_parameters
 from qnext_sglang.models.qwen3_next import ServedModel
@@ -46,8 +46,8 @@ class Qwen3NextForCausalLMMTP(ServedModel):
         weights = ((name, tensor) for name, tensor in weights if self._is_ours(name))
         if self.quant_config is None:
             weights = checked_weights(weights, expected_shapes(self.qnext_config, target=False, mtp=True))
-        unpack_weights(self)
-        return load_parameters(self, self._renamed(weights), self.qnext_config.num_experts)
+        with unpacked_weights(self):
+            return load_parameters(self, self._renamed(weights), self.qnext_config.num_experts)
 
     @staticmethod
     def _is_ours(name: str) -> bool:

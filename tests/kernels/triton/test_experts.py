@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMoeBlock
 
-from qnext_kernels import experts, experts_fp8, force_backend, topk_softmax
+from qnext_kernels import experts, experts_fp8, force_backend, topk_softmax, triton_support
 from qnext_kernels.dispatch import deterministic
+from qnext_kernels.moe import triton as moe_triton
 from qnext_kernels.moe import triton_align, triton_experts, triton_fp8
 from qnext_kernels.moe.reference import quantize_groups
 from qnext_kernels.moe.triton import TritonMoe
@@ -201,24 +202,23 @@ def test_activations_are_quantized_as_the_reference_does(native: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [0, 1, 18])
+@pytest.mark.parametrize(("tokens", "shared"), [(0, True), (1, False), (1, True), (18, True)])
 def test_experts_in_fp8_agree_with_float64_and_have_the_same_bits_with_products_of_e4m3_and_without(
-    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tokens: int, shared: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = random_fp8(tokens, dtype, shared=tokens != 1)
+    arguments = random_fp8(tokens, dtype, shared=shared)
     out = ours_fp8(arguments)
     assert out.dtype == dtype
     assert_close(out, truth_of(arguments), fp8_roundings(arguments))
     with monkeypatch.context() as patch:
-        patch.setattr(triton_fp8, "multiplies_e4m3", lambda: False)
+        patch.setattr(moe_triton, "current_target", lambda: triton_support.current_target()._replace(e4m3=False))
         assert same_bits(ours_fp8(arguments), out)
     # In launches of its own, the quantization has the bits that it has within the products.
     monkeypatch.setattr(triton_fp8, "MOST_ROWS_FUSED", 0)
     assert same_bits(ours_fp8(arguments), out)
 
 
-def test_every_e4m3_number_is_decoded_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_fp8, "multiplies_e4m3", lambda: False)
+def test_every_e4m3_number_is_decoded_exactly() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     codes[codes % 128 == 127] = 0
     # Every number is the only one in its row of w2, and what is multiplied with it is 1.
