@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qnext_kernels.checks import INTEGERS, expect_dtype, expect_floating, expect_indices, expect_shape
 from qnext_kernels.dispatch import BackendError, Call, Operation
-from qnext_kernels.linear import expect_reads_packed
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.moe.flashinfer import FlashInferMoe
 from qnext_kernels.moe.native import MoeNative
@@ -218,7 +217,8 @@ def _experts_with_shared(
     shared_w13, shared_w2, gate = shared
     _expect_shared(x, shared_w13, shared_w2, gate, x.dtype)
     if packed:
-        expect_reads_packed(backend)
+        if backend.name != MoeNative.name:
+            raise BackendError(f"packed: backend {backend.name} reads a shared expert as the checkpoint stores it")
         return backend.run(x, w13, w2, topk_weights, topk_ids, (shared_w13, shared_w2, gate), packed=True)
     return backend.experts_with_shared(x, w13, w2, topk_weights, topk_ids, tuple(shared))
 
