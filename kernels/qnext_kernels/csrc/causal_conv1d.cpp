@@ -191,7 +191,6 @@ class Block {
 
     // Sequence n of a decode or a verify: its outputs, and what it leaves in the pools.
     void step(int64_t n) const {
-        if (n + 1 < p.sequences) fetch(slot(n + 1));
         const bool one = end(n) - begin(n) == 1;
         if constexpr (W != 0) {
             if (one && is_packed() && slot(n) >= 0 && !p.step_rows.data) return step_packed(n);
@@ -291,18 +290,6 @@ class Block {
 #pragma GCC unroll 8
             for (int w = 0; w < W - 1; ++w) plain(place[c * (W - 1) + w]) = plain(kept[w * kChannels + c]);
         }
-    }
-
-    // Will be read and written: the rows of a slot lie too far apart for a processor to foresee the next.
-    void fetch(int64_t slot) const {
-        if (slot < 0) return;
-        const auto lines = [](const S* from, int64_t count) {
-            for (int64_t i = 0; i < count; i += 64 / sizeof(S)) __builtin_prefetch(from + i, 1);
-        };
-        if (p.state.channel == 1)
-            for (int64_t i = 0; i < history; ++i) lines(column(p.state, slot, i), channels);
-        else if (p.state.column == 1)
-            lines(column(p.state, slot, 0), channels * p.state.channel);
     }
 
     // Tokens [start, stop), whose windows reach back to the slot.
