@@ -18,13 +18,11 @@ constexpr int kRows = Vec::size == 16 ? 8 : 4, kKeys = Vec::size == 16 ? 2 : 3;
 template <class T>
 struct Scores {
     using Element = float;
-    static constexpr bool direct = false;
 };
 #if defined(__AVX512BF16__)
 template <>
 struct Scores<bfloat16> {
     using Element = bfloat16;
-    static constexpr bool direct = true;
 };
 #endif
 
@@ -105,7 +103,7 @@ __attribute__((always_inline)) inline void store_sums(const Vec (&x)[kKeys][R], 
 #endif
 
 // The products of R queries [R, width] with min(kKeys, count) keys, times `scale`, to kRows neighbouring floats for each
-// key; where there are fewer keys, the last one's again.
+// key; where there are fewer keys, the last one's again. Not inlined, as below.
 template <int R, class Q, class T>
 __attribute__((noinline)) void dots(const Q* q, int64_t width, const T* const* keys, int64_t count, Vec scale, float* out,
                                     int64_t lanes) {
