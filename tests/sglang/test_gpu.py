@@ -305,6 +305,31 @@ class TestExpertsLayer:
             assert block.experts.shared_expert == (None,)
             assert isinstance(block.shared_expert.down_proj.quant_method, UnquantizedLinearMethod)
 
+    def test_on_a_cpu_the_shared_one_of_any_size_is_packed_and_computed_along_and_loads_again(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(serving, "device", lambda: torch.device("cpu"))
+        block = self.block(None, shared_expert_intermediate_size=256)
+        layer = block.experts
+        assert layer.shared_expert == (block.shared_expert,)
+        model = nn.ModuleDict({"layer": nn.ModuleDict({"mlp": block})})
+        random = torch.Generator().manual_seed(3)
+        for _ in range(2):
+            checkpoint = random_block(random, layer.num_experts, quantized=False, shared_size=256)
+            with unpacked_weights(model):
+                load_parameters(model, checkpoint.items(), layer.num_experts)
+            for module in block.modules():
+                if (method := getattr(module, "quant_method", None)) is not None:
+                    method.process_weights_after_loading(module)
+            assert layer.packed
+            x, logits = torch.randn(5, 128, generator=random), torch.randn(5, 4, generator=random)
+            with force_backend("moe=reference"):
+                routed = topk_softmax(logits, layer.top_k, True)
+                weights, shared = arguments_of(checkpoint, layer.num_experts, quantized=False)
+                expected = our_experts(x, *weights, *routed, shared=shared)
+            out = layer.quant_method.apply(layer, StandardDispatchOutput(x, None, layer._route(x, logits)))
+            assert (out.hidden_states - expected).norm() <= TOLERANCE * expected.norm()
+
     def test_sglangs_own_experts_do_not_compute_the_shared_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(get_flags().moe, "runner_backend", MoeRunnerBackend.TRITON)
         config = Fp8Config(True, weight_block_size=[128, 128])
@@ -324,15 +349,18 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def random_block(random: torch.Generator, num_experts: int, quantized: bool) -> dict[str, Tensor]:
-    """Weights of a block as a checkpoint has them, each matrix of its experts [128, 128]."""
+def random_block(
+    random: torch.Generator, num_experts: int, quantized: bool, shared_size: int = 128
+) -> dict[str, Tensor]:
+    """Weights of a block as a checkpoint has them, each matrix of its routed experts [128, 128]."""
     checkpoint = {
         "layer.mlp.gate.weight": torch.randn(num_experts, 128, generator=random) * 0.1,
         "layer.mlp.shared_expert_gate.weight": torch.randn(1, 128, generator=random) * 0.1,
     }
     for expert in (*(f"experts.{n}" for n in range(num_experts)), "shared_expert"):
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            weight = torch.randn(128, 128, generator=random) * 0.1
+        size = shared_size if expert == "shared_expert" else 128
+        for name, shape in (("gate_proj", (size, 128)), ("up_proj", (size, 128)), ("down_proj", (128, size))):
+            weight = torch.randn(shape, generator=random) * 0.1
             if quantized:
                 scale = torch.rand(1, 1, generator=random) * 1e-3 + 1e-4
                 checkpoint[f"layer.mlp.{expert}.{name}.weight_scale_inv"] = scale
