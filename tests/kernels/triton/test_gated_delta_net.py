@@ -229,12 +229,14 @@ def test_verify_has_the_bits_of_a_prefill_of_few_tokens() -> None:
 
 def test_a_backend_forced_for_one_of_the_operations_ends_the_fusion() -> None:
     shape = SHAPES[0]
-    qkvz, _ = join(random_runs(shape, [1], *CASES[0][1:]))
-    _, state = some_pools(shape, 1, 0)
-    assert gated_delta_net._one_kernel(qkvz, state)
+    projections = join(random_runs(shape, [1], *CASES[0][1:]))
+    tensors = *projections, tuple(random_layer(shape)), *some_pools(shape, 1, 0)
+    assert gated_delta_net._one_kernel(*tensors) is not None
+    with force_backend("gated_delta_rule=triton_context_parallel"):
+        assert gated_delta_net._one_kernel(*tensors) is not None, "its decode is Triton's"
     for name in ("causal_conv1d", "gated_delta_rule", "gated_norm"):
         with force_backend(f"{name}=reference"):
-            assert not gated_delta_net._one_kernel(qkvz, state)
+            assert gated_delta_net._one_kernel(*tensors) is None
 
 
 def test_an_empty_batch_and_sequences_without_tokens_are_served() -> None:
