@@ -220,9 +220,9 @@ def test_one_kernel_for_a_layer_is_checked_with_the_reference_of_its_parts(
 ) -> None:
     launched: list[int] = []
 
-    def fused(*arguments: Any) -> torch.Tensor:
+    def fused(*arguments: Any, **options: Any) -> torch.Tensor:
         launched.append(len(arguments[0]))
-        return run_fused(*arguments)
+        return run_fused(*arguments, **options)
 
     monkeypatch.setattr(triton_fused, "run_fused", fused)
     with interpreted(*kernel_modules()):

@@ -210,10 +210,10 @@ def test_layer_is_compared_with_the_reference_of_all_its_parts(tmp_path: Path, m
         arguments[-1].mul_(1.1)
 
     monkeypatch.setattr(type(backend), "gated_rms_norm", wrong)
-    result, report = run(tmp_path, "--ops", "gated delta net decode")
+    result, report = run(tmp_path, "--ops", "gated delta net prefill")
     assert result.exit_code == 2
     assert backend.name not in {row.backend for row in report.rows}
-    line = f"gated delta net decode B=1, {backend.name}: not timed; result 0 differs by 10.0% from reference"
+    line = f"gated delta net prefill T=70, {backend.name}: not timed; result 0 differs by 10.0% from reference"
     assert line in report.problems
 
 

@@ -48,8 +48,9 @@ class MoeNative(NativeBackend, CpuBackend):
 
     def pack_experts_(self, *weights: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> bool:
         """Pack gate, up and down projections apart; False where strides or sizes forbid it, or they are in FP8."""
+        in_fp8 = len(weights) != 2  # with their scales
         weights += shared or ()
-        if len(weights) % 2 or not all(map(packable, weights)):
+        if in_fp8 or not all(map(packable, weights)):
             return False
         for matrices in _matrices(*weights):
             pack_weight_(matrices)
