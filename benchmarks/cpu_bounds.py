@@ -23,10 +23,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cpu_report import make_console, milliseconds, parse
+from cpu_report import make_console, milliseconds, parse, print_table, write_csv
 from cpu_slice import Work
-from rich.console import Console
-from rich.table import Table
 
 from qnext_kernels import native, use_huge_pages
 from qnext_plugins.cli.bench.inputs import REAL
@@ -180,18 +178,6 @@ def rows(rates: dict[int, Rates], measured: Measured) -> Iterator[tuple[str, ...
             )
 
 
-def show(console: Console, header: list[str], cells: list[tuple[str, ...]]) -> None:
-    """Print both."""
-    for line in header:
-        console.print(line, markup=False, highlight=False)
-    table = Table()
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("op", "shape", "bound") else "right", no_wrap=True)
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE", help="measured on this machine")
@@ -204,11 +190,9 @@ def main() -> int:
     header += [rate.describe(threads) for threads, rate in rates.items()]
     header.append(others.describe())
     cells = list(rows(rates, read_results(args.results)))
-    show(make_console(), header, cells)
+    print_table(make_console(), header, COLUMNS, cells)
     if args.csv:
-        with args.csv.open("w", newline="") as file:
-            file.writelines(f"# {line}\n" for line in header)
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *cells])
+        write_csv(args.csv, header, COLUMNS, cells)
     return 0
 
 

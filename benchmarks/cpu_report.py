@@ -6,6 +6,7 @@ import argparse
 import csv
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from rich.table import Table
 from qnext_plugins.cli.bench.roofs import Roofs
 
 COLUMNS = ("op", "shape", "threads", "ours_ms", "peer", "peer_ms", "ratio", "roof_pct")
+WORDS = ("op", "shape", "peer", "roof", "bound")
+"""Columns of words, not of numbers."""
 
 
 @dataclass
@@ -77,31 +80,32 @@ def make_console() -> Console:
 
 def report(args: argparse.Namespace, console: Console, header: list[str], results: list[Result], roofs: Roofs) -> None:
     """Print the header and the table, and write what ``args`` of :func:`parse` ask for."""
-    for line in header:
-        console.print(line, markup=False, highlight=False)
-    print_table(console, results, roofs)
+    cells = [result.cells(roofs) for result in results]
+    print_table(console, header, (*COLUMNS, "roof"), cells)
     if args.csv:
-        write_csv(args.csv, header, results, roofs)
+        write_csv(args.csv, header, COLUMNS, [row[: len(COLUMNS)] for row in cells])
     if args.plot and (reason := write_plot(args.plot, header[0], results)) is not None:
         console.print(reason)
 
 
-def print_table(console: Console, results: list[Result], roofs: Roofs) -> None:
+def print_table(console: Console, header: list[str], columns: Sequence[str], rows: list[tuple[str, ...]]) -> None:
+    """The header's lines, then the table."""
+    for line in header:
+        console.print(line, markup=False, highlight=False)
     table = Table()
-    for column in (*COLUMNS, "roof"):
-        words = column in ("op", "shape", "peer", "roof")
+    for column in columns:
+        words = column in WORDS
         table.add_column(column, justify="left" if words else "right", no_wrap=column != "peer", overflow="fold")
-    for result in results:
-        table.add_row(*result.cells(roofs))
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 
-def write_csv(path: Path, header: list[str], results: list[Result], roofs: Roofs) -> None:
+def write_csv(path: Path, header: list[str], columns: Sequence[str], rows: list[tuple[str, ...]]) -> None:
+    """The header's lines as comments, then the table."""
     with path.open("w", newline="") as file:
         file.writelines(f"# {line}\n" for line in header)
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(result.cells(roofs)[: len(COLUMNS)] for result in results)
+        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
 def write_plot(path: Path, title: str, results: list[Result]) -> str | None:

@@ -169,8 +169,8 @@ def gated_delta_net_verify(
     if (run := _one_kernel(qkvz, ba, layer, conv_state, state, steps)) is not None:
         return run(qkvz, ba, *layer, eps, conv_state, state, slots, *offsets, steps, out)
     conv_steps, rule_steps = (None, None) if steps is None else ((steps[0], steps[2]), steps[1:])
-    mixed_qkv, z, b, a = split_projections(qkvz, ba, state)
-    mixed_qkv = ungrouped(mixed_qkv, state.shape[3])
+    grouped_qkv, z, b, a = split_projections(qkvz, ba, state)
+    mixed_qkv = ungrouped(grouped_qkv, state.shape[3])
     convolution = causal_conv1d.operation.select(qkvz.device, qkvz.dtype)
     convolved = convolution.verify(mixed_qkv, conv_weight, conv_state, slots[:, 0], *offsets, conv_steps)
     q, k, v = split_convolved(convolved, state)
