@@ -1,28 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import import_module
-from pkgutil import walk_packages
-from types import ModuleType
 
 import pytest
-import torch
 
-import qnext_kernels
 from qnext_kernels import force_backend
-from tests.kernels.triton.interpreter import interpreted
+from tests.kernels.triton.interpreter import PLACES, kernels_run
 
 
-def kernel_modules() -> list[ModuleType]:
-    """The modules of the library that hold kernels and what kernels call."""
-    names = [module.name for module in walk_packages(qnext_kernels.__path__, "qnext_kernels.")]
-    return [import_module(name) for name in names if name.rpartition(".")[2].startswith("triton_")]
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[None]:
-    """Triton serves CPU tensors; fresh memory is NaN, so that what is read before it is written shows."""
-    with interpreted(*kernel_modules()), force_backend("triton"):
-        torch.use_deterministic_algorithms(True)
+@pytest.fixture(scope="module", params=PLACES)
+def interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Triton serves the tensors that a test makes; fresh memory is NaN, so that what is read before written shows."""
+    with kernels_run(request.param), force_backend("triton"):
         yield
-        torch.use_deterministic_algorithms(False)

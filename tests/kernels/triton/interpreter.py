@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -93,9 +94,32 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
         yield
 
 
+PLACES = ("interpreted", pytest.param("gpu", marks=pytest.mark.gpu))
+"""Where :func:`kernels_run`, as parameters of a fixture."""
+
+
+@contextmanager
+def kernels_run(place: str) -> Iterator[None]:
+    """Have kernels interpreted, or run on the GPU, where tensors are made by default then. Fresh memory is NaN."""
+    with ExitStack() as stack:
+        if place == "gpu":
+            if not torch.cuda.is_available():
+                pytest.skip("PyTorch finds no GPU")
+            stack.enter_context(torch.device("cuda"))
+        else:
+            stack.enter_context(interpreted(*kernel_modules()))
+        # What the references call has no deterministic form on a GPU, where it is only warned of.
+        torch.use_deterministic_algorithms(True, warn_only=place == "gpu")
+        stack.callback(torch.use_deterministic_algorithms, False)
+        yield
+
+
 @contextmanager
 def shuffled_programs(seed: int) -> Iterator[None]:
-    """Run the programs of every launch in a random order."""
+    """Run the programs of every launch in a random order; a GPU runs them in its own."""
+    if not triton.knobs.runtime.interpret:
+        yield
+        return
     builder = stock.InterpreterBuilder
     before = dict(vars(builder))
     set_index, set_size, order = builder.set_grid_idx, builder.set_grid_dim, []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,18 +31,11 @@ from tests.kernels.moe_inputs import (
     rows_of,
 )
 from tests.kernels.test_moe import randomize, transformers_config
-from tests.kernels.triton.interpreter import interpreted, shuffled_programs
+from tests.kernels.triton.interpreter import shuffled_programs
+
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreter() -> Iterator[None]:
-    """Kernels run on CPU tensors; fresh memory is NaN, so that what is read before it is written shows."""
-    with interpreted(triton_align, triton_experts, triton_fp8):
-        torch.use_deterministic_algorithms(True)
-        yield
-        torch.use_deterministic_algorithms(False)
 
 
 def ours(arguments: dict[str, Any]) -> Tensor:

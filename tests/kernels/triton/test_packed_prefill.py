@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from qnext_kernels import force_backend, gated_delta_rule_prefill
-from qnext_kernels.gated_delta_rule import triton_math, triton_packed
 from qnext_kernels.gated_delta_rule.flash_qla import without_empty
 from qnext_kernels.gated_delta_rule.flashinfer import SMALLEST_DECAY, decay, one_token_each
 from qnext_kernels.gated_delta_rule.packed_prefill import ChunkedPrefill, packed_prefill
@@ -26,15 +25,9 @@ from tests.kernels.kernel_inputs import (
     start_offsets,
 )
 from tests.kernels.triton.ahead_of_time import TARGETS, compiling_for
-from tests.kernels.triton.interpreter import interpreted, shuffled_programs
+from tests.kernels.triton.interpreter import shuffled_programs
 
 LENGTHS = (0, 1, 0, 3, 5, 2, 4)
-
-
-@pytest.fixture
-def interpreter() -> Iterator[None]:
-    with interpreted(triton_math, triton_packed):
-        yield
 
 
 def token_by_token(
