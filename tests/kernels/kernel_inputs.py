@@ -40,8 +40,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """torch.equal, but NaN equals itself and 0 differs from −0."""
     assert a.dtype == b.dtype
     assert a.shape == b.shape
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+    return torch.equal(bits(a.contiguous()), bits(b.contiguous()))
+
+
+def bits(x: Tensor) -> Tensor:
+    """The same memory as integers of the same size."""
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def nan_pool(slots: int, shape: Sequence[int], dtype: torch.dtype, *, gap: int = 3) -> Tensor:
@@ -64,7 +68,8 @@ def memory(pool: Tensor) -> Tensor:
 
 def only_written(pool: Tensor, before: Tensor, bytes_before: Tensor, written: Tensor) -> bool:
     """Whether nothing but the slots ``written`` [M] has changed; puts those back to ``before``."""
-    pool[written] = before[written]
+    # As integers: on a GPU, PyTorch does not keep the bits of every NaN that it copies.
+    bits(pool)[written] = bits(before)[written]
     return torch.equal(memory(pool), bytes_before)
 
 

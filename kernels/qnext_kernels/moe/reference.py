@@ -29,7 +29,9 @@ def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     size = x.shape[-1]
     groups = -(-size // FP8_GROUP)
     padded = F.pad(x.float(), (0, groups * FP8_GROUP - size)).unflatten(-1, (groups, FP8_GROUP))
-    scales = padded.abs().amax(dim=-1).clamp(min=FP8_TINY) / FP8_MAX
+    largest = padded.abs().amax(dim=-1).clamp(min=FP8_TINY)
+    # By a tensor: on a GPU, PyTorch multiplies by a number's reciprocal, which rounds twice.
+    scales = largest / largest.new_tensor(FP8_MAX)
     quantized = (padded / scales[..., None]).clamp(-FP8_MAX, FP8_MAX)
     return quantized.flatten(-2)[..., :size].to(torch.float8_e4m3fn), scales
 
