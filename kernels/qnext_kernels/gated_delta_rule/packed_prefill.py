@@ -16,8 +16,8 @@ class ChunkedPrefill(Protocol):
 
     Takes q and k [T, H, K], L2-normalised and rounded to the dtype of v, not yet scaled; v [T, HV, V]; the log decay g
     and the write strength beta [T, HV] float32; initial states [N, HV, V, K] float32; query_start_loc [N + 1]: all
-    contiguous. Returns outputs [T, HV, V] in the dtype of v, contiguous, and final states like the initial ones. A
-    sequence without tokens may have any final state.
+    contiguous, from aligned addresses. Returns outputs [T, HV, V] in the dtype of v, contiguous, and final states like
+    the initial ones. A sequence without tokens may have any final state.
     """
 
     def __call__(
@@ -49,7 +49,8 @@ def packed_prefill(
 
     if len(slots) == 0 or v.numel() == 0:
         return torch.empty_like(v, memory_format=torch.contiguous_format)
-    slots, query_start_loc, has_initial = slots.contiguous(), query_start_loc.contiguous(), has_initial.contiguous()
+    slots, has_initial = slots.contiguous(), has_initial.contiguous()
+    query_start_loc = aligned_rows(query_start_loc)
     g, beta = gating(a.float(), b.float(), A_log, dt_bias)
     with torch.cuda.device_of(v):
         initial = load_states(state, slots, has_initial)

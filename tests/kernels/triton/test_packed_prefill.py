@@ -14,6 +14,7 @@ from qnext_kernels.gated_delta_rule.flashinfer import SMALLEST_DECAY, decay, one
 from qnext_kernels.gated_delta_rule.packed_prefill import ChunkedPrefill, packed_prefill
 from qnext_kernels.gated_delta_rule.reference import gating, l2_norm, recurrence
 from qnext_kernels.gated_delta_rule.triton_packed import clear_skipped, load_states, normalized, save_states
+from qnext_kernels.triton_support import ALIGNMENT
 from tests.kernels.delta_rule_runs import MODEL_SHAPE, SHAPES, Shape, random_gates, random_state, random_tokens
 from tests.kernels.kernel_inputs import (
     assert_close,
@@ -35,7 +36,8 @@ def token_by_token(
 ) -> tuple[Tensor, Tensor]:
     """A :class:`ChunkedPrefill` by the definition; what no token decides is NaN."""
     assert initial.dtype == g.dtype == beta.dtype == torch.float32
-    assert all(x.is_contiguous() for x in (q, k, v, g, beta, initial, query_start_loc))
+    arguments = q, k, v, g, beta, initial, query_start_loc
+    assert all(x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 for x in arguments)
     group = v.shape[1] // q.shape[1]
     queries = (q.float() * q.shape[2] ** -0.5).repeat_interleave(group, dim=1)
     keys = k.float().repeat_interleave(group, dim=1)
@@ -46,6 +48,11 @@ def token_by_token(
             o, state = recurrence(queries[t], keys[t], v[t].float(), g[t], beta[t], state)
             out[t], final[n] = o, state
     return out, final
+
+
+def unaligned(x: Tensor) -> Tensor:
+    """``x`` [N] as a view that begins one element behind an aligned address."""
+    return torch.cat([x[:1], x])[1:]
 
 
 def filled_alone(
@@ -75,7 +82,7 @@ def test_the_definition_on_packed_states_agrees_with_float64_on_slots(
     with force_backend("reference"):
         truth = gated_delta_rule_prefill(*tokens.double(), *gates, truth_pool, slots, offsets, known)
     with shuffled_programs(0):
-        out = packed_prefill(chunked, *tokens, *gates, pool, slots, offsets, known)
+        out = packed_prefill(chunked, *tokens, *gates, pool, slots, unaligned(offsets), known)
     written = slots[(slots >= 0) & (offsets.diff() > 0)]
     # A term of an output has a query, a key written and a key read, which are rounded behind their norm.
     expected = {torch.float32: 8 * max(LENGTHS) + 2 * shape.key_dim}
