@@ -38,7 +38,7 @@ from qnext_kernels.gated_delta_rule.flash_qla import FlashQlaGatedDeltaRule
 from qnext_kernels.gated_delta_rule.flashinfer import FlashInferGatedDeltaRule
 from qnext_kernels.moe import flashinfer as moe_flashinfer
 from qnext_kernels.rms_norm import flashinfer as rms_norm_flashinfer
-from qnext_kernels.rms_norm.flashinfer import FlashInferRmsNorm
+from qnext_kernels.rms_norm.flashinfer import ALIGNMENT, FlashInferRmsNorm, aligned
 from tests.kernels.delta_rule_runs import Shape, random_gates, random_state, random_tokens
 from tests.kernels.kernel_inputs import assert_close, nan_pool, start_offsets
 
@@ -152,6 +152,16 @@ def test_the_norm_needs_a_weight_of_the_same_dtype() -> None:
         reason(backend, "rms_norm", shape=(2048,), dtypes=(FP32,))
         == "needs a weight in torch.bfloat16, got torch.float32"
     )
+
+
+def test_rows_for_the_norm_are_copied_only_where_their_address_forbids_it() -> None:
+    buffer = torch.randn(200).bfloat16()
+    first = -buffer.data_ptr() % ALIGNMENT // buffer.itemsize
+    allowed, forbidden = (buffer[start : start + 128].view(2, 64) for start in (first, first + 8))
+    assert aligned(allowed).data_ptr() == allowed.data_ptr()
+    copy = aligned(forbidden)
+    assert copy.data_ptr() != forbidden.data_ptr()
+    assert torch.equal(copy, forbidden)
 
 
 def test_none_serves_unless_it_is_asked_for() -> None:

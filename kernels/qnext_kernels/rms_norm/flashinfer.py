@@ -10,6 +10,9 @@ from qnext_kernels.flashinfer_support import FlashInferBackend
 from qnext_kernels.operators import operator
 from qnext_kernels.triton_support import aligned_rows
 
+ALIGNMENT = 128
+"""Bytes: its kernels refuse rows that do not begin at a multiple."""
+
 
 class FlashInferRmsNorm(FlashInferBackend):
     """One launch, two with a residual, which reads and writes a row 5 times instead of 4.
@@ -39,7 +42,14 @@ def flashinfer_gemma_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = _empty(x, weight, eps)
     if x.numel():
         width = x.shape[-1]
-        rows = aligned_rows(x.reshape(-1, width).contiguous())
         with torch.cuda.device_of(x):
-            gemma_rmsnorm(rows, aligned_rows(weight.contiguous()), eps, out=out.view(-1, width))
+            gemma_rmsnorm(
+                aligned(x.reshape(-1, width)), aligned_rows(weight.contiguous()), eps, out=out.view(-1, width)
+            )
     return out
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x``, contiguous and from an address that the kernels take; a copy only where it is not."""
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
