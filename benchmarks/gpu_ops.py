@@ -12,10 +12,13 @@ be measured or there is no GPU.
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,8 @@ from qnext_vllm.bench import BENCH as VLLM
 COLUMNS = ("op", "shape", "ours_ms", "backend", "peer", "peer_ms", "ratio", "roof_pct")
 QUICK_MINUTES = 3.2
 """After so long --quick begins no further row, so that it ends within four minutes."""
+WARM_SECONDS = 90.0
+"""The most that --warm may take: what is not compiled then is compiled when its turn comes."""
 
 
 class OpsReport(KernelsReport):
@@ -96,6 +101,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns: four minutes on an H200")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script; its times mean nothing")
     parser.add_argument("--minutes", type=float, help="after so long no further row is begun")
+    parser.add_argument("--warm", type=int, metavar="N", help="have N processes compile what the rows need beforehand")
+    parser.add_argument("--only-compile", metavar="I/N", help="what --warm starts: compile share I of N, time nothing")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table and the machine to FILE, row by row")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found to FILE")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw ratios and roofs (needs matplotlib)")
@@ -106,10 +113,37 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (word.strip() for word in text.split(","))))
 
 
+def compile_beforehand(command: Sequence[str], processes: int, seconds: float) -> None:
+    """Run ``command`` with I/N behind it for every I below N ``processes``; what runs after ``seconds`` is ended."""
+    began = time.monotonic()
+    # A process of its own for each share compiles with one thread.
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    running = [subprocess.Popen([*command, f"{share}/{processes}"], env=environment) for share in range(processes)]
+    try:
+        for each in running:
+            each.wait(max(0.0, began + seconds - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        print(f"--warm: ended after {seconds:.0f} s", file=sys.stderr)
+    finally:
+        for each in running:
+            each.kill()
+            each.wait()
+
+
+def share_of(text: str) -> tuple[int, int]:
+    """I and N of I/N; raises ArgumentError."""
+    share, slash, shares = text.partition("/")
+    if not (slash and share.isdecimal() and shares.isdecimal() and int(share) < int(shares)):
+        raise ArgumentError(f"--only-compile: expected I/N, I below N, got {text!r}")
+    return int(share), int(shares)
+
+
 def options_of(args: argparse.Namespace) -> Options:
     """What ``args`` of :func:`parse` ask for; raises ArgumentError or ValueError."""
     if unknown := [name for name in words(args.backend) if name not in BACKEND_NAMES]:
         raise ArgumentError(f"--backend: expected some of {', '.join(BACKEND_NAMES)}, got {unknown[0]!r}")
+    if args.warm is not None and args.warm < 1:
+        raise ArgumentError(f"--warm: expected at least one process, got {args.warm}")
     for name, file in (("--csv", args.csv), ("--json", args.json)):
         check_writable(name, file)
     sizes: Sizes = TINY if args.tiny else GPU_QUICK if args.quick else GPU
@@ -148,11 +182,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_ops.py: PyTorch finds no GPU here; benchmarks/cpu_ops.py measures a CPU", file=sys.stderr)
         return 2
-    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
+    began, console = time.monotonic(), Console(width=None if sys.stdout.isatty() else 170, highlight=False)
     try:
         files = Files(args.json, args.csv)
         bench = KernelsBench(options_of(args), files, Said(Console(stderr=True, highlight=False)), OpsReport)
         bench.rows()
+        if args.only_compile is not None:
+            bench.compile(*share_of(args.only_compile))
+            return 0
     except (ArgumentError, ValueError) as error:
         print(f"gpu_ops.py: {error}", file=sys.stderr)
         return 2
@@ -160,6 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     assert isinstance(report, OpsReport)
     with ends_on_sigterm():
         try:
+            if args.warm is not None:
+                given = sys.argv[1:] if arguments is None else arguments
+                compile_beforehand([sys.executable, __file__, *given, "--only-compile"], args.warm, WARM_SECONDS)
+            # What peers take to be imported and kernels to be compiled is of the time that there is.
+            bench.options = replace(bench.options, last_start=bench.options.last_start - (time.monotonic() - began))
             bench.run()
         # Whatever ends it, what was measured is shown.
         except (Exception, KeyboardInterrupt) as error:

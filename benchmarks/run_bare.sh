@@ -2,7 +2,7 @@
 # The GPU tests and gpu_ops.py on a machine that has torch, triton and a GPU, but no network.
 #
 #   benchmarks/run_bare.sh pack [FOLDER]     on a machine with a network: download the wheels that are carried along
-#   benchmarks/run_bare.sh [OPTIONS] [ARGUMENTS OF gpu_ops.py, by default --quick]     on the bare machine
+#   benchmarks/run_bare.sh [OPTIONS] [ARGUMENTS OF gpu_ops.py, by default --quick --warm 8]     on the bare machine
 #
 #   --output FOLDER          of ops.csv, ops.json, plots, tests.log, ops.log; by default bare-results
 #   --wheels FOLDER          what pack has written; by default benchmarks/wheels
@@ -90,7 +90,7 @@ main() {
         *) break ;;
         esac
     done
-    (($#)) || set -- --quick
+    (($#)) || set -- --quick --warm 8
     mkdir -p "$output"
     output=$(cd "$output" && pwd)
     install "$environment" "$wheels"

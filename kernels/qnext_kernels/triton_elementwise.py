@@ -7,15 +7,23 @@ import triton.language as tl
 
 
 @triton.jit
+def inverse_root(x):  # type: ignore[no-untyped-def]
+    """√sigmoid(x): a power of two and a reciprocal root are an instruction each, an exponential and a quotient 14."""
+    return tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+
+
+@triton.jit
 def sigmoid(x):  # type: ignore[no-untyped-def]
     """1 / (1 + exp(−x))."""
-    return 1.0 / (1.0 + tl.exp(-x))
+    root = inverse_root(x)
+    return root * root
 
 
 @triton.jit
 def silu(x):  # type: ignore[no-untyped-def]
     """x · sigmoid(x)."""
-    return x / (1.0 + tl.exp(-x))
+    root = inverse_root(x)
+    return x * root * root
 
 
 @triton.jit

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +25,7 @@ from qnext_kernels.gated_delta_rule import triton_chunked, triton_math, triton_r
 from qnext_kernels.gated_delta_rule.triton import TritonGatedDeltaRule
 from qnext_plugins.cli.bench import cases, gated_delta_net, kernels
 from qnext_plugins.cli.bench.gpus import data_sheet
-from qnext_plugins.cli.bench.inputs import GPU, GPU_QUICK, TINY, Library, Row, Sizes, ragged
+from qnext_plugins.cli.bench.inputs import GPU, GPU_QUICK, TINY, Library, Part, Row, Sizes, ragged
 from qnext_plugins.cli.bench.kernels import KernelsBench, Measured, Options, PeerTime
 from qnext_plugins.cli.bench.measure import difference, outcome_of_ours
 from qnext_plugins.cli.bench.output import Files
@@ -57,15 +57,6 @@ SMALL = Sizes(
     linear_tokens=(1, 5),
     rows=(20, 1),
 )
-
-
-@pytest.fixture(scope="module")
-def gpu_ops() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module("gpu_ops")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture
@@ -160,6 +151,16 @@ def test_part_of_a_long_row_is_what_the_reference_says_of_the_whole(monkeypatch:
             assert sum(tensor.numel() for tensor in part) > 0
             seen.add(row.op)
     assert {"experts", "attention prefill", "delta rule prefill", "conv prefill", "gated delta net prefill"} <= seen
+
+
+def test_the_reference_of_a_part_makes_its_tensors_where_the_inputs_are(quiet: Progress) -> None:
+    (row,) = (row for row in rows_of(SMALL) if (row.op, row.shape) == ("conv prefill", "T=70"))
+    case = row.build()
+    case.part = Part(lambda: (torch.ones(2),), lambda *_: ())
+    bench = KernelsBench(options(), Files(None, None), quiet)
+    bench.options, bench.default_device = options(device="meta"), torch.device("meta")
+    (made,) = bench._check(replace(row, heavy=True), case).part or ()
+    assert made.device.type == "meta"
 
 
 def test_peers_of_pytorch_agree_with_the_reference_on_every_operation_they_have(
@@ -355,6 +356,7 @@ def test_without_a_gpu_it_ends_with_one_line(gpu_ops: ModuleType, capsys: pytest
         (["--backend", "fast"], "--backend: expected some of reference, "),
         (["--tp", "3"], "expected a number of ranks that divides 16 heads, got 3"),
         (["--tp", "two"], "--tp: expected positive numbers with commas"),
+        (["--warm", "0"], "--warm: expected at least one process, got 0"),
         (["--csv", "/"], "--csv: expected a file in a folder that can be written to"),
     ],
 )

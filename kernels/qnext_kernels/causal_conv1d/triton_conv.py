@@ -14,10 +14,12 @@ from qnext_kernels.gated_delta_rule.triton_chunked import sequence_of_chunk
 from qnext_kernels.triton_elementwise import silu
 from qnext_kernels.triton_support import aligned_rows, power_of_two, rows
 
-TOKENS, CHANNELS = 32, 128
-"""Of a program of a prefill: two vectors of 16 bytes a thread in bfloat16."""
+CHANNELS, RUNS, STEPS = 128, 16, 8
+"""Of a program of a prefill: so many runs of so many tokens; a thread goes along one with a vector of 16 bytes."""
 VERIFIED_CHANNELS = 256
-"""Of a program of a verify or decode: of one token, a warp's vectors of 16 bytes."""
+"""Of a program of a verify or decode: a warp's vectors of 16 bytes."""
+LONGEST_BLOCK = 8
+"""Tokens that a program of a verify loads at once."""
 _NOT_COMPILED_IN = ["sequences", "with_snapshots", "most_columns", "most_steps"]
 _OF_ANY_ALIGNMENT = [
     "slots", "query_start_loc", "has_initial", "snapshot_slots", "snapshot_lengths", "accepted", "step_rows",
@@ -26,16 +28,16 @@ _OF_ANY_ALIGNMENT = [
 
 @triton.jit
 def inputs_behind(  # type: ignore[no-untyped-def]
-    count, limit, x, x_token, history, history_channel, history_column, known, length, channel, end,
+    count, limit, x, x_token, history, history_channel, history_column, known, length, channel, inside,
     W: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """As the pool keeps them, inputs ``count`` to ``count + limit`` of [W − 1 earlier ones, tokens].
 
-    Returns them [COLUMNS, channels], and which of those there are: of channels before ``end``.
+    Returns them [COLUMNS, channels], and which of those there are: of channels ``inside``.
     """
     column = tl.arange(0, COLUMNS)[:, None]
     source = count + column - (W - 1)
-    there = (column < limit) & (source < length) & (channel[None, :] < end)
+    there = (column < limit) & (source < length) & inside[None, :]
     tokens = tl.load(x + source.to(tl.int64) * x_token + channel[None, :], mask=there & (source >= 0), other=0.0)
     of_column = (source + (W - 1)).to(tl.int64) * history_column
     earlier_at = channel.to(tl.int64)[None, :] * history_channel + of_column
@@ -44,39 +46,24 @@ def inputs_behind(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def convolve(  # type: ignore[no-untyped-def]
-    first, x, x_token, history, history_channel, history_column, known, length, weight, channel, end,
-    WITH_HISTORY: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """SiLU(Σ_w weight[d, w] · input[t − (W − 1) + w, d]) of TOKENS tokens of a sequence, from its token ``first`` on.
-
-    Args:
-        x: the sequence's first token, ``length`` of them ``x_token`` elements apart.
-        history: the first of the W − 1 inputs before it; taken for zero unless WITH_HISTORY and ``known``.
-        weight: contiguous [D, W].
-        channel: [channels], of those before ``end``.
-    """
+def taps_of(weight, channel, inside, W: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The W weights of each channel, float32 [channels] each; ``weight``: contiguous [D, W]."""
     tap = tl.arange(0, BLOCK_W)[None, :]
-    inside = channel[None, :] < end
     # A thread loads the weights of a channel at once. Adding −0 to the one that is meant changes nothing.
-    taps = tl.load(weight + channel[:, None] * W + tap, mask=(channel[:, None] < end) & (tap < W), other=0.0)
-    taps = taps.to(tl.float32)
-    token = first + tl.arange(0, TOKENS)[:, None]
-    total = tl.zeros([TOKENS, channel.shape[0]], tl.float32)
+    taps = tl.load(weight + channel[:, None] * W + tap, mask=inside[:, None] & (tap < W), other=0.0).to(tl.float32)
+    apart = []
     for w in tl.static_range(W):
-        source = token + (w - (W - 1))
-        mask = inside & (token < length) & (source >= 0)
-        value = tl.load(x + source.to(tl.int64) * x_token + channel[None, :], mask=mask, other=0.0)
-        if w < W - 1:
-            value = value.to(history.dtype.element_ty)
-            if WITH_HISTORY:
-                of_column = (token + w).to(tl.int64) * history_column
-                earlier_at = channel.to(tl.int64)[None, :] * history_channel + of_column
-                earlier = tl.load(history + earlier_at, mask=inside & (source < 0) & known, other=0.0)
-                value = tl.where(source < 0, earlier, value)
-        weights = tl.sum(tl.where(tap == w, taps, -0.0), axis=1)[None, :]
-        value = value.to(tl.float32)
-        total = value * weights if w == 0 else tl.fma(value, weights, total)
+        apart += [tl.sum(tl.where(tap == w, taps, -0.0), axis=1)]
+    return apart
+
+
+@triton.jit
+def convolve(inputs, token, taps, s: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
+    """SiLU(Σ_w taps[w] · input w) of ``token`` behind inputs s to s + W − 2, which have the dtype of the pool."""
+    total = token.to(tl.float32)
+    for w in tl.static_range(W):
+        value = token.to(tl.float32) if w == W - 1 else inputs[s + w].to(tl.float32)
+        total = value * taps[w] if w == 0 else tl.fma(value, taps[w], total)
     return silu(total)
 
 
@@ -85,15 +72,17 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     x, weight, y, pool, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths,
     x_token, x_head, pool_slot, pool_channel, pool_column, sequences, with_snapshots,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    RUNS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens of one sequence, CHANNELS of their channels.
+    """RUNS · STEPS tokens of one sequence, CHANNELS of their channels.
 
-    The program of a sequence's first tokens also leaves the sequence's last inputs, and its snapshot, in the pool: no
-    other one reads the slot, and this one has before it writes.
+    A thread goes along a run of STEPS tokens and keeps what it has loaded, so that an input is loaded and converted
+    once for its W products; only the W − 1 inputs before a run are loaded twice. The program of a sequence's first
+    tokens also leaves the sequence's last inputs, and its snapshot, in the pool: no other one reads the slot, and this
+    one has before it writes.
 
-    Grid: (⌊T / TOKENS⌋ + N) · H · (2 ceil(K / CHANNELS) + ceil(V / CHANNELS)). Bytes: x read once, and of every TOKENS
-    tokens W − 1 again from a cache; y written once.
+    Grid: (⌊T / (RUNS · STEPS)⌋ + N) · H · (2 ceil(K / CHANNELS) + ceil(V / CHANNELS)). Bytes: x read once, and of every
+    STEPS tokens W − 1 again from a cache; y written once.
 
     Args:
         x: [T, H, 2 K + V], of every key head its q, k and v; with H = 1 and K = 0 one of channels in any order.
@@ -103,6 +92,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         with_snapshots: 0: the last two are not read.
     """
     D: tl.constexpr = H * (2 * K + V)
+    TOKENS: tl.constexpr = RUNS * STEPS
     OF_KEYS: tl.constexpr = (K + CHANNELS - 1) // CHANNELS
     OF_HEAD: tl.constexpr = 2 * OF_KEYS + (V + CHANNELS - 1) // CHANNELS
     chunk = tl.program_id(0) // (H * OF_HEAD)
@@ -112,8 +102,9 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     part = tl.where(block < OF_KEYS, 0, tl.where(block < 2 * OF_KEYS, 1, 2))
     size = tl.where(part < 2, K, V)
     of_part = part * H * K + head * size
-    end = of_part + size
-    channel = of_part + (block - part * OF_KEYS) * CHANNELS + tl.arange(0, CHANNELS)
+    within = (block - part * OF_KEYS) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = within < size
+    channel = of_part + within
     n = sequence_of_chunk(chunk, query_start_loc, sequences, TOKENS)
     start = tl.load(query_start_loc + n).to(tl.int64)
     length = (tl.load(query_start_loc + n + 1) - start).to(tl.int32)
@@ -121,42 +112,52 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     slot = tl.load(slots + n).to(tl.int64)
     live = slot >= 0
     known = live & (tl.load(has_initial + n) != 0)
-    tokens = x + start * x_token + head * x_head + (part * K - of_part)
+    tokens = x + start * x_token + head * x_head + part * K - of_part
     history = pool + slot * pool_slot
 
-    result = convolve(
-        first, tokens, x_token, history, pool_channel, pool_column, known, length, weight, channel, end,
-        False, W, BLOCK_W, TOKENS,
-    )  # fmt: skip
-    token = first + tl.arange(0, TOKENS)[:, None]
-    inside = (token < length) & (channel[None, :] < end) & ((token >= W - 1) | (live == 0))
-    of_tokens = y + start * D + channel[None, :]
-    tl.store(of_tokens + token.to(tl.int64) * D, tl.where(live, result, 0.0).to(y.dtype.element_ty), mask=inside)
+    token = first + tl.arange(0, RUNS)[:, None] * STEPS
+    # Without a sequence every input is 0, and with them the results.
+    there = inside[None, :] & live
+    run = tokens + token.to(tl.int64) * x_token + channel[None, :]
+    inputs = []
+    for w in tl.static_range(W - 1):
+        source = token + (w - (W - 1))
+        mask = there & (source >= 0) & (source < length)
+        value = tl.load(run + (w - (W - 1)) * x_token, mask=mask, other=0.0).to(pool.dtype.element_ty)
+        if first == 0:
+            of_column = (token + w).to(tl.int64) * pool_column
+            earlier_at = channel.to(tl.int64)[None, :] * pool_channel + of_column
+            earlier = tl.load(history + earlier_at, mask=inside[None, :] & (source < 0) & known, other=0.0)
+            value = tl.where(source < 0, earlier, value)
+        inputs += [value]
+    arrived = []
+    for s in tl.static_range(STEPS):
+        value = tl.load(run + s * x_token, mask=there & (token + s < length), other=0.0)
+        arrived += [value]
+        inputs += [value.to(pool.dtype.element_ty)]
+    taps = taps_of(weight, channel, inside, W, BLOCK_W)
+    of_tokens = y + (start + token) * D + channel[None, :]
+    for s in tl.static_range(STEPS):
+        result = convolve(inputs, arrived[s], taps, s, W)
+        tl.store(of_tokens + s * D, result.to(y.dtype.element_ty), mask=inside[None, :] & (token + s < length))
 
     if (first == 0) & live:
-        early = convolve(
-            0, tokens, x_token, history, pool_channel, pool_column, known, length, weight, channel, end,
-            True, W, BLOCK_W, COLUMNS,
-        )  # fmt: skip
         column = tl.arange(0, COLUMNS)[:, None]
-        has_history = (column < tl.minimum(length, W - 1)) & (channel[None, :] < end)
-        tl.store(of_tokens + column * D, early.to(y.dtype.element_ty), mask=has_history)
-
         at = channel.to(tl.int64)[None, :] * pool_channel + column.to(tl.int64) * pool_column
         snapshot = tl.load(snapshot_slots + n, mask=with_snapshots != 0, other=-1).to(tl.int64)
         behind = tl.load(snapshot_lengths + n, mask=snapshot >= 0, other=0).to(tl.int64)
         behind = tl.minimum(tl.maximum(behind, 0), length).to(tl.int32)
-        last, there = inputs_behind(
-            length, W - 1, tokens, x_token, history, pool_channel, pool_column, known, length, channel, end,
+        last, last_there = inputs_behind(
+            length, W - 1, tokens, x_token, history, pool_channel, pool_column, known, length, channel, inside,
             W, COLUMNS,
         )  # fmt: skip
         kept, kept_there = inputs_behind(
-            behind, W - 1, tokens, x_token, history, pool_channel, pool_column, known, length, channel, end,
+            behind, W - 1, tokens, x_token, history, pool_channel, pool_column, known, length, channel, inside,
             W, COLUMNS,
         )  # fmt: skip
         # What one thread stores, another may have yet to load.
         tl.debug_barrier()
-        tl.store(history + at, last, mask=there & (length > 0))
+        tl.store(history + at, last, mask=last_there & (length > 0))
         tl.store(pool + snapshot * pool_slot + at, kept, mask=kept_there & (snapshot >= 0))
 
 
@@ -168,7 +169,7 @@ def verify_kernel(  # type: ignore[no-untyped-def]
     x_token, pool_slot, pool_channel, pool_column, steps_row, steps_step, steps_channel, steps_column,
     most_columns, most_steps,
     RAGGED: tl.constexpr, IN_STEPS: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    BLOCK_W: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """All tokens of one sequence, CHANNELS of their channels.
 
@@ -185,50 +186,56 @@ def verify_kernel(  # type: ignore[no-untyped-def]
     BLOCKS: tl.constexpr = (D + CHANNELS - 1) // CHANNELS
     n = (tl.program_id(0) // BLOCKS).to(tl.int64)
     channel = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < D
     slot = tl.load(slots + n).to(tl.int64)
     live = slot >= 0
-    of_slot = pool + slot * pool_slot
+    own = pool + slot * pool_slot + channel.to(tl.int64) * pool_channel
     if RAGGED:
         start = tl.load(query_start_loc + n).to(tl.int64)
         length = (tl.load(query_start_loc + n + 1) - start).to(tl.int32)
         offset = tl.load(accepted + n).to(tl.int64) - 1
-        history = of_slot + tl.minimum(tl.maximum(offset, 0), most_columns - (W - 1)) * pool_column
+        history = own + tl.minimum(tl.maximum(offset, 0), most_columns - (W - 1)) * pool_column
     else:
-        start, length, history = n, 1, of_slot
-    tokens = x + start * x_token
-
-    for first in range(0, length, TOKENS):
-        result = convolve(
-            first, tokens, x_token, history, pool_channel, pool_column, live, length, weight, channel, D,
-            True, W, BLOCK_W, TOKENS,
-        )  # fmt: skip
-        token = first + tl.arange(0, TOKENS)[:, None]
-        y_at = (start + token) * D + channel[None, :]
-        inside = (token < length) & (channel[None, :] < D)
-        tl.store(y + y_at, tl.where(live, result, 0.0).to(y.dtype.element_ty), mask=inside)
-
-    column = tl.arange(0, COLUMNS)[:, None]
+        start, length, history = n, 1, own
     if IN_STEPS:
         row = tl.load(step_rows + n).to(tl.int64)
-        step = (
-            steps + row * steps_row + channel.to(tl.int64)[None, :] * steps_channel + column.to(tl.int64) * steps_column
-        )
-        for t in range(tl.minimum(length, most_steps)):
-            inputs, there = inputs_behind(
-                t + 1, W - 1, tokens, x_token, history, pool_channel, pool_column, live, length, channel, D,
-                W, COLUMNS,
-            )  # fmt: skip
-            tl.store(step, inputs, mask=there & live & (row >= 0))
-            step += steps_step
+        step = steps + row * steps_row + channel.to(tl.int64) * steps_channel
+        kept = inside & live & (row >= 0)
     else:
-        inputs, there = inputs_behind(
-            1, most_columns, tokens, x_token, history, pool_channel, pool_column, live, length, channel, D,
-            W, COLUMNS,
-        )  # fmt: skip
+        step, kept = own, inside & live
+    taps = taps_of(weight, channel, inside, W, BLOCK_W)
+
+    for first in range(0, length, TOKENS):
+        tokens = x + (start + first) * x_token + channel
+        inputs = []
+        for w in tl.static_range(W - 1):
+            source = first + w - (W - 1)
+            earlier = tl.load(history + (first + w) * pool_column, mask=inside & live & (source < 0), other=0.0)
+            value = tl.load(tokens + (w - (W - 1)) * x_token, mask=inside & live & (source >= 0), other=0.0)
+            inputs += [tl.where(source < 0, earlier, value.to(pool.dtype.element_ty))]
+        arrived = []
+        for s in tl.static_range(TOKENS):
+            value = tl.load(tokens + s * x_token, mask=inside & live & (first + s < length), other=0.0)
+            arrived += [value]
+            inputs += [value.to(pool.dtype.element_ty)]
         # What one thread stores, another may have yet to load.
         tl.debug_barrier()
-        at = of_slot + channel.to(tl.int64)[None, :] * pool_channel + column.to(tl.int64) * pool_column
-        tl.store(at, inputs, mask=there & live & (length > 0))
+        for s in tl.static_range(TOKENS):
+            result = convolve(inputs, arrived[s], taps, s, W)
+            at = y + (start + first + s) * D + channel
+            tl.store(at, result.to(y.dtype.element_ty), mask=inside & (first + s < length))
+        if IN_STEPS:
+            for s in tl.static_range(TOKENS):
+                mask = kept & (first + s < tl.minimum(length, most_steps))
+                for w in tl.static_range(W - 1):
+                    tl.store(step + w * steps_column, inputs[s + 1 + w], mask=mask)
+                step += steps_step
+        else:
+            for i in tl.static_range(1, W - 1 + TOKENS):
+                column = first + i - 1
+                mask = kept & (column < most_columns)
+                mask &= first == 0 if i < W - 1 else column < length + W - 2
+                tl.store(own + column * pool_column, inputs[i], mask=mask)
 
 
 def run_prefill(
@@ -250,13 +257,14 @@ def run_prefill(
     key_dim = key_dim or 0
     heads, value_dim = x.shape[1], x.shape[2] - 2 * key_dim
     blocks = heads * (2 * triton.cdiv(key_dim, CHANNELS) + triton.cdiv(value_dim, CHANNELS))
+    chunks = num_tokens // (RUNS * STEPS) + sequences
     snapshot_slots, snapshot_lengths = (slots, slots) if snapshots is None else (s.contiguous() for s in snapshots)
-    prefill_kernel[((num_tokens // TOKENS + sequences) * blocks,)](
+    prefill_kernel[(chunks * blocks,)](
         x, aligned_rows(weight.contiguous()), y, pool,
         slots, query_start_loc.contiguous(), has_initial.contiguous(), snapshot_slots, snapshot_lengths,
         *x.stride()[:2], *pool.stride(), sequences, int(snapshots is not None),
         H=heads, K=key_dim, V=value_dim, W=width, BLOCK_W=power_of_two(width), COLUMNS=power_of_two(width - 1),
-        TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=8, num_stages=1, enable_fp_fusion=False,
+        RUNS=RUNS, STEPS=STEPS, CHANNELS=CHANNELS, num_warps=8, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -280,13 +288,13 @@ def run_verify(
         offsets, taken, most = query_start_loc.contiguous(), accepted.contiguous(), pool.shape[2] - width + 2
     if steps is not None:
         step_pool, step_rows, most = steps[0], steps[1].contiguous(), steps[0].shape[1]
-    block = min(8, power_of_two(most))
+    # Later tokens find every input before them in x: what a program overwrites, its first block has read.
+    block = max(min(most, LONGEST_BLOCK), 1 if query_start_loc is None or steps is not None else width - 1)
     verify_kernel[(sequences * triton.cdiv(channels, VERIFIED_CHANNELS),)](
         x, aligned_rows(weight.contiguous()), y, pool, step_pool, slots, offsets, taken, step_rows,
         x.stride(0), *pool.stride(), *((0, 0, 0, 0) if steps is None else step_pool.stride()), pool.shape[2], most,
         RAGGED=query_start_loc is not None, IN_STEPS=steps is not None, D=channels, W=width,
-        BLOCK_W=power_of_two(width), COLUMNS=power_of_two(width - 1 if steps is not None else most + width - 2),
-        TOKENS=block, CHANNELS=VERIFIED_CHANNELS,
-        # A thread can take 16 bytes at once where channels are contiguous; else neighbours take what lies together.
-        num_warps=block if pool.stride(1) == 1 else min(8, 4 * block), num_stages=1, enable_fp_fusion=False,
+        BLOCK_W=power_of_two(width), TOKENS=block, CHANNELS=VERIFIED_CHANNELS,
+        # A thread can take 16 bytes at once where channels are contiguous; else it has one, as of the pool so of x.
+        num_warps=1 if pool.stride(1) == 1 else VERIFIED_CHANNELS // 32, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip

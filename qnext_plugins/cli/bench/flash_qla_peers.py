@@ -56,6 +56,7 @@ class FlashQlaPeers(Library):
     """FlashQLA on a GPU."""
 
     name = "flash_qla"
+    compiled_by_triton = False
 
     def __init__(self, version: str) -> None:
         self.version = version

@@ -119,6 +119,7 @@ class FlashInferPeers(Library):
     """FlashInfer on a GPU."""
 
     name = "flashinfer"
+    compiled_by_triton = False
 
     def __init__(self, version: str) -> None:
         self.version = version

@@ -207,6 +207,8 @@ class Library:
 
     name: str
     version: str
+    compiled_by_triton = True
+    """Whether what it compiles itself are kernels that it launches through Triton."""
 
     def experts(self, w13: Tensor, w2: Tensor) -> tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] | None:
         """Routed experts: f(out, x, weights, ids), which writes ``out`` or returns another."""

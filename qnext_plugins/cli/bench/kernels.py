@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -17,6 +17,7 @@ from pydantic import Field
 from qnext_kernels.dispatch import OPERATIONS, BackendError, explain, force_backend
 from qnext_plugins.cli.bench import EngineBench, engine_benches
 from qnext_plugins.cli.bench.cases import GROUPS
+from qnext_plugins.cli.bench.compiling import only_compiling
 from qnext_plugins.cli.bench.inputs import BF16, Case, Library, Row, Side, Sizes
 from qnext_plugins.cli.bench.measure import (
     Outcome,
@@ -260,11 +261,40 @@ class KernelsBench:
                             self.report.notes.append(f"{row.op} {row.shape}: left out, the time is used up")
                         step()
                         self._describe(machine, load)
-                    gc.collect()
-                    if self.device.type == "cuda":
-                        torch.cuda.empty_cache()
+                    self._free()
         self.report.complete = True
         self.files.write(self.report)
+
+    def compile(self, share: int, shares: int) -> None:
+        """Compile this share of what the rows need, without a report: a side that fails does so again when timed."""
+        groups, number = self.rows(), 0
+        with torch.inference_mode(), only_compiling(share, shares):
+            while groups:
+                for row in groups.pop(0):
+                    with suppress(Exception):
+                        self._call_once(row, alone=number % shares == share)
+                    number += 1
+                self._free()
+
+    def _call_once(self, row: Row, alone: bool) -> None:
+        """Call every side; ``alone``: also those that do not compile with Triton, in one process only."""
+        with self.default_device:
+            case = row.build()
+        for backend in self._backends(row):
+            if backend != REFERENCE:
+                with suppress(Exception), force_backend(row.forcing(backend)):
+                    case.ours(0)
+        for library in self.libraries:
+            if library.name in case.peers and (alone or library.compiled_by_triton):
+                side = case.peers[library.name]
+                with suppress(Exception), side.within():
+                    side.call(0)
+
+    def _free(self) -> None:
+        """What the rows of a group have shared."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _describe(self, machine: list[str], load: OtherLoad) -> None:
         roofs = [self.roofs.describe(threads) for threads in self.options.threads]
@@ -295,7 +325,7 @@ class KernelsBench:
         part: Outcome | None = None
         if row.heavy and self.options.on_gpu and case.part is not None:
             try:
-                with force_backend(row.forcing(REFERENCE)):
+                with self.default_device, force_backend(row.forcing(REFERENCE)):
                     part = [tensor.clone() for tensor in case.part.ours()]
             except Exception as error:
                 self._problem(row, "reference of a part", one_line(error))

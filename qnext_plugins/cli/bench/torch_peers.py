@@ -55,6 +55,7 @@ class TorchPeers(Library):
     """PyTorch on a GPU; ``compile`` is what makes a function of elementwise operators one kernel."""
 
     name, version = "torch", torch.__version__
+    compiled_by_triton = False
 
     def __init__(self, compile: Compile = torch.compile) -> None:
         self._compile = compile

@@ -43,9 +43,9 @@ two_cases = pytest.mark.parametrize(NAMES, CASES[1:3])
 
 @pytest.fixture
 def lengths_around_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengths of sequences around the 32 tokens of a program of a prefill, and a few snapshots."""
-    monkeypatch.setattr(of_any_backend, "LENGTHS", (0, 1, 2, 3, 4, 31, 32, 33))
-    monkeypatch.setattr(of_any_backend, "SNAPSHOTS", [(0, 0), (1, 0), (2, 1), (3, 3), (33, 2), (70, 64), (35, 35)])
+    """Lengths of sequences around the 8 tokens of a run and the 128 of a program of a prefill, and a few snapshots."""
+    monkeypatch.setattr(of_any_backend, "LENGTHS", (0, 1, 2, 3, 4, 7, 8, 9, 127, 128, 129))
+    monkeypatch.setattr(of_any_backend, "SNAPSHOTS", [(0, 0), (1, 0), (2, 1), (3, 3), (33, 2), (130, 128), (35, 35)])
 
 
 @cases
@@ -98,10 +98,10 @@ def test_prefill_equals_decode_and_verify_and_is_split_anywhere_bitwise(
 def test_a_prefill_split_around_blocks_equals_unsplit_bitwise(
     width: int, dtype: torch.dtype, pool_dtype: torch.dtype, layout: str
 ) -> None:
-    weight, pool, x = make_weight(width, dtype), make_pool(9, width, pool_dtype, layout), torch.randn(70, CHANNELS)
+    weight, pool, x = make_weight(width, dtype), make_pool(9, width, pool_dtype, layout), torch.randn(140, CHANNELS)
     x = x.to(dtype)
     (whole,) = prefill(weight, pool, [x], [None])
-    for cut in (31, 32, 33, 64, 69):
+    for cut in (7, 8, 9, 127, 128, 139):
         ((head, state),) = prefill(weight, pool, [x[:cut]], [None])
         ((tail, state),) = prefill(weight, pool, [x[cut:]], [state])
         of_any_backend.assert_same((torch.cat([head, tail]), state), whole)
@@ -153,7 +153,7 @@ def test_a_channel_does_not_depend_on_those_of_other_programs_bitwise() -> None:
             assert same_bits(alone, together[..., part])
 
 
-@pytest.mark.parametrize(("run", "lengths"), [(prefill, [1, 33, 70, 3]), (decode, [1] * 4), (verify, [1, 4, 2, 3])])
+@pytest.mark.parametrize(("run", "lengths"), [(prefill, [1, 33, 140, 3]), (decode, [1] * 4), (verify, [1, 4, 2, 3])])
 def test_a_sequence_does_not_depend_on_the_batch_or_the_order_of_programs(
     run: Callable[..., list[tuple[Tensor, Tensor]]], lengths: list[int]
 ) -> None:
@@ -206,7 +206,7 @@ def test_counts_that_no_host_checks_are_clamped_and_write_only_where_there_is_ro
 def test_a_prefill_of_inputs_grouped_by_key_head_has_the_bits_of_one_of_channels(
     shape: of_grouped_inputs.Shape, dtype: torch.dtype, pool_dtype: torch.dtype, channels_last: bool
 ) -> None:
-    inputs, pool = of_grouped_inputs.inputs_and_pool(shape, 37, dtype, pool_dtype, channels_last)
-    where = torch.tensor([4, 0, -1]), start_offsets([33, 2, 2]), torch.tensor([True, False, True])
-    snapshots = torch.tensor([3, -1, 1]), torch.tensor([32, 0, 1])
+    inputs, pool = of_grouped_inputs.inputs_and_pool(shape, 137, dtype, pool_dtype, channels_last)
+    where = torch.tensor([4, 0, -1]), start_offsets([133, 2, 2]), torch.tensor([True, False, True])
+    snapshots = torch.tensor([3, -1, 1]), torch.tensor([128, 0, 1])
     of_grouped_inputs.assert_same_bits(inputs, shape[1], pool, *where, *snapshots)
