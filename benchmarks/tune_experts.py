@@ -3,19 +3,23 @@
 
     python benchmarks/tune_experts.py [--ranks 1,2,4,8] [--tokens 1,8,64,512] [--weights bfloat16,float8_e4m3fn]
 
-The layers are those of Qwen3-Next-80B-A3B on a rank of tensor parallelism, with random weights and routing. For each
-number of rows of a block, that of the rule, half and twice of it, both products are measured apart, from a cold cache,
-and the fastest of each together with the sorting of the choices decides. Candidates that do not fit the GPU, or whose
-result is not that of the rule, are left out. The file is kernels/qnext_kernels/moe/tuned/<name of the GPU>.json; what
-is in it already and is not measured again stays.
+The layers are those of Qwen3-Next-80B-A3B on a rank of tensor parallelism, with random weights and routing. All
+candidates are compiled first, in as many processes as there are cores. For each number of rows of a block, that of the
+rule, half and twice of it, both products are measured apart, from a cold cache, and the fastest of each together with
+the sorting of the choices decides. Candidates that do not fit the GPU, or whose result is not that of the rule, are
+left out, and so are numbers of tokens that are too few for blocks. The file is
+kernels/qnext_kernels/moe/tuned/<name of the GPU>.json; what is in it already and is not measured again stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -27,6 +31,7 @@ from qnext_kernels.moe.configurations import (
     Configuration,
     Product,
     Shape,
+    few,
     file_of,
     load,
     rule,
@@ -38,18 +43,63 @@ from qnext_kernels.moe.triton_fp8 import quantize
 from qnext_kernels.triton_support import current_target, power_of_two
 
 EXPERTS, TOP_K, HIDDEN, MIDDLE = 512, 10, 2048, 512
+MOST_SUMS = 128
+"""Registers of a thread that hold sums."""
 Clock = Callable[[Callable[[], object]], float]
 """Milliseconds that a function takes."""
 
 
-def candidates(width: int, size: int, *, fp8: bool) -> Iterator[Product]:
-    """Products of ``width`` columns that are sums of ``size`` elements."""
+def candidates(width: int, size: int, rows: int, *, paired: bool, fp8: bool) -> Iterator[Product]:
+    """Products of ``width`` columns that are sums of ``size`` elements, with what a GPU has room for.
+
+    Args:
+        paired: of the first product, each of whose columns is two rows of weights.
+    """
+    per_column, itemsize = (2 if paired else 1), (1 if fp8 else 2)
     depths = sorted({min(depth, max(32, power_of_two(size))) for depth in ((FP8_GROUP,) if fp8 else (64, 128))})
-    most = min(256, power_of_two(width), FP8_GROUP if fp8 else 256)
+    most = min(256 // per_column, max(16, power_of_two(width)), FP8_GROUP if fp8 else 256)
     widths = [columns for columns in (16, 32, 64, 128, 256) if columns <= most]
-    for columns, depth, warps, stages in itertools.product(widths, depths, (4, 8), (1, 2, 3, 4, 5)):
-        if stages <= -(-size // depth):
-            yield Product(columns, depth, warps, stages)
+    for columns, depth, warps, swapped in itertools.product(widths, depths, (4, 8), (False, True)):
+        sums = rows * columns * per_column * (2 if fp8 else 1) // (32 * warps)
+        if sums > MOST_SUMS or (warps == 8 and rows * columns * per_column < 8192):
+            continue
+        for stages in sorted({min(stages, -(-size // depth)) for stages in (2, 3, 4, 5, 6)}):
+            loaded = stages * depth * (rows + columns * per_column) * itemsize
+            if loaded <= current_target().shared_memory:
+                yield Product(columns, depth, warps, stages, swapped)
+
+
+def rows_of(shape: Shape, tokens: int) -> list[int]:
+    """The numbers of rows that are measured."""
+    by_rule = rule(shape, tokens, current_target()).rows
+    return sorted({min(128, max(16, rows)) for rows in (by_rule // 2, by_rule, by_rule * 2)})
+
+
+def both(shape: Shape, rows: int) -> tuple[list[Product], list[Product]]:
+    """Candidates of both products."""
+    fp8 = shape.itemsize == 1
+    up = candidates(shape.middle, shape.hidden, rows, paired=True, fp8=fp8)
+    return list(up), list(candidates(shape.hidden, shape.middle, rows, paired=False, fp8=fp8))
+
+
+def compile_product(shape: Shape, rows: int, product: Product, *, is_up: bool) -> None:
+    """Launch a product on one token, so that it lies in Triton's cache."""
+    x, weights, topk_weights, topk_ids = random_call(shape._replace(experts=1, top_k=1), 1, "cuda")
+    weights = Weights(
+        weights.w13.expand(shape.experts, -1, -1),
+        weights.w2.expand(shape.experts, -1, -1),
+        None if weights.w13_scale is None else weights.w13_scale.expand(shape.experts, -1, -1),
+        None if weights.w2_scale is None else weights.w2_scale.expand(shape.experts, -1, -1),
+    )
+    topk_weights, topk_ids = topk_weights.repeat(1, shape.top_k), topk_ids.repeat(1, shape.top_k)
+    config = Configuration(rows, product, product)
+    try:
+        call = Call(x, weights, None, topk_weights, topk_ids, config, current_target())
+        values = x if is_up else x.new_zeros(shape.top_k, shape.middle)
+        operands = quantize(values, decode=False) if shape.itemsize == 1 else (values,)
+        (call.up if is_up else call.down)(*operands)
+    except (triton.OutOfResources, triton.CompilationError):
+        pass  # said where it is measured
 
 
 def random_call(shape: Shape, tokens: int, device: str) -> tuple[Tensor, Weights, Tensor, Tensor]:
@@ -88,10 +138,9 @@ def tune(shape: Shape, tokens: int, device: str, clock: Clock) -> Configuration:
     """The fastest configuration for so many tokens."""
     x, weights, topk_weights, topk_ids = random_call(shape, tokens, device)
     target, fp8 = current_target(), weights.w13_scale is not None
-    by_rule = rule(shape, tokens, target)
 
     def call(config: Configuration) -> Call:
-        return Call(x, weights, None, topk_weights, topk_ids, config, target, direct=tokens == 1)
+        return Call(x, weights, None, topk_weights, topk_ids, config, target)
 
     def operands(values: Tensor) -> tuple[Tensor, ...]:
         return quantize(values, decode=False) if fp8 else (values,)
@@ -102,14 +151,9 @@ def tune(shape: Shape, tokens: int, device: str, clock: Clock) -> Configuration:
         hidden = operands(x)
         middle = call(base).up(*hidden)
         given = operands(middle)
-        ups = (
-            (up, partial(call(base._replace(up=up)).up, *hidden))
-            for up in candidates(shape.middle, shape.hidden, fp8=fp8)
-        )
-        downs = (
-            (down, partial(call(base._replace(down=down)).down, *given))
-            for down in candidates(shape.hidden, shape.middle, fp8=fp8)
-        )
+        first, second = both(shape, rows)
+        ups = ((up, partial(call(base._replace(up=up)).up, *hidden)) for up in first)
+        downs = ((down, partial(call(base._replace(down=down)).down, *given)) for down in second)
         up, down = fastest(ups, middle, clock), fastest(downs, call(base).down(*given), clock)
         if up is None or down is None:
             return None
@@ -119,8 +163,7 @@ def tune(shape: Shape, tokens: int, device: str, clock: Clock) -> Configuration:
         print(f"{shape} {tokens} tokens: {total * 1000:.1f} µs with {config}")
         return total, config
 
-    sizes = sorted({min(128, max(16, rows)) for rows in (by_rule.rows // 2, by_rule.rows, by_rule.rows * 2)})
-    found = [result for rows in sizes if (result := measured(rows)) is not None]
+    found = [result for rows in rows_of(shape, tokens) if (result := measured(rows)) is not None]
     if not found:
         raise SystemExit(f"tune_experts: no candidate runs for {shape}")
     return min(found)[1]
@@ -136,10 +179,16 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU")
     file = file_of(torch.cuda.get_device_name(), arguments.directory)
-    found = dict(load(file))
+    found, target = dict(load(file)), current_target()
     for ranks, weights in itertools.product(map(int, arguments.ranks.split(",")), arguments.weights.split(",")):
         shape = Shape(EXPERTS, HIDDEN, MIDDLE // ranks, TOP_K, weights)
-        for tokens in map(int, arguments.tokens.split(",")):
+        counts = [tokens for tokens in map(int, arguments.tokens.split(",")) if not few(shape, tokens, target)]
+        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+            for rows in sorted({rows for tokens in counts for rows in rows_of(shape, tokens)}):
+                for is_up, products in zip((True, False), both(shape, rows), strict=True):
+                    for product in products:
+                        pool.submit(compile_product, shape, rows, product, is_up=is_up)
+        for tokens in counts:
             best = tune(shape, tokens, "cuda", lambda run: triton.testing.do_bench(run, return_mode="median"))
             found[shape] = found.get(shape, {}) | {tokens: best}
             save(file, triton.__version__, found)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qnext_kernels.moe.configurations import Configuration, Product, Shape, choose, file_of, load, rule, save
+from qnext_kernels.moe.configurations import Configuration, Product, Shape, choose, few, file_of, load, rule, save
 from qnext_kernels.triton_support import Target
 
 H200 = Target(nvidia=True, shared_memory=227 << 10)
@@ -42,6 +42,14 @@ def test_one_token_gives_every_multiprocessor_two_programs() -> None:
     config = rule(SHAPE, 1, H200)
     for columns, product in ((SHAPE.middle, config.up), (SHAPE.hidden, config.down)):
         assert SHAPE.top_k * -(-columns // product.columns) >= 2 * 132
+
+
+def test_few_tokens_are_those_whose_choices_seldom_meet() -> None:
+    assert few(SHAPE, 8, H200) is not None
+    assert few(SHAPE, 9, H200) is None
+    assert few(SHAPE._replace(experts=8), 1, H200) is not None
+    assert few(SHAPE._replace(experts=8), 2, H200) is None
+    assert few(SHAPE._replace(hidden=1 << 17), 1, H200) is None
 
 
 def test_where_weights_are_decoded_large_blocks_have_fewer_columns() -> None:

@@ -38,6 +38,8 @@ class Product(NamedTuple):
     warps: int
     stages: int
     """Loads that are under way, this one among them."""
+    swapped: bool = False
+    """Whether weights are the left factor of the instruction, which on Hopper has 64 rows: for blocks of fewer."""
 
 
 class Configuration(NamedTuple):
@@ -46,6 +48,15 @@ class Configuration(NamedTuple):
     rows: int
     up: Product
     down: Product
+
+
+class Few(NamedTuple):
+    """Of a call with few tokens, without blocks: columns of a program of both products, and its warps."""
+
+    up_columns: int
+    up_warps: int
+    down_columns: int
+    down_warps: int
 
 
 class Shape(NamedTuple):
@@ -75,11 +86,26 @@ def rule(shape: Shape, tokens: int | None, target: Target) -> Configuration:
     pairs = tokens * shape.top_k
     rows_of_an_expert = pairs / shape.experts
     rows = 128
-    for size, most in ((16, 8), (32, 24), (64, 96)):
+    for size, most in ((16, 10), (32, 24), (64, 56)):
         if rows_of_an_expert <= most or tokens <= size:
             rows = size
             break
     return _sized(rows, shape, min(pairs, shape.experts), target)
+
+
+def few(shape: Shape, tokens: int, target: Target) -> Few | None:
+    """How a call runs that has few tokens, None where it has more: experts would be read more than once too often."""
+    fp8 = shape.itemsize == 1
+    if tokens > 1 and tokens * shape.top_k * (12 if fp8 else 6) > shape.experts:
+        return None
+    # Weights of a program; whole rows of them lie in registers, of the second product those of all choices. With FP8
+    # there are more, for every program quantizes its activations.
+    up, down, warps = (1 << 15, 1 << 16, 8) if fp8 else (1 << 13, 1 << 14, 4)
+    if fp8 and not target.e4m3:
+        up, down = up // 4, down // 4  # decoding takes registers
+    up //= 2 * power_of_two(shape.hidden)
+    down //= power_of_two(shape.top_k) * power_of_two(shape.middle)
+    return Few(min(up, 16), 4, min(down, 16), warps) if min(up, down) > 0 else None
 
 
 def _sized(rows: int, shape: Shape, blocks: int, target: Target) -> Configuration:
@@ -97,7 +123,7 @@ def _sized(rows: int, shape: Shape, blocks: int, target: Target) -> Configuratio
         widest, depth = (256 if hopper else 128), 64
     if itemsize == 1:
         # There is a second sum in registers, that of a group.
-        depth = FP8_GROUP
+        rows, depth = min(rows, 64) if hopper else rows, FP8_GROUP
         widest = min(widest, 128 if hopper else 64)
     warps = 8 if rows == 128 else 4
 
@@ -106,13 +132,16 @@ def _sized(rows: int, shape: Shape, blocks: int, target: Target) -> Configuratio
         columns = min(widest // per_column, most, FP8_GROUP if itemsize == 1 else widest)
         if itemsize == 1 and rows >= 64 and not target.e4m3:
             columns = min(columns, 32)  # weights that are decoded in registers fill them
+        if hopper and rows <= 32 and itemsize < 4 and per_column == 1:
+            columns = min(128, most)
         while rows <= 32 and columns > 16 and blocks * -(-width // columns) < 264:
             columns //= 2
         deep = min(depth, max(32, power_of_two(sum_size)))
         # Activations of FP8 lie in bfloat16 where a GPU has no products of e4m3.
         stage = (rows * (itemsize if hopper else max(itemsize, 2)) + columns * per_column * itemsize) * deep
         stages = max(1, min(4, -(-sum_size // deep), (target.shared_memory - 1024) // stage))
-        return Product(columns, deep, warps, stages if target.nvidia else min(stages, 2))
+        swapped = hopper and rows <= 32 and itemsize < 4 and columns * per_column >= 64
+        return Product(columns, deep, warps, stages if target.nvidia else min(stages, 2), swapped)
 
     return Configuration(rows, product(shape.hidden, shape.middle, 2), product(shape.middle, shape.hidden, 1))
 

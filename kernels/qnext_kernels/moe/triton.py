@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.dispatch import is_deterministic
-from qnext_kernels.moe.configurations import Configuration, Shape, choose
+from qnext_kernels.moe.configurations import Configuration, Few, Shape, choose, few
 from qnext_kernels.operators import operator
 from qnext_kernels.triton_support import Target, TritonBackend, aligned_rows, current_target
 
@@ -14,15 +14,17 @@ from qnext_kernels.triton_support import Target, TritonBackend, aligned_rows, cu
 class TritonMoe(TritonBackend):
     """Products of weights in bfloat16, float16 or float32, and of weights in FP8, with sums in float32.
 
-    Three launches for one token, four up to some fifty and five for more. With FP8, activations are quantized in two
-    more. Nothing is read on the host and every grid follows from shapes, so that a CUDA graph can capture each call.
+    Two launches for a few tokens, four up to some fifty and five for more; with FP8, activations are quantized in two
+    more where tokens are not few. Nothing is read on the host and every grid follows from shapes, so that a CUDA graph
+    can capture each call.
     What is rounded: the product behind SwiGLU and the result of each expert, to the dtype of ``x``.
 
     Every sum runs in one order, and an element's does not depend on which rows it shares a block with. How many rows a
-    block has depends on the number of tokens, and with it the instruction that multiplies. In the deterministic mode it
-    does not: every call runs the same compiled products, and a token's bits depend on nothing but that token.
+    block has depends on the number of tokens, and with it the instruction that multiplies; a few tokens need none. In
+    the deterministic mode every call runs the same compiled products, and a token's bits depend on nothing but it.
 
-    The tests compile it for GPUs of NVIDIA and AMD and run it in Triton's interpreter; it has not run on a GPU yet.
+    The tests compile it for GPUs of NVIDIA and AMD and run it in Triton's interpreter and on the GPU at hand; block
+    sizes were measured on an H200.
     """
 
     batch_invariant = True
@@ -46,6 +48,7 @@ class TritonMoe(TritonBackend):
         shared: tuple[Tensor, Tensor, Tensor] | None,
     ) -> Tensor:
         from qnext_kernels.moe.triton_experts import Call, Shared, Weights, matrices
+        from qnext_kernels.moe.triton_few import run_few
 
         if x.numel() == 0:
             return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -57,7 +60,9 @@ class TritonMoe(TritonBackend):
         x, topk_weights, topk_ids = aligned_rows(x), topk_weights.contiguous(), topk_ids.contiguous()
         with torch.cuda.device_of(x):
             weights = Weights(matrices(w13), matrices(w2))
-            call = Call(x, weights, extra, topk_weights, topk_ids, config, target, direct=is_direct(x))
+            if isinstance(config, Few):
+                return run_few(x, weights, extra, topk_weights, topk_ids, config)
+            call = Call(x, weights, extra, topk_weights, topk_ids, config, target)
             return call.sum(call.down(call.up(x)))
 
     def experts_fp8(
@@ -86,20 +91,20 @@ class TritonMoe(TritonBackend):
             extra = Shared(weights, gate.contiguous())
         with torch.cuda.device_of(x):
             tokens = aligned_rows(x), topk_weights.contiguous(), topk_ids.contiguous()
-            return run_fp8(tokens[0], routed, extra, *tokens[1:], config, target, direct=is_direct(x))
+            return run_fp8(tokens[0], routed, extra, *tokens[1:], config, target)
 
 
-def configuration(x: Tensor, w2: Tensor, topk_ids: Tensor, target: Target) -> Configuration:
-    """The configuration of a call: measured on this GPU, or by rule."""
+def configuration(x: Tensor, w2: Tensor, topk_ids: Tensor, target: Target) -> Configuration | Few:
+    """The configuration of a call: for few tokens, measured on this GPU, or by rule.
+
+    In the deterministic mode no bit may depend on how many tokens there are, and few are not treated apart.
+    """
     tokens, top_k = topk_ids.shape
     num_experts, hidden, middle = w2.shape
     shape = Shape(num_experts, hidden, middle, top_k, str(w2.dtype).removeprefix("torch."))
+    if not is_deterministic() and (found := few(shape, tokens, target)) is not None:
+        return found
     return choose(shape, tokens, target, gpu_name(x), deterministic=is_deterministic())
-
-
-def is_direct(x: Tensor) -> bool:
-    """Whether every choice is a block of its own: of one token, unless no bit may depend on how many there are."""
-    return x.shape[0] == 1 and not is_deterministic()
 
 
 def gpu_name(x: Tensor) -> str | None:

@@ -25,7 +25,7 @@ LARGEST, TINY = tl.constexpr(FP8_MAX), tl.constexpr(FP8_TINY)
 
 @triton.jit
 def find_block(  # type: ignore[no-untyped-def]
-    block, ids, table, most_blocks, tokens, shared_blocks, E: tl.constexpr, ROWS: tl.constexpr, DIRECT: tl.constexpr
+    block, table, most_blocks, tokens, shared_blocks, E: tl.constexpr, ROWS: tl.constexpr
 ):
     """The expert of a block (E: the shared one, −1: none), its first place and the place behind its last.
 
@@ -33,24 +33,12 @@ def find_block(  # type: ignore[no-untyped-def]
     """
     routed = block - shared_blocks
     is_routed = routed >= 0
-    expert = tl.load((ids if DIRECT else table) + routed, mask=is_routed, other=-1).to(tl.int32)
-    if DIRECT:
-        expert = tl.where((expert >= 0) & (expert < E), expert, -1)
-        first, end = routed, routed + 1
-    else:
-        first = tl.load(table + most_blocks + routed, mask=is_routed, other=0)
-        end = tl.load(table + 2 * most_blocks + routed, mask=is_routed, other=0)
+    expert = tl.load(table + routed, mask=is_routed, other=-1)
+    first = tl.load(table + most_blocks + routed, mask=is_routed, other=0)
+    end = tl.load(table + 2 * most_blocks + routed, mask=is_routed, other=0)
     first = tl.where(is_routed, first, block * ROWS)
     end = tl.where(is_routed, end, tl.minimum(first + ROWS, tokens))
     return tl.where(is_routed, expert, E), first, end
-
-
-@triton.jit
-def pairs_at(places, inside, order, DIRECT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The pairs at places of the sorted order."""
-    if DIRECT:
-        return places
-    return tl.load(order + places, mask=inside, other=0)
 
 
 @triton.jit
@@ -96,17 +84,27 @@ def quantized_rows(values, DECODE: tl.constexpr):  # type: ignore[no-untyped-def
     """
     values = values.to(tl.float32)
     scales = tl.div_rn(tl.maximum(tl.max(tl.abs(values), axis=1), TINY), LARGEST)
-    values = tl.div_rn(values, tl.broadcast_to(scales[:, None], values.shape))
+    # A quotient from the rounded reciprocal, and what that leaves over: exactly rounded too, at a third of the cost.
+    inverse = tl.broadcast_to(tl.div_rn(1.0, scales)[:, None], values.shape)
+    nearly = values * inverse
+    rest = tl.fma(-nearly, tl.broadcast_to(scales[:, None], values.shape), values)
+    values = tl.fma(rest, inverse, nearly)
     values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
     values = rounded_to_e4m3(values).to(tl.bfloat16) if DECODE else values.to(tl.float8e4nv)
     return values, scales
 
 
 @triton.jit
+def is_up(COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which of COLUMNS columns of the first product are those of up: eight after eight of the gate."""
+    return tl.arange(0, COLUMNS) // 8 % 2 == 1
+
+
+@triton.jit
 def weighted_sum(  # type: ignore[no-untyped-def]
-    a, a_rows, a_inside, a_scales, b, b_rows, b_inside, b_scale, odd_scale, SIZE: tl.constexpr, size,
+    a, a_rows, a_inside, a_scales, b, b_rows, b_inside, b_scale, up_scale, SIZE: tl.constexpr, size,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAIRED: tl.constexpr, GROUP: tl.constexpr,
-    QUANTIZE: tl.constexpr, DECODE: tl.constexpr, PRECISION: tl.constexpr,
+    DECODE: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a bᵀ in float32, [ROWS, COLUMNS]: DEPTH elements of the sum after DEPTH elements, from the first.
 
@@ -114,56 +112,61 @@ def weighted_sum(  # type: ignore[no-untyped-def]
         a, b: where rows 0 begin; a_rows [ROWS], b_rows [COLUMNS]: where each row begins behind that, int64.
         a_inside, b_inside: which rows there are; others are zeros.
         a_scales [ROWS]: pointers to the scales of the first GROUP elements of each row, the next ones behind them.
-        b_scale: pointer to those of all rows of b, or where PAIRED of the even ones; odd_scale: of the odd ones. No
-            scale is read where GROUP is 0.
+        b_scale: pointer to those of all rows of b, or where PAIRED of those of the gate; up_scale: of those of up.
+            No scale is read where GROUP is 0.
+        SWAPPED: the instruction computes b aᵀ. It takes 64 rows of b then, and of a no more than there are.
         SIZE: elements of the sum, 0 where they are ``size``, known only to the program.
-        QUANTIZE: a is not quantized yet and has no scales; a step is a group.
     """
+    # The axis of rows in the product that is computed, and of elements in its right factor.
+    ROW: tl.constexpr = 1 if SWAPPED else 0
     index = tl.arange(0, DEPTH)
-    a_pointers = a + a_rows[:, None] + index[None, :]
-    b_pointers = b + b_rows[None, :] + index[:, None]
+    a_pointers = a + tl.expand_dims(a_rows, 1 - ROW) + tl.expand_dims(index, ROW)
+    b_pointers = b + tl.expand_dims(b_rows, ROW) + tl.expand_dims(index, 1 - ROW)
     # All columns of a program, and all elements loaded at once, have one scale.
     tl.static_assert(GROUP == 0 or GROUP % DEPTH == 0)
-    tl.static_assert(not QUANTIZE or DEPTH == GROUP or 0 < SIZE <= DEPTH)
     tl.static_assert(GROUP == 0 or GROUP % (COLUMNS // 2 if PAIRED else COLUMNS) == 0)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([COLUMNS, ROWS] if SWAPPED else [ROWS, COLUMNS], tl.float32)
+    if GROUP > 0:
+        next_a, next_b, next_up = tl.load(a_scales, mask=a_inside, other=0.0), tl.load(b_scale), tl.load(up_scale)
     for k in range(0, SIZE if SIZE > 0 else size, DEPTH):
-        a_mask, b_mask = a_inside[:, None], b_inside[None, :]
+        a_mask, b_mask = tl.expand_dims(a_inside, 1 - ROW), tl.expand_dims(b_inside, ROW)
         if SIZE == 0 or SIZE % DEPTH != 0:
-            a_mask = a_mask & (k + index[None, :] < (SIZE if SIZE > 0 else size))
-            b_mask = b_mask & (k + index[:, None] < (SIZE if SIZE > 0 else size))
+            a_mask = a_mask & (k + tl.expand_dims(index, ROW) < (SIZE if SIZE > 0 else size))
+            b_mask = b_mask & (k + tl.expand_dims(index, 1 - ROW) < (SIZE if SIZE > 0 else size))
         left = tl.load(a_pointers + k, mask=a_mask, other=0.0)
         if DECODE:
             right = e4m3_value(tl.load(b_pointers + k, mask=b_mask, other=0))
         else:
             right = tl.load(b_pointers + k, mask=b_mask, other=0.0)
+        if SWAPPED:
+            left, right = right, left
         if GROUP > 0:
-            if QUANTIZE:
-                left, scales = quantized_rows(left, DECODE)
-            else:
-                scales = tl.load(a_scales + k // GROUP, mask=a_inside, other=0.0)
+            scales, scale, up = next_a, next_b, next_up
+            # Those of the next step are on their way during this one: Triton only does that for what is multiplied.
+            behind, more = (k + DEPTH) // GROUP, k + DEPTH < (SIZE if SIZE > 0 else size)
+            next_a = tl.load(a_scales + behind, mask=a_inside & more, other=0.0)
+            next_b = tl.load(b_scale + behind, mask=more, other=0.0)
             part = tl.dot(left, right, out_dtype=tl.float32)
-            scale = tl.load(b_scale + k // GROUP)
             if PAIRED:
-                odd = tl.load(odd_scale + k // GROUP)
-                scale = tl.where(tl.arange(0, COLUMNS) % 2 == 1, odd, scale)[None, :]
-            total += part * (scales[:, None] * scale)
+                next_up = tl.load(up_scale + behind, mask=more, other=0.0)
+                scale = tl.expand_dims(tl.where(is_up(COLUMNS), up, scale), ROW)
+            total += part * (tl.expand_dims(scales, 1 - ROW) * scale)
         else:
             total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=tl.float32)
-    return total
+    return tl.trans(total) if SWAPPED else total
 
 
 @triton.jit(do_not_specialize=["most_blocks", "tokens", "shared_blocks"])
 def up_kernel(  # type: ignore[no-untyped-def]
-    x, x_scale, w13, w13_scale, shared_w13, shared_w13_scale, ids, order, table, middle,
+    x, x_scale, w13, w13_scale, shared_w13, shared_w13_scale, order, table, middle,
     x_token, w13_expert, scale_expert, most_blocks, tokens, shared_blocks,
     D: tl.constexpr, MIDDLE: tl.constexpr, SHARED_MIDDLE: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, QUANTIZE: tl.constexpr,
-    DECODE: tl.constexpr, DIRECT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    DECODE: tl.constexpr, ALIGNED: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """middle = SiLU(gate x) · up x for a block of pairs and COLUMNS of the middle size, rounded once.
 
-    Even columns of the product are those of the gate and odd ones those of up, so that a thread has both.
+    Eight columns of the product are those of the gate and the next eight those of up, so that a thread has both.
 
     Grid: (shared_blocks + blocks) · ceil(max(MIDDLE, SHARED_MIDDLE) / COLUMNS), the columns of a block next to each
     other, which share its rows. A program without a block ends at once.
@@ -175,13 +178,10 @@ def up_kernel(  # type: ignore[no-untyped-def]
         x: [T, D], rows ``x_token`` elements apart. w13: [E, 2·MIDDLE, D], an expert ``w13_expert`` elements from the
             next, contiguous otherwise. shared_w13: contiguous [2·SHARED_MIDDLE, D], not read where that is 0.
         x_scale: contiguous [T, ceil(D / GROUP)]; w13_scale: [E, 2·ceil(MIDDLE / GROUP), ceil(D / GROUP)], an expert
-            ``scale_expert`` elements from the next; shared_w13_scale: as that of an expert. Not read where GROUP is 0,
-            nor x_scale where QUANTIZE.
-        ids: contiguous [T, top_k], read where DIRECT: then pair n is block n and nothing is sorted. Else order and
-            table, of :class:`qnext_kernels.moe.triton_align.Blocks`.
+            ``scale_expert`` elements from the next; shared_w13_scale: as that of an expert. Not read where GROUP is 0.
+        order, table: of :class:`qnext_kernels.moe.triton_align.Blocks`.
         middle: [T·top_k + T, max(MIDDLE, SHARED_MIDDLE)], written: the rows of pairs by place, then those of the
             shared expert by token; zeros behind the narrower of both.
-        QUANTIZE: x is quantized here.
         DECODE: w13 is uint8 with the bits of e4m3.
         ALIGNED: every expert of w13 begins at a multiple of 16 bytes.
     """
@@ -189,7 +189,7 @@ def up_kernel(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     tile = program % TILES
-    expert, first, end = find_block(program // TILES, ids, table, most_blocks, tokens, shared_blocks, E, ROWS, DIRECT)
+    expert, first, end = find_block(program // TILES, table, most_blocks, tokens, shared_blocks, E, ROWS)
     if expert < 0:
         return
     is_shared = expert == E
@@ -199,9 +199,10 @@ def up_kernel(  # type: ignore[no-untyped-def]
 
     places = first + tl.arange(0, ROWS)
     inside = places < end
-    token = tl.where(is_shared, places, pairs_at(places, inside & (expert < E), order, DIRECT) // TOP_K)
-    columns = tile * COLUMNS + tl.arange(0, 2 * COLUMNS) // 2
-    is_up = tl.arange(0, 2 * COLUMNS) % 2
+    pair = tl.load(order + places, mask=inside & (expert < E), other=0)
+    token = tl.where(is_shared, places, pair // TOP_K)
+    columns = tile * COLUMNS + tl.arange(0, 2 * COLUMNS) // 16 * 8 + tl.arange(0, 2 * COLUMNS) % 8
+    in_w13 = tl.where(is_up(2 * COLUMNS), size + columns, columns)
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP if GROUP > 0 else 0
     if GROUP > 0:
         # Columns behind the last, of the narrower kind of expert, have no scale.
@@ -211,11 +212,11 @@ def up_kernel(  # type: ignore[no-untyped-def]
         up_scale = scale
     both = weighted_sum(
         x, token.to(tl.int64) * x_token, inside, x_scale + token.to(tl.int64) * GROUPS,
-        w, (is_up * size + columns).to(tl.int64) * D, columns < size, scale, up_scale,
-        D, D, DEPTH, ROWS, 2 * COLUMNS, True, GROUP, QUANTIZE, DECODE, PRECISION,
+        w, in_w13.to(tl.int64) * D, columns < size, scale, up_scale,
+        D, D, DEPTH, ROWS, 2 * COLUMNS, True, GROUP, DECODE, SWAPPED, PRECISION,
     )  # fmt: skip
-    gate, up = tl.split(tl.reshape(both, [ROWS, COLUMNS, 2]))
-    activated = gate / (1.0 + tl.exp(-gate)) * up
+    gate, up = tl.split(tl.permute(tl.reshape(both, [ROWS, COLUMNS // 8, 2, 8]), (0, 1, 3, 2)))
+    activated = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, [ROWS, COLUMNS])
     row = places.to(tl.int64) + tl.where(is_shared, tokens.to(tl.int64) * TOP_K, 0)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     place = middle + row[:, None] * WIDTH + column[None, :]
@@ -224,11 +225,11 @@ def up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["most_blocks", "tokens", "shared_blocks"])
 def down_kernel(  # type: ignore[no-untyped-def]
-    middle, middle_scale, w2, w2_scale, shared_w2, shared_w2_scale, ids, order, table, results,
+    middle, middle_scale, w2, w2_scale, shared_w2, shared_w2_scale, order, table, results,
     w2_expert, scale_expert, most_blocks, tokens, shared_blocks,
     D: tl.constexpr, MIDDLE: tl.constexpr, SHARED_MIDDLE: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, QUANTIZE: tl.constexpr,
-    DECODE: tl.constexpr, DIRECT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    DECODE: tl.constexpr, ALIGNED: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """results = down · middle for a block of pairs and COLUMNS of the hidden size, rounded.
 
@@ -247,7 +248,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     tile = program % TILES
-    expert, first, end = find_block(program // TILES, ids, table, most_blocks, tokens, shared_blocks, E, ROWS, DIRECT)
+    expert, first, end = find_block(program // TILES, table, most_blocks, tokens, shared_blocks, E, ROWS)
     if expert < 0:
         return
     is_shared = expert == E
@@ -257,7 +258,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
 
     places = first + tl.arange(0, ROWS)
     inside = places < end
-    pair = pairs_at(places, inside & (expert < E), order, DIRECT)
+    pair = tl.load(order + places, mask=inside & (expert < E), other=0)
     behind = tokens.to(tl.int64) * TOP_K
     row = tl.where(is_shared, places + behind, places)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -268,7 +269,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
     product = weighted_sum(
         middle, row * WIDTH, inside, middle_scale + row * GROUPS,
         w, columns.to(tl.int64) * size, columns < D, scale, scale,
-        SIZE, size, DEPTH, ROWS, COLUMNS, False, GROUP, QUANTIZE, DECODE, PRECISION,
+        SIZE, size, DEPTH, ROWS, COLUMNS, False, GROUP, DECODE, SWAPPED, PRECISION,
     )  # fmt: skip
     target = tl.where(is_shared, places + behind, pair)
     place = results + target[:, None] * D + columns[None, :]
@@ -336,8 +337,6 @@ class Call:
         config: Configuration,
         target: Target,
         *,
-        direct: bool,
-        quantize: bool = False,
         decode: bool = False,
     ) -> None:
         """Sort the choices into blocks.
@@ -347,8 +346,6 @@ class Call:
             routed, shared: as :func:`up_kernel` and :func:`down_kernel` take them.
             topk_weights, topk_ids: contiguous [T, top_k].
             config: of this call.
-            direct: of one token: every choice is a block, and nothing is sorted.
-            quantize: the weights are in FP8 and the products quantize what they multiply with them.
             decode: the weights are uint8 with the bits of e4m3, and the products run in bfloat16.
         """
         tokens, top_k = topk_ids.shape
@@ -359,14 +356,9 @@ class Call:
         self.width = max(middle, self.shared_middle)
         self.rows = tokens * top_k + (0 if shared is None else tokens)
         self.shared_blocks = 0 if shared is None else triton.cdiv(tokens, config.rows)
-        if direct:
-            routed_blocks = top_k
-            self.order = self.table = topk_ids
-        else:
-            blocks = align(topk_ids, num_experts, config.rows)
-            routed_blocks = most_blocks(topk_ids.numel(), num_experts, config.rows)
-            self.order, self.table = blocks.order, blocks.table
-        self.blocks, self.routed_blocks = self.shared_blocks + routed_blocks, routed_blocks
+        self.order, self.table, _ = align(topk_ids, num_experts, config.rows)
+        self.routed_blocks = most_blocks(topk_ids.numel(), num_experts, config.rows)
+        self.blocks = self.shared_blocks + self.routed_blocks
         self.common: dict[str, Any] = {
             "D": hidden,
             "MIDDLE": middle,
@@ -375,9 +367,7 @@ class Call:
             "TOP_K": top_k,
             "ROWS": config.rows,
             "GROUP": 0 if routed.w13_scale is None else FP8_GROUP,
-            "QUANTIZE": quantize,
             "DECODE": decode,
-            "DIRECT": direct,
             "PRECISION": target.precision(x.dtype),
             "enable_fp_fusion": True,
         }
@@ -385,28 +375,28 @@ class Call:
     def up(self, x: Tensor, x_scale: Tensor | None = None) -> Tensor:
         """Launch :func:`up_kernel`; the result is in the dtype of the result of the call."""
         middle = self.x.new_empty(self.rows, self.width)
-        w13, scale = self.routed.w13, _or(self.routed.w13_scale, x)
+        w13, scale = self.routed.w13, or_other(self.routed.w13_scale, x)
         shared = self.routed if self.shared is None else self.shared.weights
         product = self.config.up
         up_kernel[(self.blocks * triton.cdiv(self.width, product.columns),)](
-            x, _or(x_scale, x), w13, scale, shared.w13, _or(shared.w13_scale, x),
-            self.topk_ids, self.order, self.table, middle,
+            x, or_other(x_scale, x), w13, scale, shared.w13, or_other(shared.w13_scale, x),
+            self.order, self.table, middle,
             x.stride(0), w13.stride(0), scale.stride(0), self.routed_blocks, self.x.shape[0], self.shared_blocks,
-            ALIGNED=_aligned(w13), **self.common, **_launch(product),
+            ALIGNED=aligned(w13), **self.common, **_launch(product),
         )  # fmt: skip
         return middle
 
     def down(self, middle: Tensor, middle_scale: Tensor | None = None) -> Tensor:
         """Launch :func:`down_kernel`; the result is in the dtype of the result of the call."""
         results = self.x.new_empty(self.rows, self.x.shape[1])
-        w2, scale = self.routed.w2, _or(self.routed.w2_scale, middle)
+        w2, scale = self.routed.w2, or_other(self.routed.w2_scale, middle)
         shared = self.routed if self.shared is None else self.shared.weights
         product = self.config.down
         down_kernel[(self.blocks * triton.cdiv(self.x.shape[1], product.columns),)](
-            middle, _or(middle_scale, middle), w2, scale, shared.w2, _or(shared.w2_scale, middle),
-            self.topk_ids, self.order, self.table, results,
+            middle, or_other(middle_scale, middle), w2, scale, shared.w2, or_other(shared.w2_scale, middle),
+            self.order, self.table, results,
             w2.stride(0), scale.stride(0), self.routed_blocks, self.x.shape[0], self.shared_blocks,
-            ALIGNED=_aligned(w2), **self.common, **_launch(product),
+            ALIGNED=aligned(w2), **self.common, **_launch(product),
         )  # fmt: skip
         return results
 
@@ -424,12 +414,12 @@ class Call:
         return out
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+def or_other(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A tensor, or another in the place of one that the kernel does not read."""
     return other if tensor is None else tensor
 
 
-def _aligned(weight: Tensor) -> bool:
+def aligned(weight: Tensor) -> bool:
     """Whether every expert of aligned weights is aligned."""
     return weight.stride(0) * weight.itemsize % ALIGNMENT == 0
 
@@ -440,6 +430,7 @@ def _launch(product: Product) -> dict[str, int]:
         "DEPTH": product.depth,
         "num_warps": product.warps,
         "num_stages": product.stages,
+        "SWAPPED": product.swapped,
     }
 
 

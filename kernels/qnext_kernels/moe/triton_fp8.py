@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qnext_kernels.moe.configurations import Configuration
+from qnext_kernels.moe.configurations import Configuration, Few
 from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_kernels.moe.triton_experts import Call, Shared, Weights, quantized_rows
+from qnext_kernels.moe.triton_few import run_few
 from qnext_kernels.triton_support import Target, power_of_two
 
 GROUPS_AT_ONCE = 16
-MOST_ROWS_FUSED = 32
-"""Of a block whose activations every program of a product quantizes for itself."""
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -66,26 +65,17 @@ def run_fp8(
     shared: Shared | None,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    config: Configuration,
+    config: Configuration | Few,
     target: Target,
-    *,
-    direct: bool,
 ) -> Tensor:
-    """The experts over weights in float8_e4m3fn; arguments as those of :class:`Call`.
-
-    Every program of a product needs the activations quantized. Where it has few rows, and reading weights is what takes
-    time, it does that itself and two launches are saved, with the same bits.
-    """
+    """The experts over weights in float8_e4m3fn; arguments as those of :class:`Call`."""
     decode = not target.e4m3
     if decode:
         routed = _as_bytes(routed)
         shared = None if shared is None else shared._replace(weights=_as_bytes(shared.weights))
-    whole_groups = config.up.depth == config.down.depth == FP8_GROUP
-    fused = config.rows <= MOST_ROWS_FUSED and whole_groups
-    options = {"direct": direct, "quantize": fused, "decode": decode}
-    call = Call(x, routed, shared, topk_weights, topk_ids, config, target, **options)
-    if fused:
-        return call.sum(call.down(call.up(x)))
+    if isinstance(config, Few):
+        return run_few(x, routed, shared, topk_weights, topk_ids, config, decode=decode)
+    call = Call(x, routed, shared, topk_weights, topk_ids, config, target, decode=decode)
     middle = call.up(*quantize(x, decode))
     return call.sum(call.down(*quantize(middle, decode)))
 

@@ -14,6 +14,7 @@ from qnext_kernels import experts, experts_fp8, force_backend, topk_softmax, tri
 from qnext_kernels.dispatch import deterministic
 from qnext_kernels.moe import triton as moe_triton
 from qnext_kernels.moe import triton_align, triton_experts, triton_fp8
+from qnext_kernels.moe.configurations import Configuration, Few, Product
 from qnext_kernels.moe.reference import quantize_groups
 from qnext_kernels.moe.triton import TritonMoe
 from qnext_kernels.moe.triton_align import MOST_PROGRAMS, ONE_PROGRAM, STEP, align, most_blocks
@@ -206,9 +207,49 @@ def test_experts_in_fp8_agree_with_float64_and_have_the_same_bits_with_products_
     with monkeypatch.context() as patch:
         patch.setattr(moe_triton, "current_target", lambda: triton_support.current_target()._replace(e4m3=False))
         assert same_bits(ours_fp8(arguments), out)
-    # In launches of its own, the quantization has the bits that it has within the products.
-    monkeypatch.setattr(triton_fp8, "MOST_ROWS_FUSED", 0)
-    assert same_bits(ours_fp8(arguments), out)
+
+
+@pytest.mark.parametrize(("tokens", "shared"), [(1, True), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    ("random", "dtype", "few"),
+    [
+        (random_experts, torch.float32, Few(2, 1, 4, 2)),
+        (random_experts, torch.bfloat16, Few(16, 4, 1, 1)),
+        (random_fp8, torch.bfloat16, Few(16, 4, 16, 4)),
+    ],
+)
+def test_few_tokens_agree_with_float64_in_two_launches_and_do_not_depend_on_each_other(
+    random: Callable[..., dict[str, Any]],
+    dtype: torch.dtype,
+    few: Few,
+    tokens: int,
+    shared: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(moe_triton, "configuration", lambda *_: few)
+    arguments = random(tokens, dtype, shared=shared)
+    arguments["topk_ids"][0] = torch.tensor([-1, len(arguments["w2"]), 1])[: arguments["topk_ids"].shape[1]]
+    in_fp8 = "w13_scale" in arguments
+    run = ours_fp8 if in_fp8 else ours
+    with shuffled_programs(seed=tokens):
+        out = run(arguments)
+    expected = {torch.float32: 2 * HIDDEN + MIDDLE + SHARED_MIDDLE, dtype: 5}
+    known = arguments | {"topk_ids": arguments["topk_ids"].where(arguments["topk_ids"] < len(arguments["w2"]), -1)}
+    assert_close(out, truth_of(known), fp8_roundings(arguments) if in_fp8 else expected)
+    assert same_bits(run(rows_of(arguments, slice(0, 1))), out[:1])
+
+
+@pytest.mark.parametrize(("run", "random"), [(ours, random_experts), (ours_fp8, random_fp8)], ids=["bfloat16", "fp8"])
+def test_weights_may_be_the_left_factor_of_the_products(
+    run: Callable[[dict[str, Any]], Tensor],
+    random: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = random(18, torch.bfloat16, shared=True)
+    product = Product(columns=32, depth=128, warps=4, stages=2, swapped=True)
+    monkeypatch.setattr(moe_triton, "configuration", lambda *_: Configuration(16, product, product))
+    expected = {torch.float32: 2 * HIDDEN + MIDDLE + SHARED_MIDDLE, torch.bfloat16: 5}
+    assert_close(run(arguments), truth_of(arguments), fp8_roundings(arguments) if run is ours_fp8 else expected)
 
 
 def test_every_e4m3_number_is_decoded_exactly() -> None:
@@ -233,7 +274,6 @@ def test_every_e4m3_number_is_decoded_exactly() -> None:
         ids,
         triton_experts.Configuration(16, product, product),
         target,
-        direct=True,
         decode=True,
     )
     out = call.down(results.bfloat16(), torch.ones(1, 1))
@@ -260,7 +300,7 @@ def test_a_token_does_not_depend_on_the_batch_or_the_order_of_programs(
 def test_the_same_bits_come_whether_a_token_has_company_or_not_where_blocks_have_as_many_rows() -> None:
     arguments = random_experts(9, torch.float32, shared=True)
     together = ours(arguments)
-    assert same_bits(ours(rows_of(arguments, slice(4, 5))), together[4:5])
+    assert same_bits(ours(rows_of(arguments, slice(4, 6))), together[4:6])
 
 
 def test_views_are_read_where_they_lie_and_from_any_alignment() -> None:
