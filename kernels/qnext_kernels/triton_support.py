@@ -81,6 +81,8 @@ class Target(NamedTuple):
     """Bytes that one program may use."""
     e4m3: bool = True
     """Whether it multiplies e4m3."""
+    overlaps: bool = False
+    """Whether a launch can begin before the one in front has ended."""
 
     def precision(self, dtype: torch.dtype) -> str:
         """``input_precision`` of products of float32 matrices, where the activations are of this dtype.
@@ -108,7 +110,8 @@ def _target(gpu: object, device: int) -> Target:
     properties = driver.active.utils.get_device_properties(device)
     backend, arch = gpu.backend, gpu.arch  # type: ignore[attr-defined]
     nvidia = backend == "cuda"
-    return Target(nvidia, properties["max_shared_mem"], e4m3=arch >= 89 if nvidia else arch == "gfx950")
+    e4m3 = arch >= 89 if nvidia else arch == "gfx950"
+    return Target(nvidia, properties["max_shared_mem"], e4m3, overlaps=nvidia and arch >= 90)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def _sized(rows: int, shape: Shape, blocks: int, target: Target) -> Configuratio
         widest, depth = (256 if hopper else 128), 64
     if itemsize == 1:
         # There is a second sum in registers, that of a group.
-        rows, depth = min(rows, 64) if hopper else rows, FP8_GROUP
+        rows, depth = min(rows, 64), FP8_GROUP
         widest = min(widest, 128 if hopper else 64)
     warps = 8 if rows == 128 else 4
 
@@ -139,7 +139,8 @@ def _sized(rows: int, shape: Shape, blocks: int, target: Target) -> Configuratio
         deep = min(depth, max(32, power_of_two(sum_size)))
         # Activations of FP8 lie in bfloat16 where a GPU has no products of e4m3.
         stage = (rows * (itemsize if hopper else max(itemsize, 2)) + columns * per_column * itemsize) * deep
-        stages = max(1, min(4, -(-sum_size // deep), (target.shared_memory - 1024) // stage))
+        shared = target.shared_memory // (2 if hopper and rows <= 64 else 1)  # of two programs a multiprocessor
+        stages = max(1, min(4, -(-sum_size // deep), (shared - 1024) // stage))
         swapped = hopper and rows <= 32 and itemsize < 4 and columns * per_column >= 64
         return Product(columns, deep, warps, stages if target.nvidia else min(stages, 2), swapped)
 

@@ -61,7 +61,7 @@ class TritonMoe(TritonBackend):
         with torch.cuda.device_of(x):
             weights = Weights(matrices(w13), matrices(w2))
             if isinstance(config, Few):
-                return run_few(x, weights, extra, topk_weights, topk_ids, config)
+                return run_few(x, weights, extra, topk_weights, topk_ids, config, target)
             call = Call(x, weights, extra, topk_weights, topk_ids, config, target)
             return call.sum(call.down(call.up(x)))
 

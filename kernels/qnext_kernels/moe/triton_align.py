@@ -1,26 +1,31 @@
 """Which rows each program of the experts' products takes: (token, choice) pairs sorted by expert, in blocks of rows.
 
-A counting sort, stable in the order of the pairs, in one launch for few pairs and in two for many. All of it is
-integers, every place is written by one program, and nothing depends on the order of programs.
+Few pairs are sorted in one launch that compares each with each, many by counting in three; both are stable in the
+order of the pairs. All of it is integers, every place is written by one program, and nothing depends on the order of
+programs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qnext_kernels.triton_overlap import let_next_launch_begin, wait_for_launch_in_front
 from qnext_kernels.triton_support import power_of_two
 
 STEP = 128
 """Pairs that a program ranks at once, each against each."""
-ONE_PROGRAM = 4 * STEP
-"""So many pairs are sorted by one program, faster than a second launch begins."""
-MOST_PROGRAMS = 256
-"""Every program reads the counts of all."""
+FEW_PAIRS = 1024
+"""So many are all compared with each other."""
+COMPARED = 8
+"""Of few pairs, those of a program."""
+MOST_PROGRAMS = 512
+SCANNED = 8
+"""Columns of counts that a program sums: a sector of memory."""
 
 
 class Blocks(NamedTuple):
@@ -31,7 +36,7 @@ class Blocks(NamedTuple):
     table: Tensor
     """[3, blocks] int32: the expert of a block, the place of its first pair and the place behind its last.
 
-    Behind the last block the expert is −1.
+    Where there is no block, between others or behind them, the expert is −1.
     """
     rows: int
 
@@ -42,6 +47,40 @@ def valid_ids(ids, pair, end, E: tl.constexpr):  # type: ignore[no-untyped-def]
     expert = tl.load(ids + pair, mask=pair < end, other=-1).to(tl.int32)
     valid = (expert >= 0) & (expert < E)
     return tl.where(valid, expert, 0), valid
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def compare_kernel(  # type: ignore[no-untyped-def]
+    ids, order, table, pairs, E: tl.constexpr, ROWS: tl.constexpr, MINE: tl.constexpr, ALL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Give every pair its place, and every block the column of its first pair's place.
+
+    Grid: ceil(pairs / MINE). Bytes: ids by every program, and what is written.
+
+    Args:
+        ids: [pairs]; order: [pairs] and table: [3, pairs] of :class:`Blocks`, written.
+        ALL: power of two ≥ pairs.
+    """
+    pair = tl.program_id(0) * MINE + tl.arange(0, MINE)
+    other = tl.arange(0, ALL)
+    wait_for_launch_in_front(OVERLAPS)
+    let_next_launch_begin(OVERLAPS)
+    expert, valid = valid_ids(ids, pair, pairs, E)
+    expert = tl.where(valid, expert, E)
+    others, other_valid = valid_ids(ids, other, pairs, E)
+    # Pairs without an expert are behind all others, and behind them what is no pair.
+    others = tl.where(other_valid, others, tl.where(other < pairs, E, E + 1))
+    same = others[None, :] == expert[:, None]
+    number = tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), axis=1)
+    first = tl.sum((others[None, :] < expert[:, None]).to(tl.int32), axis=1)
+    end = first + tl.sum(same.to(tl.int32), axis=1)
+    place = first + number
+    inside = pair < pairs
+    tl.store(order + place, pair, mask=inside)
+    tl.store(table + place, tl.where(valid & (number % ROWS == 0), expert, -1), mask=inside)
+    tl.store(table + pairs + place, place, mask=inside)
+    tl.store(table + 2 * pairs + place, tl.minimum(place + ROWS, end), mask=inside)
 
 
 @triton.jit
@@ -56,7 +95,7 @@ def count(ids, begin, end, E: tl.constexpr, BINS: tl.constexpr, STEP: tl.constex
 
 @triton.jit(do_not_specialize=["pairs", "share"])
 def count_kernel(  # type: ignore[no-untyped-def]
-    ids, counts, pairs, share, E: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr
+    ids, counts, pairs, share, E: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, OVERLAPS: tl.constexpr
 ):
     """Count the choices of a share of the pairs.
 
@@ -69,41 +108,62 @@ def count_kernel(  # type: ignore[no-untyped-def]
     """
     program = tl.program_id(0)
     begin = program * share
+    wait_for_launch_in_front(OVERLAPS)
+    let_next_launch_begin(OVERLAPS)
     here = count(ids, begin, tl.minimum(begin + share, pairs), E, BINS, STEP)
     tl.store(counts + program * BINS + tl.arange(0, BINS), here)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def scan_kernel(  # type: ignore[no-untyped-def]
+    counts, programs, BINS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr, OVERLAPS: tl.constexpr
+):
+    """Replace the counts of each program by the sums of those before it.
+
+    Grid: BINS / COLUMNS. Bytes: counts read and written once.
+
+    Args:
+        counts: [programs + 1, BINS] int32, the last row written only: the sums of all.
+        PART: rows that are read at once.
+    """
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    wait_for_launch_in_front(OVERLAPS)
+    let_next_launch_begin(OVERLAPS)
+    before = tl.zeros([COLUMNS], tl.int32)
+    for first in range(0, programs, PART):
+        program = first + tl.arange(0, PART)
+        at = counts + program[:, None] * BINS + column[None, :]
+        here = tl.load(at, mask=program[:, None] < programs, other=0)
+        tl.store(at, before[None, :] + tl.cumsum(here, axis=0) - here, mask=program[:, None] < programs)
+        before += tl.sum(here, axis=0)
+    tl.store(counts + programs * BINS + column, before)
 
 
 @triton.jit(do_not_specialize=["pairs", "share", "programs", "most_blocks"])
 def align_kernel(  # type: ignore[no-untyped-def]
     ids, counts, order, table, pairs, share, programs, most_blocks,
-    E: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+    E: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Give every pair its place and every block its expert.
 
     Grid: ``programs``. The places of a share of the pairs begin, expert by expert, behind those of the shares before;
-    within it a pair is ranked among the STEP pairs around it by comparing each with each. Bytes: ids once, all counts
-    by every program (from the L2 cache), and what is written.
+    within it a pair is ranked among the STEP pairs around it by comparing each with each. Bytes: ids and counts once,
+    and what is written.
 
     Args:
-        ids: [pairs]; counts: [programs, BINS] of :func:`count_kernel`, not read where one program does everything.
+        ids: [pairs]; counts: of :func:`scan_kernel`,
         order, table: of :class:`Blocks`, written.
         most_blocks: columns of ``table``.
-        PART: rows of ``counts`` that are read at once.
     """
     program = tl.program_id(0)
     begin = program * share
     end = tl.minimum(begin + share, pairs)
     bins = tl.arange(0, BINS)
-    before = tl.zeros([BINS], tl.int32)
-    if PART == 0:
-        total = count(ids, begin, end, E, BINS, STEP)
-    else:
-        total = tl.zeros([BINS], tl.int32)
-        for first in range(0, programs, PART):
-            other = first + tl.arange(0, PART)
-            rows = tl.load(counts + other[:, None] * BINS + bins[None, :], mask=other[:, None] < programs, other=0)
-            total += tl.sum(rows, axis=0)
-            before += tl.sum(tl.where(other[:, None] < program, rows, 0), axis=0)
+    wait_for_launch_in_front(OVERLAPS)
+    let_next_launch_begin(OVERLAPS)
+    before = tl.load(counts + program * BINS + bins)
+    total = tl.load(counts + programs * BINS + bins)
 
     blocks = (total + ROWS - 1) // ROWS
     last_block = tl.cumsum(blocks, axis=0)
@@ -129,41 +189,47 @@ def align_kernel(  # type: ignore[no-untyped-def]
 
 
 def most_blocks(pairs: int, num_experts: int, rows: int) -> int:
-    """The most blocks of ``rows`` that so many pairs make, however they choose."""
+    """How many columns a table has: of few pairs, as many as they are, else the most blocks that they can make."""
+    if pairs <= FEW_PAIRS:
+        return pairs
     partly_filled = min(pairs, num_experts)
     return partly_filled + (pairs - partly_filled) // rows
 
 
-def align(topk_ids: Tensor, num_experts: int, rows: int) -> Blocks:
+def align(topk_ids: Tensor, num_experts: int, rows: int, overlap: dict[str, bool] | None = None) -> Blocks:
     """Sort the choices of all tokens by expert, in blocks.
 
     Args:
         topk_ids: contiguous [T, top_k] int32 or int64; what is not within [0, num_experts) is left out.
         num_experts: E.
         rows: the most pairs of a block.
+        overlap: of ``overlapping``.
 
     Returns:
         The blocks; ``order`` is undefined behind the last pair that is not left out.
     """
     pairs = topk_ids.numel()
     device = topk_ids.device
-    step = min(STEP, max(16, power_of_two(pairs)))
-    programs = 1 if pairs <= ONE_PROGRAM else min(MOST_PROGRAMS, triton.cdiv(pairs, STEP))
-    share = triton.cdiv(triton.cdiv(pairs, programs), step) * step
-    programs = triton.cdiv(pairs, share)
-    bins = max(32, power_of_two(num_experts))
     order = torch.empty(pairs, dtype=torch.int32, device=device)
     table = torch.empty(3, most_blocks(pairs, num_experts, rows), dtype=torch.int32, device=device)
-    part = 0 if programs == 1 else min(16, power_of_two(programs))
-    warps = max(1, min(8, bins // 64))
-    counts = order
-    if part:
-        counts = torch.empty(programs, bins, dtype=torch.int32, device=device)
-        count_kernel[(programs,)](
-            topk_ids, counts, pairs, share, E=num_experts, BINS=bins, STEP=step, num_warps=4, enable_fp_fusion=True
-        )
+    options: dict[str, Any] = {"enable_fp_fusion": True} | (overlap or {"OVERLAPS": False})
+    if pairs <= FEW_PAIRS:
+        compare_kernel[(triton.cdiv(pairs, COMPARED),)](
+            topk_ids, order, table, pairs,
+            E=num_experts, ROWS=rows, MINE=COMPARED, ALL=power_of_two(pairs), num_warps=4, **options,
+        )  # fmt: skip
+        return Blocks(order, table, rows)
+    programs = min(MOST_PROGRAMS, triton.cdiv(pairs, STEP))
+    share = triton.cdiv(triton.cdiv(pairs, programs), STEP) * STEP
+    programs = triton.cdiv(pairs, share)
+    bins = max(32, power_of_two(num_experts))
+    counts = torch.empty(programs + 1, bins, dtype=torch.int32, device=device)
+    count_kernel[(programs,)](
+        topk_ids, counts, pairs, share, E=num_experts, BINS=bins, STEP=STEP, num_warps=4, **options
+    )
+    scan_kernel[(bins // SCANNED,)](counts, programs, BINS=bins, COLUMNS=SCANNED, PART=128, num_warps=4, **options)
     align_kernel[(programs,)](
         topk_ids, counts, order, table, pairs, share, programs, table.shape[1],
-        E=num_experts, BINS=bins, STEP=step, PART=part, ROWS=rows, num_warps=warps, enable_fp_fusion=True,
+        E=num_experts, BINS=bins, STEP=STEP, ROWS=rows, num_warps=max(1, min(8, bins // 64)), **options,
     )  # fmt: skip
     return Blocks(order, table, rows)

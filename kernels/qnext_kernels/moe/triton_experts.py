@@ -15,11 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qnext_kernels.dispatch import is_deterministic
 from qnext_kernels.moe.configurations import Configuration, Product
 from qnext_kernels.moe.reference import FP8_GROUP, FP8_MAX, FP8_TINY
 from qnext_kernels.moe.triton_align import align, most_blocks
+from qnext_kernels.triton_overlap import let_next_launch_begin, overlapping, wait_for_launch_in_front
 from qnext_kernels.triton_support import ALIGNMENT, Target, power_of_two
 
+OVERLAPPED_TOKENS = 1024
+"""Up to so many, launches overlap: then they are short. In the deterministic mode no kernel depends on the number."""
 LARGEST, TINY = tl.constexpr(FP8_MAX), tl.constexpr(FP8_TINY)
 
 
@@ -163,6 +167,7 @@ def up_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, MIDDLE: tl.constexpr, SHARED_MIDDLE: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     DECODE: tl.constexpr, ALIGNED: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """middle = SiLU(gate x) · up x for a block of pairs and COLUMNS of the middle size, rounded once.
 
@@ -189,6 +194,8 @@ def up_kernel(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     tile = program % TILES
+    wait_for_launch_in_front(OVERLAPS)
+    let_next_launch_begin(OVERLAPS)
     expert, first, end = find_block(program // TILES, table, most_blocks, tokens, shared_blocks, E, ROWS)
     if expert < 0:
         return
@@ -230,6 +237,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, MIDDLE: tl.constexpr, SHARED_MIDDLE: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     DECODE: tl.constexpr, ALIGNED: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """results = down · middle for a block of pairs and COLUMNS of the hidden size, rounded.
 
@@ -248,6 +256,8 @@ def down_kernel(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     tile = program % TILES
+    wait_for_launch_in_front(OVERLAPS)
+    let_next_launch_begin(OVERLAPS)
     expert, first, end = find_block(program // TILES, table, most_blocks, tokens, shared_blocks, E, ROWS)
     if expert < 0:
         return
@@ -280,6 +290,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
 def sum_kernel(  # type: ignore[no-untyped-def]
     results, weights, ids, x, gate, out, x_token, tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """out = Σ_j weights_j · results_j in the order of a token's choices, then sigmoid(x · gate) · the shared expert's.
 
@@ -292,6 +303,8 @@ def sum_kernel(  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK_D)
     inside = index < D
+    wait_for_launch_in_front(OVERLAPS)
+    let_next_launch_begin(OVERLAPS)
     total = tl.zeros([BLOCK_D], tl.float32)
     for j in tl.static_range(TOP_K):
         pair = token * TOP_K + j
@@ -354,9 +367,10 @@ class Call:
         self.topk_weights, self.topk_ids, self.config = topk_weights, topk_ids, config
         self.shared_middle = 0 if shared is None else shared.weights.w2.shape[1]
         self.width = max(middle, self.shared_middle)
+        self.overlap = overlapping(target, tokens <= OVERLAPPED_TOKENS and not is_deterministic())
         self.rows = tokens * top_k + (0 if shared is None else tokens)
         self.shared_blocks = 0 if shared is None else triton.cdiv(tokens, config.rows)
-        self.order, self.table, _ = align(topk_ids, num_experts, config.rows)
+        self.order, self.table, _ = align(topk_ids, num_experts, config.rows, self.overlap)
         self.routed_blocks = most_blocks(topk_ids.numel(), num_experts, config.rows)
         self.blocks = self.shared_blocks + self.routed_blocks
         self.common: dict[str, Any] = {
@@ -370,6 +384,7 @@ class Call:
             "DECODE": decode,
             "PRECISION": target.precision(x.dtype),
             "enable_fp_fusion": True,
+            **self.overlap,
         }
 
     def up(self, x: Tensor, x_scale: Tensor | None = None) -> Tensor:
@@ -409,7 +424,7 @@ class Call:
             results, self.topk_weights, self.topk_ids, self.x, self.x if self.shared is None else self.shared.gate,
             out, self.x.stride(0), tokens,
             D=hidden, BLOCK_D=block, E=self.common["E"], TOP_K=self.common["TOP_K"], SHARED=self.shared is not None,
-            num_warps=max(1, min(8, block // 256)), num_stages=1, enable_fp_fusion=True,
+            num_warps=max(1, min(8, block // 256)), num_stages=1, enable_fp_fusion=True, **self.overlap,
         )  # fmt: skip
         return out
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from qnext_kernels.moe.configurations import Few
 from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_kernels.moe.triton_experts import Shared, Weights, aligned, e4m3_value, of_expert, or_other, quantized_rows
-from qnext_kernels.triton_support import power_of_two
+from qnext_kernels.triton_overlap import let_next_launch_begin, overlapping, wait_for_launch_in_front
+from qnext_kernels.triton_support import Target, power_of_two
 
 
 @triton.jit
@@ -43,6 +44,7 @@ def few_up_kernel(  # type: ignore[no-untyped-def]
     x_token, w13_expert, scale_expert, tokens,
     D: tl.constexpr, MIDDLE: tl.constexpr, SHARED_MIDDLE: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr, ALIGNED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """middle = SiLU(gate x) · up x for one choice of a token and COLUMNS of the middle size, rounded once.
 
@@ -63,6 +65,8 @@ def few_up_kernel(  # type: ignore[no-untyped-def]
     token = tl.program_id(0) // TILES // CHOICES
     choice = tl.program_id(0) // TILES % CHOICES
     is_shared = choice == TOP_K
+    wait_for_launch_in_front(OVERLAPS)
+    let_next_launch_begin(OVERLAPS)
     expert = tl.load(ids + token * TOP_K + choice, mask=choice < TOP_K, other=-1).to(tl.int32)
     if ((expert < 0) | (expert >= E)) & (choice < TOP_K):
         return
@@ -99,7 +103,7 @@ def few_up_kernel(  # type: ignore[no-untyped-def]
 def down_rows(  # type: ignore[no-untyped-def]
     middle, w2, w2_scale, rows, chosen, w2_start, scale_start, first, WIDTH: tl.constexpr, D: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    DECODE: tl.constexpr,
+    DECODE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, COLUMNS]: each row of ``middle`` times COLUMNS rows of its expert's w2, from ``first``; 0 if not chosen.
 
@@ -112,6 +116,8 @@ def down_rows(  # type: ignore[no-untyped-def]
     at = w2_start[:, None, None] + columns[None, :, None] * SIZE + index[None, None, :]
     inside = chosen[:, None, None] & (columns < D)[None, :, None] & (index < SIZE)[None, None, :]
     weights = tl.load(w2 + at, mask=inside, other=0 if DECODE else 0.0)
+    wait_for_launch_in_front(OVERLAPS)
+    let_next_launch_begin(OVERLAPS)
     here = chosen[:, None] & (index < SIZE)[None, :]
     values = tl.load(middle + rows[:, None] * WIDTH + index[None, :], mask=here, other=0.0)
     if GROUP > 0:
@@ -133,7 +139,7 @@ def few_down_kernel(  # type: ignore[no-untyped-def]
     x_token, w2_expert, scale_expert, tokens,
     D: tl.constexpr, MIDDLE: tl.constexpr, SHARED_MIDDLE: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
     CHOICES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SHARED_BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr,
+    BLOCK_D: tl.constexpr, GROUP: tl.constexpr, DECODE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """out = Σ_j weights_j · (down_j · middle_j), then that of the shared expert, for a token and COLUMNS of its result.
 
@@ -160,7 +166,7 @@ def few_down_kernel(  # type: ignore[no-untyped-def]
     expert = tl.where(chosen, expert, 0)
     results = down_rows(
         middle, w2, w2_scale, pair, chosen, expert * w2_expert, expert * scale_expert, first,
-        WIDTH, D, MIDDLE, BLOCK, CHOICES, COLUMNS, GROUP, DECODE,
+        WIDTH, D, MIDDLE, BLOCK, CHOICES, COLUMNS, GROUP, DECODE, OVERLAPS,
     )  # fmt: skip
     strengths = tl.load(weights + pair, mask=chosen, other=0.0)
     total = tl.sum(strengths[:, None] * results.to(out.dtype.element_ty).to(tl.float32), axis=0)
@@ -172,7 +178,7 @@ def few_down_kernel(  # type: ignore[no-untyped-def]
         one = tl.arange(0, 1)
         results = down_rows(
             middle, shared_w2, shared_w2_scale, one + tokens * TOP_K + token, one == 0, one.to(tl.int64), one, first,
-            WIDTH, D, SHARED_MIDDLE, SHARED_BLOCK, 1, COLUMNS, GROUP, DECODE,
+            WIDTH, D, SHARED_MIDDLE, SHARED_BLOCK, 1, COLUMNS, GROUP, DECODE, False,
         )  # fmt: skip
         total += strength * tl.sum(results.to(out.dtype.element_ty).to(tl.float32), axis=0)
     columns = first + tl.arange(0, COLUMNS)
@@ -186,13 +192,15 @@ def run_few(
     topk_weights: Tensor,
     topk_ids: Tensor,
     few: Few,
+    target: Target,
     *,
     decode: bool = False,
 ) -> Tensor:
     """Launch :func:`few_up_kernel` and :func:`few_down_kernel`.
 
     Args:
-        x, routed, shared, topk_weights, topk_ids, decode: as those of :class:`qnext_kernels.moe.triton_experts.Call`.
+        x, routed, shared, topk_weights, topk_ids, target, decode: as those of
+            :class:`qnext_kernels.moe.triton_experts.Call`.
     """
     tokens, top_k = topk_ids.shape
     num_experts, hidden, middle = routed.w2.shape
@@ -203,7 +211,7 @@ def run_few(
     common: dict[str, Any] = {
         "D": hidden, "MIDDLE": middle, "SHARED_MIDDLE": shared_middle, "E": num_experts, "TOP_K": top_k,
         "BLOCK_D": max(group, power_of_two(hidden)), "GROUP": group, "DECODE": decode,
-        "num_stages": 1, "enable_fp_fusion": True,
+        "num_stages": 1, "enable_fp_fusion": True, **overlapping(target),
     }  # fmt: skip
     between, out = x.new_empty(tokens * count, width), torch.empty_like(x, memory_format=torch.contiguous_format)
     scale, other = or_other(routed.w13_scale, x), or_other(own.w13_scale, x)

@@ -16,6 +16,7 @@ from qnext_kernels.moe.configurations import Configuration, Few
 from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_kernels.moe.triton_experts import Call, Shared, Weights, quantized_rows
 from qnext_kernels.moe.triton_few import run_few
+from qnext_kernels.triton_overlap import let_next_launch_begin, wait_for_launch_in_front
 from qnext_kernels.triton_support import Target, power_of_two
 
 GROUPS_AT_ONCE = 16
@@ -24,7 +25,7 @@ GROUPS_AT_ONCE = 16
 @triton.jit(do_not_specialize=["groups"])
 def quantize_kernel(  # type: ignore[no-untyped-def]
     x, quantized, scales, x_row, groups, SIZE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    AT_ONCE: tl.constexpr, DECODE: tl.constexpr,
+    AT_ONCE: tl.constexpr, DECODE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Divide each group of GROUP columns by its largest magnitude over 448 and round to e4m3.
 
@@ -38,6 +39,8 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     """
     group = (tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)).to(tl.int64)
     row = group // GROUPS
+    wait_for_launch_in_front(OVERLAPS)
+    let_next_launch_begin(OVERLAPS)
     columns = (group % GROUPS * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     inside = (group < groups)[:, None] & (columns < SIZE)
     values, scale = quantized_rows(tl.load(x + row[:, None] * x_row + columns, mask=inside, other=0.0), DECODE)
@@ -45,7 +48,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     tl.store(scales + group, scale, mask=group < groups)
 
 
-def quantize(x: Tensor, decode: bool) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, decode: bool, overlap: dict[str, bool] | None = None) -> tuple[Tensor, Tensor]:
     """Launch :func:`quantize_kernel` over [rows, SIZE]; returns what it writes."""
     rows, size = x.shape
     count = triton.cdiv(size, FP8_GROUP)
@@ -54,7 +57,7 @@ def quantize(x: Tensor, decode: bool) -> tuple[Tensor, Tensor]:
     at_once = min(GROUPS_AT_ONCE, power_of_two(rows * count))
     quantize_kernel[(triton.cdiv(rows * count, at_once),)](
         x, quantized, scales, x.stride(0), rows * count, SIZE=size, GROUPS=count, GROUP=FP8_GROUP, AT_ONCE=at_once,
-        DECODE=decode, num_warps=4, num_stages=1, enable_fp_fusion=True,
+        DECODE=decode, num_warps=4, num_stages=1, enable_fp_fusion=True, **(overlap or {"OVERLAPS": False}),
     )  # fmt: skip
     return quantized, scales
 
@@ -74,10 +77,10 @@ def run_fp8(
         routed = _as_bytes(routed)
         shared = None if shared is None else shared._replace(weights=_as_bytes(shared.weights))
     if isinstance(config, Few):
-        return run_few(x, routed, shared, topk_weights, topk_ids, config, decode=decode)
+        return run_few(x, routed, shared, topk_weights, topk_ids, config, target, decode=decode)
     call = Call(x, routed, shared, topk_weights, topk_ids, config, target, decode=decode)
-    middle = call.up(*quantize(x, decode))
-    return call.sum(call.down(*quantize(middle, decode)))
+    middle = call.up(*quantize(x, decode, call.overlap))
+    return call.sum(call.down(*quantize(middle, decode, call.overlap)))
 
 
 def _as_bytes(weights: Weights) -> Weights:

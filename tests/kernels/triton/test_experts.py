@@ -17,7 +17,7 @@ from qnext_kernels.moe import triton_align, triton_experts, triton_fp8
 from qnext_kernels.moe.configurations import Configuration, Few, Product
 from qnext_kernels.moe.reference import quantize_groups
 from qnext_kernels.moe.triton import TritonMoe
-from qnext_kernels.moe.triton_align import MOST_PROGRAMS, ONE_PROGRAM, STEP, align, most_blocks
+from qnext_kernels.moe.triton_align import COMPARED, FEW_PAIRS, MOST_PROGRAMS, STEP, Blocks, align, most_blocks
 from tests.kernels.kernel_inputs import assert_close, same_bits
 from tests.kernels.moe_inputs import (
     EXPERTS,
@@ -65,17 +65,23 @@ def sorted_slowly(ids: list[int], num_experts: int, rows: int) -> tuple[list[int
     return order, table
 
 
-# Around the steps of a program and the pairs of one, with and without a second launch, and one column of counts unused.
+def blocks_of(blocks: Blocks) -> list[list[int]]:
+    """The columns of a table that are blocks."""
+    return [column for column in blocks.table.T.tolist() if column[0] >= 0]
+
+
+# Around the pairs of a program, those that are compared and the steps of a program, and one column of counts unused.
 @pytest.mark.parametrize(
     ("tokens", "num_experts", "top_k", "rows"),
     [
         (1, 512, 10, 16),
         (2, 3, 1, 16),
         (7, 512, 10, 16),
-        (STEP - 1, 5, 1, 16),
-        (STEP, 64, 1, 32),
-        (ONE_PROGRAM // 8, 33, 8, 64),
-        (ONE_PROGRAM // 8 + 1, 33, 8, 64),
+        (COMPARED, 5, 1, 16),
+        (COMPARED + 1, 64, 1, 32),
+        (FEW_PAIRS // 8, 33, 8, 64),
+        (FEW_PAIRS // 8 + 1, 33, 8, 64),
+        (9 * STEP, 5, 1, 16),
         (300, 512, 10, 16),
     ],
 )
@@ -88,32 +94,31 @@ def test_pairs_are_sorted_by_expert_in_the_order_of_tokens(
     with shuffled_programs(seed=tokens):
         blocks = align(ids, num_experts, rows)
     assert blocks.order[: len(order)].tolist() == order
-    assert blocks.table.T[: len(table)].tolist() == table
-    assert (blocks.table[0, len(table) :] == -1).all()
+    assert blocks_of(blocks) == table
 
 
 @pytest.mark.parametrize("chosen", [0, 4, -1])
-def test_all_pairs_on_one_expert_or_on_none_are_sorted(chosen: int) -> None:
-    ids = torch.full((700, 1), chosen, dtype=torch.int64)
+@pytest.mark.parametrize("pairs", [700, FEW_PAIRS + 60])
+def test_all_pairs_on_one_expert_or_on_none_are_sorted(pairs: int, chosen: int) -> None:
+    ids = torch.full((pairs, 1), chosen, dtype=torch.int64)
     order, table = sorted_slowly(ids.flatten().tolist(), 5, 16)
     blocks = align(ids, 5, 16)
     assert blocks.order[: len(order)].tolist() == order
-    assert blocks.table.T[: len(table)].tolist() == table
-    assert (blocks.table[0, len(table) :] == -1).all()
+    assert blocks_of(blocks) == table
 
 
-def test_programs_that_sort_have_at_most_so_many_counts_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_programs_than_so_many_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_align, "MOST_PROGRAMS", 3)
-    assert MOST_PROGRAMS == 256
-    ids = torch.randint(0, 7, (ONE_PROGRAM + 5 * STEP + 1, 1))
+    assert MOST_PROGRAMS == 512
+    ids = torch.randint(0, 7, (FEW_PAIRS + 5 * STEP + 1, 1))
     order, table = sorted_slowly(ids.flatten().tolist(), 7, 64)
     blocks = align(ids, 7, 64)
     assert blocks.order.tolist() == order
-    assert blocks.table.T[: len(table)].tolist() == table
+    assert blocks_of(blocks) == table
 
 
 def test_there_is_room_for_the_blocks_of_any_choice_and_for_no_more() -> None:
-    for pairs, num_experts, rows in ((10, 512, 16), (100, 7, 16), (5000, 512, 64), (3, 3, 16)):
+    for pairs, num_experts, rows in ((1025, 512, 16), (1100, 7, 16), (5000, 512, 64), (2000, 2000, 16)):
         # The most blocks: as many experts as there can be have one row in their last block.
         partly = min(pairs, num_experts)
         counts = [1] * partly

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.dispatch import deterministic
-from qnext_kernels.moe.configurations import Shape, rule
+from qnext_kernels.moe import triton as moe_triton
+from qnext_kernels.moe.configurations import Shape, file_of, load, rule
 from qnext_kernels.moe.triton import TritonMoe
 from qnext_kernels.triton_support import current_target
 from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, TARGETS, Compiled, compiling_for
@@ -61,7 +62,7 @@ def compile_fp8(target: str, tokens: int, ranks: int = 1) -> dict[str, Compiled]
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_without_spilling_and_fits_into_shared_memory(target: str, tokens: int) -> None:
     compiled = compile_experts(target, tokens)
-    sorting = ["align_kernel"] if tokens == DECODE else ["count_kernel", "align_kernel"]
+    sorting = ["compare_kernel"] if tokens == DECODE else ["count_kernel", "scan_kernel", "align_kernel"]
     assert list(compiled) == (FEW_PRODUCTS if tokens == FEW else [*sorting, *PRODUCTS, "sum_kernel"])
     for kernel in compiled.values():
         assert kernel.spilled == 0, kernel[:-1]
@@ -82,7 +83,7 @@ def expect_no_spills(target: str, compiled: dict[str, Compiled]) -> None:
 )
 def test_fp8_compiles_with_products_of_e4m3_and_without(target: str, tokens: int) -> None:
     compiled = compile_fp8(target, tokens)
-    sorting = ["count_kernel", "align_kernel"] if tokens == SOME else ["align_kernel"]
+    sorting = ["count_kernel", "scan_kernel", "align_kernel"] if tokens == SOME else ["compare_kernel"]
     many = [*sorting, "quantize_kernel", *PRODUCTS, "sum_kernel"]
     assert list(compiled) == (FEW_PRODUCTS if tokens == FEW else many)
     expect_no_spills(target, compiled)
@@ -133,7 +134,7 @@ def test_every_rank_of_tensor_parallelism_has_products_without_spills(ranks: int
 @pytest.mark.parametrize(("ranks", "tokens"), [(1, SOME), (1, PREFILL), (8, SOME)])
 def test_products_in_fp8_run_on_tensor_cores_without_spills(ranks: int, tokens: int) -> None:
     compiled = compile_fp8("sm_90", tokens, ranks)
-    assert list(compiled) == ["count_kernel", "align_kernel", "quantize_kernel", *PRODUCTS, "sum_kernel"]
+    assert list(compiled) == ["count_kernel", "scan_kernel", "align_kernel", "quantize_kernel", *PRODUCTS, "sum_kernel"]
     for name in PRODUCTS:
         assert compiled[name].spilled == 0
         assert "wgmma.mma_async" in compiled[name].assembly
@@ -159,7 +160,7 @@ def test_the_deterministic_mode_runs_the_same_kernels_whatever_the_number_of_tok
     names = set(first) - {"align_kernel"}
     assert names >= {*PRODUCTS, "sum_kernel"}
     for kernels in others:
-        assert set(kernels) - {"align_kernel", "count_kernel"} == names
+        assert set(kernels) - {"compare_kernel", "align_kernel", "count_kernel", "scan_kernel"} == names
         assert all(kernels[name].assembly == first[name].assembly for name in names)
 
 
@@ -168,3 +169,12 @@ def test_a_router_runs_the_same_kernel_whatever_the_number_of_tokens() -> None:
         for tokens in (1, DECODE, SOME + 1):
             TritonMoe().topk_softmax(empty(tokens, EXPERTS, dtype=torch.bfloat16), TOP_K, True)
     assert [kernel.name for kernel in compiled] == ["topk_softmax_kernel"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", load(file_of("NVIDIA H200")), ids=lambda shape: f"{shape.weights}-{shape.middle}")
+def test_no_configuration_that_was_measured_spills(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_them = compile_fp8 if shape.itemsize == 1 else compile_experts
+    for config in set(load(file_of("NVIDIA H200"))[shape].values()):
+        monkeypatch.setattr(moe_triton, "configuration", lambda *_, config=config: config)
+        expect_no_spills("sm_90", compile_them("sm_90", SOME, MIDDLE // shape.middle))
