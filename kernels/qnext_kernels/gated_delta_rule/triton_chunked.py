@@ -11,8 +11,8 @@ with the state S [V, K] before it, G_i = g_1 + … + g_i, and rows k̂ and q̂ o
     S   ← exp(G_C) S + Σ_i exp(G_C − G_i) n_i ⊗ k̂_i                 [V, K]
 
 Norms, scale and decays are factors of rows and columns and are applied to the float32 products, so that q, k and v
-enter every product as they came. Decays are sums of g over just the tokens they span, never differences of longer sums:
-a token that forgets everything costs its neighbours no accuracy, and no exponent is positive.
+enter every product as they came. A token that forgets everything costs its neighbours no accuracy: sums of g have a
+coarse part, whose differences are exact, and a fine one (:func:`decay_sums`).
 """
 
 from __future__ import annotations
@@ -57,40 +57,62 @@ def tf32_parts(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a b in float32. Triton's own tf32x3 splits b with whole columns in a thread, whose registers cannot hold them."""
-    if PRECISION == "tf32x3":
+    """a b in float32, of factors rounded to float16 if PRECISION says so; other words are Triton's ``input_precision``.
+
+    Triton's own tf32x3 splits b with whole columns in a thread, whose registers cannot hold them.
+    """
+    if PRECISION == "float16":
+        out = tl.dot(a.to(tl.float16), b.to(tl.float16), out_dtype=tl.float32)
+    elif PRECISION == "tf32x3":
         a, a_low = tf32_parts(a)
         b, b_low = tf32_parts(b)
-        small = tl.dot(a_low, b, input_precision="tf32", out_dtype=tl.float32)
-        small = tl.dot(a, b_low, small, input_precision="tf32", out_dtype=tl.float32)
-        return tl.dot(a, b, small, input_precision="tf32", out_dtype=tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+        out = tl.dot(a_low, b, input_precision="tf32", out_dtype=tl.float32)
+        out = tl.dot(a, b_low, out, input_precision="tf32", out_dtype=tl.float32)
+        out = tl.dot(a, b, out, input_precision="tf32", out_dtype=tl.float32)
+    else:
+        out = tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+    return out
 
 
 @triton.jit
-def unit_lower_inverse(A, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(I + A)⁻¹ for a strictly lower A [C, C], C = 4 B.
+def decay_sums(g):  # type: ignore[no-untyped-def]
+    """log₂ exp(G) as the sum of a coarse and a fine part, of the logarithms g [C] of decays.
 
-    The diagonal blocks are inverted together by forward substitution, which is stable however alike the keys are. With
-    D the block-diagonal matrix of their inverses and N the part of A below them, I + A = D⁻¹ (I + D N), and the fourth
-    power of D N is 0:
+    The coarse are sums of at most 64 multiples of 2⁻¹⁰ between −128 and 0: they and their differences have at most 23
+    bits and are exact. The fine are between 0 and 2⁻⁴. A token keeps 2⁻¹²⁸ of the state at least, which is nothing.
+    """
+    g = g * 1.4426950408889634
+    g = tl.where(g < -128.0, -128.0, g)
+    coarse = tl.floor(g * 1024.0) * (1 / 1024)
+    return tl.cumsum(coarse, axis=0), tl.cumsum(g - coarse, axis=0)
+
+
+@triton.jit
+def unit_lower_inverse(A, C: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(I + A)⁻¹ for the part of A [C, C] below its diagonal, C = 64.
+
+    Let X hold the inverses of blocks on the diagonal, and N what A has below the first and beside the second of each
+    two: X − X N X holds the inverses of blocks twice as large. All these are inverses, not powers, so that rounding
+    does as little as in a substitution, however alike the keys are. Behind 16 rows, with D the inverses so far and N
+    all of A below them, I + A = D⁻¹ (I + D N), and the fourth power of D N is 0:
 
         (I + A)⁻¹ = (I + (D N)²) (I − D N) D
     """
+    B: tl.constexpr = 16
     BLOCKS: tl.constexpr = C // B
     block = tl.arange(0, BLOCKS)
     on_diagonal = block[:, None, None, None] == block[None, None, :, None]
     diagonal = tl.sum(tl.where(on_diagonal, tl.reshape(A, [BLOCKS, B, BLOCKS, B]), 0.0), axis=2)
-    row = tl.arange(0, B)[None, :, None]
-    inverse = tl.where(row == tl.arange(0, B)[None, None, :], 1.0, 0.0) + tl.zeros([BLOCKS, B, B], tl.float32)
-    for i in range(1, B):
-        coefficients = tl.sum(tl.where(row == i, diagonal, 0.0), axis=1)
-        known = tl.sum(coefficients[:, :, None] * inverse, axis=1)
-        inverse = tl.where(row == i, inverse - known[:, None, :], inverse)
-    D = tl.reshape(tl.where(on_diagonal, inverse[:, :, None, :], 0.0), [C, C])
+    row, column = tl.arange(0, B)[None, :, None], tl.arange(0, B)[None, None, :]
+    X = tl.where(row == column, 1.0, tl.where((row // 2 == column // 2) & (row > column), -diagonal, 0.0))
+    for level in tl.static_range(1, 4):
+        beside = ((row >> level) > (column >> level)) & (row >> (level + 1) == column >> (level + 1))
+        N = tl.where(beside, diagonal, 0.0)
+        X -= product(product(X, N, PRECISION), X, PRECISION)
+    D = tl.reshape(tl.where(on_diagonal, X[:, :, None, :], 0.0), [C, C])
     index = tl.arange(0, C)
-    below = tl.where(index[:, None] // B > index[None, :] // B, A, 0.0)
-    power = product(D, below, PRECISION)
+    N = tl.where(index[:, None] // B > index[None, :] // B, A, 0.0)
+    power = product(D, N, PRECISION)
     near = D - product(power, D, PRECISION)
     power = product(power, power, PRECISION)
     return near + product(power, near, PRECISION)
@@ -101,7 +123,7 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
     q, k, a, b, A_log, dt_bias, slots, query_start_loc, solve, attend, factors, decays,
     q_token, q_head, k_token, k_head, a_token, b_token, sequences,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, SHORT: tl.constexpr,
-    KEYS: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """M, P and the decays of one chunk of one value head: what does not depend on the state.
 
@@ -109,7 +131,7 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
     of which there are at most N · HV, end at once.
 
     Bytes of a chunk and value head, in 16 bits: 256 K for q and k, which a group of heads shares; 16 KiB for M and P.
-    Operations: 4 · 64² K for the products of tokens, and 8 · 64³ in float32 for the inverse.
+    Operations: 6 · 64² K for the products of tokens, and 8 · 64³ for the inverse.
 
     Args:
         q, k: [T, H, K]; a, b: [T, HV]; slots: [N], query_start_loc: [N + 1].
@@ -117,6 +139,7 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
         factors: [chunks, HV, 3, C] float32, what the rows of k Sᵀ, of q Sᵀ and of n are multiplied with: exp(G_i),
             exp(G_i) and exp(G_C − G_i), over the norm of the row of k, of q and of k.
         decays: [chunks, HV] float32, exp(G_C).
+        PRECISION, INVERSE: of the products of tokens and of those of the inverse, as :func:`product` takes it.
     """
     program = tl.program_id(0)
     head = program % HV
@@ -129,49 +152,59 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
         return
 
     index = tl.arange(0, C)
-    tokens = first + index
-    valid = tokens < end
-    A = tl.load(A_log + head).to(tl.float32)
-    bias = tl.load(dt_bias + head).to(tl.float32)
-    g = log_decay(tl.load(a + tokens * a_token + head, mask=valid, other=0.0).to(tl.float32), A, bias)
-    g = tl.where(valid, g, 0.0)
-    beta = write_strength(tl.load(b + tokens * b_token + head, mask=valid, other=0.0).to(tl.float32))
-    beta = tl.where(valid, beta, 0.0)
-    later = index[:, None] > index[None, :]
-    between = tl.exp(tl.cumsum(tl.where(later, g[:, None], 0.0), axis=0))
-    from_start = tl.exp(tl.cumsum(g, axis=0))
-    to_end = tl.sum(tl.where(index[:, None] == C - 1, between, 0.0), axis=0)
-
+    valid = index < tl.minimum(end - first, C).to(tl.int32)
+    a = tl.load(a + first * a_token + head + index * a_token, mask=valid, other=0.0)
+    b = tl.load(b + first * b_token + head + index * b_token, mask=valid, other=0.0)
+    A, bias = tl.load(A_log + head).to(tl.float32), tl.load(dt_bias + head).to(tl.float32)
     # Some targets load the factors of products into registers, which hold only a part of the keys.
+    keys = tl.arange(0, KEYS)
     key_head = head // (HV // H)
-    k_squares, q_squares = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    q += first * q_token + key_head * q_head
+    k += first * k_token + key_head * k_head
+    inside = valid[:, None] & (keys[None, :] < K)
+    qs = tl.load(q + index[:, None] * q_token + keys[None, :], mask=inside, other=0.0)
+    ks = tl.load(k + index[:, None] * k_token + keys[None, :], mask=inside, other=0.0)
+
+    coarse, fine = decay_sums(tl.where(valid, log_decay(a.to(tl.float32), A, bias), 0.0))
+    last = tl.full([C], C - 1, tl.int32)
+    from_start = tl.exp2(coarse + fine)
+    to_end = tl.exp2((tl.gather(coarse, last, axis=0) - coarse) + (tl.gather(fine, last, axis=0) - fine))
+    beta = tl.where(valid, write_strength(b.to(tl.float32)), 0.0)
+
+    same = index[:, None] == index[None, :]
+    q_squares = tl.zeros([C], tl.float32)
     attended, system = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for first_key in range(0, BLOCK_K, KEYS):
-        keys = first_key + tl.arange(0, KEYS)
-        inside = valid[:, None] & (keys[None, :] < K)
-        ks = tl.load(k + tokens[:, None] * k_token + key_head * k_head + keys[None, :], mask=inside, other=0.0)
-        qs = tl.load(q + tokens[:, None] * q_token + key_head * q_head + keys[None, :], mask=inside, other=0.0)
-        ks = ks.to(solve.dtype.element_ty)
-        qs = qs.to(solve.dtype.element_ty)
-        k_squares += tl.sum(ks.to(tl.float32) * ks.to(tl.float32), axis=1)
-        q_squares += tl.sum(qs.to(tl.float32) * qs.to(tl.float32), axis=1)
-        attended += product(qs, tl.trans(ks), PRECISION)
+    for next_key in range(KEYS, BLOCK_K + KEYS, KEYS):
+        # A product for its diagonal takes less than the sums of squares of rows, each of which lies in many threads.
+        q_squares += tl.sum(tl.where(same, product(qs, tl.trans(qs), PRECISION), 0.0), axis=1)
         system += product(ks, tl.trans(ks), PRECISION)
-    k_norms = tl.rsqrt(k_squares + EPS)
+        attended += product(qs, tl.trans(ks), PRECISION)
+        if KEYS < BLOCK_K:
+            inside = valid[:, None] & (next_key + keys[None, :] < K)
+            qs = tl.load(q + index[:, None] * q_token + (next_key + keys)[None, :], mask=inside, other=0.0)
+            ks = tl.load(k + index[:, None] * k_token + (next_key + keys)[None, :], mask=inside, other=0.0)
     q_norms = tl.rsqrt(q_squares + EPS) * (K**-0.5)
+    k_norms = tl.rsqrt(tl.sum(tl.where(same, system, 0.0), axis=1) + EPS)
+
     entry = chunk.to(tl.int64) * HV + head
     vector = factors + entry * 3 * C + index
     tl.store(vector, from_start * k_norms)
     tl.store(vector + C, from_start * q_norms)
     tl.store(vector + 2 * C, to_end * k_norms)
-    tl.store(decays + entry, tl.exp(tl.sum(g, axis=0)))
+    tl.store(decays + entry + index * 0, from_start, mask=index == C - 1)
 
-    matrix = entry * C * C + index[:, None] * C + index[None, :]
-    attended = tl.where(index[:, None] >= index[None, :], attended * q_norms[:, None] * k_norms[None, :] * between, 0.0)
-    tl.store(attend + matrix, attended.to(attend.dtype.element_ty))
-    system = tl.where(later, system * (beta * k_norms)[:, None] * k_norms[None, :] * between, 0.0)
-    solved = unit_lower_inverse(system, C, 16, PRECISION) * beta[None, :]
-    tl.store(solve + matrix, solved.to(solve.dtype.element_ty))
+    matrix = index[:, None] * C + index[None, :]
+    between = tl.where(index[:, None] >= index[None, :], coarse[:, None] - coarse[None, :], float("-inf"))
+    between = tl.exp2(between) * (tl.exp2(-fine) * k_norms)[None, :]
+    attended = attended * between * (tl.exp2(fine) * q_norms)[:, None]
+    tl.store(attend + entry * C * C + matrix, attended.to(attend.dtype.element_ty))
+    # Gathered, β is computed once a token; else in each of the many threads that take part in the products. Column j
+    # has it as a factor, which keeps the rows of tokens that hardly write as accurate as all:
+    # (I + diag(β) L)⁻¹ diag(β) = diag(β) (I + L diag(β))⁻¹.
+    beta = tl.gather(beta, index, axis=0)
+    system = system * between * (tl.exp2(fine) * k_norms)[:, None] * beta[None, :]
+    solved = unit_lower_inverse(system, C, INVERSE) * beta[:, None]
+    tl.store(solve + entry * C * C + matrix, solved.to(solve.dtype.element_ty))
 
 
 @triton.jit
@@ -309,7 +342,14 @@ class Configuration:
         self.precision = target.precision(dtype)
         # Two programs fill a multiprocessor of NVIDIA's; AMD's warps have 64 threads and more registers.
         self.chunk_warps, self.state_warps = 4, self.block_v // 4 if target.nvidia else 4
-        self.keys = min(32, self.block_k) if target.nvidia else self.block_k
+        # No entry of an inverse is above 1: float16 keeps the bits of tf32, which would be cut off, at twice the speed.
+        self.inverse = "float16" if dtype != torch.float32 else self.precision
+        self.keys, self.chunk_options = self.block_k, {}
+        if target.nvidia and target.shared_memory < 200 << 10:
+            self.keys = min(32, self.block_k)
+        elif target.nvidia and dtype == torch.bfloat16:
+            # Four programs fill a multiprocessor.
+            self.chunk_options = {"maxnreg": 128}
         if self.precision == "tf32x3":
             # Every factor is two there, in as many registers more.
             self.chunk_warps, self.keys = 8, 16
@@ -342,8 +382,8 @@ def solve_chunks(
     chunk_kernel[(entries[0] * value_heads,)](
         q, k, a, b, A_log, dt_bias, slots, query_start_loc, solve, attend, factors, decays,
         *q.stride()[:2], *k.stride()[:2], a.stride(0), b.stride(0), sequences,
-        SHORT=RECURRENT_TOKENS, KEYS=config.keys, EPS=L2_NORM_EPS,
-        num_warps=config.chunk_warps, num_stages=1, **shapes,
+        SHORT=RECURRENT_TOKENS, KEYS=config.keys, EPS=L2_NORM_EPS, INVERSE=config.inverse,
+        num_warps=config.chunk_warps, num_stages=1, **config.chunk_options, **shapes,
     )  # fmt: skip
     return (solve, attend, factors, decays), shapes
 
