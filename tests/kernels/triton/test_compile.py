@@ -82,3 +82,14 @@ def test_products_run_on_tensor_cores_and_the_next_chunk_is_loaded_meanwhile() -
     _, _, state = compile_all("sm_90")
     assert "wgmma.mma_async" in state.assembly
     assert "cp.async" in state.assembly
+
+
+def test_a_chunk_is_loaded_and_stored_in_16_bytes_and_its_gates_are_computed_once() -> None:
+    _, chunk, _ = compile_all("sm_90")
+    assert "wgmma.mma_async" in chunk.assembly
+    # q and k, then M and P, of 64 tokens each, by 128 threads.
+    assert chunk.assembly.count("ld.global.v4.b32") == 2 * 64 * 128 // (8 * 128)
+    assert chunk.assembly.count("st.global.v4.b32") == 2 * 64 * 64 // (8 * 128)
+    assert chunk.layouts.count("math.log ") == 1
+    # Of 65536 on a multiprocessor: four programs.
+    assert chunk.registers <= 128
