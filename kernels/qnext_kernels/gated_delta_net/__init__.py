@@ -205,7 +205,7 @@ def _one_kernel(
     if all(backend.name == "native" for backend in serving):
         return native.run_native if native.reads(ba, layer, conv_state, state, steps) else None
     if all(isinstance(backend, TritonBackend) for backend in serving):
-        from qnext_kernels.gated_delta_net.triton_fused import fits, run_fused
+        from qnext_kernels.gated_delta_net.triton_fused import run_fused
 
-        return run_fused if fits(key_dim=state.shape[3], value_dim=state.shape[2]) else None
+        return run_fused
     return None

@@ -9,93 +9,82 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qnext_kernels.causal_conv1d.triton_conv import convolve, taps_of
 from qnext_kernels.gated_delta_net.checks import Steps
 from qnext_kernels.gated_delta_rule.reference import L2_NORM_EPS
 from qnext_kernels.gated_delta_rule.triton import expect_contiguous_slots
-from qnext_kernels.gated_delta_rule.triton_math import inverse_norms, log_decay, recurrence, write_strength
+from qnext_kernels.gated_delta_rule.triton_recurrent import DECODE, VERIFY
+from qnext_kernels.gated_delta_rule.triton_token import (
+    cast_parts,
+    keys_of_part,
+    load_parts,
+    load_token,
+    part_of,
+    step,
+    store_parts,
+)
 from qnext_kernels.gated_norm.triton_norm import normalised_and_gated
-from qnext_kernels.triton_elementwise import silu
-from qnext_kernels.triton_support import Target, current_target, power_of_two, rows
+from qnext_kernels.triton_support import aligned_rows, power_of_two, rows
 
-LARGEST_BLOCK = 128
-"""The registers of a program hold a state of so many values and keys."""
-# One kernel for decode and verify, in any layout: what differs between calls is not compiled in.
-_NOT_COMPILED_IN = [
-    "x_token", "x_head", "ba_token", "ba_head", "conv_slot", "conv_channel", "conv_column",
-    "conv_row", "conv_step", "conv_step_channel", "conv_step_column",
-    "columns", "most_tokens", "conv_columns", "call", "in_steps", "eps",
-]  # fmt: skip
+LARGEST_TILE = 64 * 128
+"""Elements of a state that a program of 256 threads holds in registers: 32 a thread."""
+_NOT_COMPILED_IN = ["ba_token", "ba_head", "columns", "most_tokens", "conv_columns", "num_tokens", "eps"]
 _OF_ANY_ALIGNMENT = [
-    "x", "ba", "weight", "A_log", "dt_bias", "norm_weight", "out", "conv", "conv_steps",
-    "slots", "query_start_loc", "accepted", "step_rows",
+    "ba", "A_log", "dt_bias", "norm_weight", "slots", "query_start_loc", "accepted", "step_rows",
 ]  # fmt: skip
 
 
 @triton.jit
-def convolved(  # type: ignore[no-untyped-def]
-    x, x_token, weight, history, conv_column, t, live, inside, channels, conv_channel, W: tl.constexpr
+def convolve_head(  # type: ignore[no-untyped-def]
+    x, x_token, weight, mixed, mixed_token, history, target, conv_channel, conv_column,
+    target_step, target_channel, target_column, tokens, live, kept, most, key_head,
+    CALL: tl.constexpr, IN_STEPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """SiLU of the convolution of token t of a sequence, rounded to the dtype of ``x``; 0 where not ``live``.
+    """q, k and v of a key head, all tokens of a sequence: the convolution of ``verify_kernel``, inputs kept as there.
 
     Args:
-        x: at the channels of token 0 of the sequence; ``weight``: [D, W]; ``history``: at the first of the W − 1 inputs
-            before token 0, in the dtype that the pool rounds inputs to.
-        channels: in ``weight`` and in the pool.
+        x, mixed: at the head in the sequence's first token, which has its q, k and v one behind the other.
+        history: at the first of W − 1 inputs before it; target: at the slot, or at the first step.
+        kept: whether inputs go there; most: columns or steps that there are.
     """
-    total = tl.full(channels.shape, -0.0, tl.float32)
-    for age in tl.static_range(W - 1, 0, -1):
-        tap = tl.load(weight + channels * W + W - 1 - age, mask=inside, other=0.0).to(tl.float32)
-        place = history + channels * conv_channel + (t + W - 1 - age) * conv_column
-        kept = tl.load(place, mask=inside & live & (t < age), other=0.0)
-        token = tl.load(x + (t - age) * x_token, mask=inside & (t >= age), other=0.0).to(kept.dtype)
-        total = tl.fma(tl.where(t < age, kept, token).to(tl.float32), tap, total)
-    tap = tl.load(weight + channels * W + W - 1, mask=inside, other=0.0).to(tl.float32)
-    total = tl.fma(tl.load(x + t * x_token, mask=inside, other=0.0).to(tl.float32), tap, total)
-    y = silu(total).to(x.dtype.scalar.element_ty)
-    return tl.where(live, y.to(tl.float32), 0.0)
-
-
-@triton.jit
-def window(  # type: ignore[no-untyped-def]
-    x, x_token, history, conv_column, first, count, live, inside, channels, conv_channel,
-    W: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """Inputs ``first`` to ``first + count − 1`` of a sequence, of which the W − 1 first are its history.
-
-    Returns:
-        [channels, BLOCK_W] in the dtype of the pool.
-    """
-    column = first + tl.arange(0, BLOCK_W)[None, :]
-    wanted = inside[:, None] & live & (column < first + count)
-    place = history + channels[:, None] * conv_channel + column * conv_column
-    kept = tl.load(place, mask=wanted & (column < W - 1), other=0.0)
-    row = column - (W - 1)
-    token = tl.load(x[:, None] + row * x_token, mask=wanted & (row >= 0), other=0.0)
-    return tl.where(row < 0, kept, token.to(kept.dtype))
-
-
-@triton.jit
-def keep_inputs(  # type: ignore[no-untyped-def]
-    x, x_token, history, conv_column, tokens, live, inside, channels, conv_channel,
-    target, kept_columns, steps, conv_step, conv_step_channel, conv_step_column, step_live, most_tokens,
-    W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Leave the inputs of some channels in the slot, for any number of accepted tokens, or in the step pool.
-
-    All threads read the old window before one writes the new.
-    """
-    new = window(
-        x, x_token, history, conv_column, 1, kept_columns, live, inside, channels, conv_channel, W, BLOCK_COLUMNS
+    c = tl.arange(0, BLOCK_C)
+    inside = c < 2 * K + G * V
+    channel = tl.where(
+        c < K, key_head * K + c, tl.where(c < 2 * K, (H - 1 + key_head) * K + c, 2 * (H - 1) * K + key_head * G * V + c)
     )
+    x += c
+    mixed += c
+    arrived = tl.load(x, mask=inside & live & (tokens > 0), other=0.0)
+    history += channel.to(tl.int64) * conv_channel
+    inputs = []
+    for w in tl.static_range(W - 1):
+        inputs += [tl.load(history + w * conv_column, mask=inside & live, other=0.0)]
+    taps = taps_of(weight, channel, inside, W, BLOCK_W)
+    target += channel.to(tl.int64) * target_channel
+    kept &= inside
+    # What one thread stores, another may have yet to load.
     tl.debug_barrier()
-    column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    slot = target + channels[:, None] * conv_channel + column * conv_column
-    tl.store(slot, new, mask=inside[:, None] & live & (column < kept_columns))
-    column = tl.arange(0, BLOCK_W)[None, :]
-    for t in range(tl.where(step_live, tl.minimum(tokens, most_tokens), 0)):
-        step = window(x, x_token, history, conv_column, t + 1, W - 1, live, inside, channels, conv_channel, W, BLOCK_W)
-        place = steps + t * conv_step + channels[:, None] * conv_step_channel + column * conv_step_column
-        tl.store(place, step, mask=inside[:, None] & (column < W - 1))
+    for t in range(tokens):
+        following = arrived
+        if CALL != DECODE:
+            following = tl.load(x + (t + 1) * x_token, mask=inside & live & (t + 1 < tokens), other=0.0)
+        inputs += [arrived.to(target.dtype.element_ty)]
+        y = convolve(inputs, arrived, taps, 0, W)
+        tl.store(mixed + t * mixed_token, y.to(mixed.dtype.element_ty), mask=inside)
+        if IN_STEPS:
+            for w in tl.static_range(W - 1):
+                tl.store(target + t * target_step + w * target_column, inputs[w + 1], mask=kept & (t < most))
+        else:
+            for w in tl.static_range(1, W - 1):
+                tl.store(target + (w - 1) * target_column, inputs[w], mask=kept & (t == 0))
+            column = t + W - 2
+            tl.store(target + column * target_column, inputs[W - 1], mask=kept & (column >= 0) & (column < most))
+        later = []
+        for w in tl.static_range(W - 1):
+            later += [inputs[w + 1]]
+        inputs = later
+        arrived = following
 
 
 @triton.jit
@@ -118,123 +107,121 @@ def normalise_outputs(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_NOT_COMPILED_IN, do_not_specialize_on_alignment=_OF_ANY_ALIGNMENT)
 def gated_delta_net_kernel(  # type: ignore[no-untyped-def]
-    x, ba, weight, A_log, dt_bias, norm_weight, out, conv, conv_steps, state, written,
+    x, ba, weight, A_log, dt_bias, norm_weight, mixed, out, conv, conv_steps, state, written,
     slots, query_start_loc, accepted, step_rows,
     x_token, x_head, ba_token, ba_head, conv_slot, conv_channel, conv_column,
     conv_row, conv_step, conv_step_channel, conv_step_column, state_slot, written_row, written_step,
-    columns, most_tokens, conv_columns, call, in_steps, eps,
+    columns, most_tokens, conv_columns, num_tokens, eps,
+    CALL: tl.constexpr, IN_STEPS: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
+    PART: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+    ROWS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """One key head of one sequence, with its value heads one after the other.
 
-    A program owns the channels of its q, k and v, so that no other reads inputs that it shifts. The state of a value
-    head stays in registers over the tokens, as in ``recurrent_kernel``, whose recurrence it shares; what the operations
-    by themselves round between each other is rounded here too.
+    A program owns the channels of its q, k and v, so that no other reads inputs that it shifts. It convolves them into
+    ``mixed``; goes along the tokens with BLOCK_V rows of a state in registers, as ``recurrent_kernel`` does, whose
+    ``step`` it shares, and then with the next rows; and normalises its outputs where they lie. What the operations by
+    themselves round between each other is rounded here too.
 
     Grid: N · H.
 
     Bytes: of the state, N · HV · V · K elements read and as many written behind every token: 256 KiB a program of the
-    published model and decode, beside 8 KiB of projections, outputs and windows. A program holds one value head's
-    state, 64 KiB, in registers, and a multiprocessor two programs: one computes while the other's state is under way.
-    That takes N · H ≥ 264 on 132 multiprocessors; below, each program's bytes are served one after the other.
+    published model and decode, beside 8 KiB of projections, outputs and windows; ``mixed`` and what is normalised stay
+    in caches. Some rows are under way while other programs of the multiprocessor compute. That takes N · H ≥ 264 on 132
+    multiprocessors; below, each program's bytes are served one after the other.
 
     Args:
         x: [T, H, 2 K + 2 G V], q, k, v and z; ba: [T, H, 2 G]; weight: contiguous [2 H K + H G V, W]; A_log, dt_bias:
-            [H G]; norm_weight: [V]; out: contiguous [T, H G V].
+            [H G]; norm_weight: [V]; mixed: contiguous [T, H, 2 K + G V], written; out: contiguous [T, H G V].
         conv: [slots, D, conv_columns], conv_steps: [rows, steps, D, W − 1], one dtype.
-        state, written, slots, query_start_loc, accepted, step_rows, columns, most_tokens, in_steps: of
-            ``recurrent_kernel``; the slot of the convolution is that of column 0.
-        call: 0, decode: sequence n is token n and starts from column 0; 1, verify.
+        state, written, slots, query_start_loc, accepted, step_rows, columns, most_tokens, num_tokens, CALL, IN_STEPS:
+            of ``recurrent_kernel``, but that no prefill comes here; the slot of the convolution is that of column 0.
         eps: of the output norm.
     """
+    C: tl.constexpr = 2 * K + G * V
+    BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     key_head = tl.program_id(0) % H
     n = (tl.program_id(0) // H).to(tl.int64)
-    index = tl.arange(0, BLOCK)
-    tile = index[:, None] * K + index[None, :]
-    inside = (index[:, None] < V) & (index[None, :] < K)
 
-    verify = call != 0
-    start = tl.where(verify, tl.load(query_start_loc + n, mask=verify, other=0).to(tl.int64), n)
-    end = tl.where(verify, tl.load(query_start_loc + n + 1, mask=verify, other=0).to(tl.int64), n + 1)
-    tokens = (end - start).to(tl.int32)
-    taken = tl.load(accepted + n, mask=verify, other=1).to(tl.int64)
-    first = tl.load(slots + n * columns + tl.minimum(tl.maximum(taken, 1), columns) - 1).to(tl.int64)
-    live = first >= 0
-    to_steps = in_steps != 0
-    step_row = tl.load(step_rows + n, mask=to_steps, other=-1).to(tl.int64)
-
-    # Of the convolution: where its history begins, and how many columns of the slot are written.
     own = tl.load(slots + n * columns).to(tl.int64)
-    conv_live = own >= 0
-    taken = tl.minimum(tl.maximum(taken, 1), conv_columns - W + 2)
     slot = conv + own * conv_slot
-    history = slot + (taken - 1) * conv_column
-    kept = tl.where(to_steps | (tokens == 0), 0, tl.minimum(tokens + W - 2, conv_columns)).to(tl.int32)
-    steps = conv_steps + step_row * conv_row
-    step_live = conv_live & to_steps & (step_row >= 0)
+    if CALL == DECODE:
+        start, tokens, first, history = n, 1, own, slot
+    else:
+        start = tl.load(query_start_loc + n).to(tl.int64)
+        tokens = (tl.load(query_start_loc + n + 1) - start).to(tl.int32)
+        offset = tl.maximum(tl.load(accepted + n).to(tl.int64), 1) - 1
+        first = tl.load(slots + n * columns + tl.minimum(offset, columns - 1)).to(tl.int64)
+        history = slot + tl.minimum(offset, conv_columns - (W - 1)) * conv_column
+    live = first >= 0
+    state += first * state_slot + key_head * G * V * K
+    known = live & (tokens > 0)
+    key = keys_of_part(PART)
+    value = tl.arange(0, BLOCK_V)
+    following = load_parts(state + value[:, None] * K, key[None, :], known & (value < V)[:, None], K, PART)
+    x += start * x_token + key_head * x_head
+    ba += start * ba_token + key_head * ba_head
+    mixed += (start * H + key_head) * C
+    out += (start * H + key_head) * G * V
+    if IN_STEPS:
+        step_row = tl.load(step_rows + n).to(tl.int64)
+        written += step_row * written_row
+        convolve_head(
+            x, x_token, weight, mixed, H * C, history, conv_steps + step_row * conv_row, conv_channel, conv_column,
+            conv_step, conv_step_channel, conv_step_column, tokens, own >= 0, (own >= 0) & (step_row >= 0), most_tokens,
+            key_head, CALL, IN_STEPS, H, G, K, V, W, BLOCK_W, BLOCK_C,
+        )  # fmt: skip
+    else:
+        convolve_head(
+            x, x_token, weight, mixed, H * C, history, slot, conv_channel, conv_column,
+            0, conv_channel, conv_column, tokens, own >= 0, own >= 0, conv_columns,
+            key_head, CALL, IN_STEPS, H, G, K, V, W, BLOCK_W, BLOCK_C,
+        )  # fmt: skip
+    tl.debug_barrier()
 
-    # q, k and v of a value head side by side: a channel is one thread's, who convolves and keeps it.
-    channel = tl.arange(0, 4 * BLOCK)
-    kind = channel // BLOCK
-    within = channel % BLOCK
-    row = tl.arange(0, 4)
-    x_n = x + start * x_token + key_head * x_head
-    # What is hoisted out of these loops would have to be spilled.
-    for member in tl.range(G, disable_licm=True):
+    for tile in range(G * BLOCKS):
+        member = tile // BLOCKS
+        values = tile % BLOCKS * BLOCK_V + value
+        has_value = values < V
+        there = live & has_value[:, None]
         head = key_head * G + member
-        place = state + first * state_slot + head * V * K + tile
-        S = tl.load(place, mask=inside & live & (tokens > 0), other=0.0).to(tl.float32)
+        row = head * V * K + values[:, None] * K
+        S = cast_parts(following, tl.float32)
         A = tl.load(A_log + head).to(tl.float32)
         bias = tl.load(dt_bias + head).to(tl.float32)
-        x_c = x_n + tl.where(kind == 2, 2 * K + member * V, kind * K) + within
-        channels = tl.where(kind == 2, 2 * H * K + head * V, (kind * H + key_head) * K) + within
-        exists = (kind < 3) & (within < tl.where(kind == 2, V, K))
-        for t in tl.range(tokens, disable_licm=True):
-            gate = ba + (start + t) * ba_token + key_head * ba_head + member
-            beta = write_strength(tl.load(gate).to(tl.float32))
-            g = log_decay(tl.load(gate + G).to(tl.float32), A, bias)
-            y = convolved(x_c, x_token, weight, history, conv_column, t, conv_live, exists, channels, conv_channel, W)
-            y = tl.reshape(y, [4, BLOCK])
-            factor = inverse_norms(y, 4, BLOCK, EPS)
-            factor = tl.where(row == 0, factor * (K**-0.5), tl.where(row == 1, factor, 1.0))
-            y = tl.permute(tl.reshape(y * factor[:, None], [2, 2, BLOCK]), (2, 1, 0))
-            qk, v_t = tl.split(y)
-            q_t, k_t = tl.split(qk)
-            v_t, _ = tl.split(v_t)
-            S, o = recurrence(S, q_t, k_t, v_t, g, beta)
+        for t in range(tokens):
+            q_t, k_t, v_t, a_t, b_t = load_token(
+                t, tokens, mixed, mixed + K, mixed + 2 * K + member * V + values, ba + G + member, ba + member,
+                H * C, H * C, H * C, ba_token, ba_token, key, has_value, K, PART,
+            )  # fmt: skip
+            if IN_STEPS:
+                place, kept = written + t * written_step, (t < most_tokens) & (step_row >= 0)
+            elif CALL == DECODE:
+                place, kept = written + first * state_slot, first >= 0
+            else:
+                to = tl.load(slots + n * columns + t, mask=t < most_tokens, other=-1).to(tl.int64)
+                place, kept = written + to * state_slot, to >= 0
+            S, o = step(S, q_t, k_t, v_t, a_t, b_t, A, bias, K, EPS)
+            rounded = cast_parts(S, written.dtype.element_ty)
+            S = cast_parts(rounded, tl.float32)
+            store_parts(place + row, key[None, :], rounded, there & kept, K, PART)
             o = tl.where(live, o, 0.0).to(out.dtype.element_ty)
-            tl.store(out + ((start + t) * H * G + head) * V + index, o, mask=index < V)
-
-            rounded = S.to(written.dtype.element_ty)
-            S = rounded.to(tl.float32)
-            has_place = t < most_tokens
-            in_slot = has_place & (to_steps == 0)
-            to_slot = tl.load(slots + n * columns + t, mask=in_slot, other=-1).to(tl.int64)
-            target = tl.where(to_steps, step_row, to_slot)
-            offset = tl.where(to_steps, step_row * written_row + t * written_step, to_slot * state_slot)
-            place = written + offset + head * V * K + tile
-            tl.store(place, rounded, mask=inside & live & has_place & (target >= 0))
+            tl.store(out + t * (H * G * V) + member * V + values, o, mask=has_value)
+        member, values = (tile + 1) // BLOCKS, (tile + 1) % BLOCKS * BLOCK_V + value
+        there = known & (member < G) & (values < V)[:, None]
+        following = load_parts(state + (member * V + values[:, None]) * K, key[None, :], there, K, PART)
     tl.debug_barrier()
+
     for first_row in range(0, tokens * G, ROWS):
         normalise_outputs(
-            out + (start * H + key_head) * G * V, x_n + 2 * K + G * V, x_token, norm_weight, eps,
-            first_row + tl.arange(0, ROWS), tokens, H, G, V, ROWS, BLOCK,
-        )  # fmt: skip
-    for part in range(2 + G):
-        of_value = part >= 2
-        keep_inputs(
-            x_n + tl.where(of_value, 2 * K + (part - 2) * V, part * K) + index, x_token, history, conv_column, tokens,
-            conv_live, index < tl.where(of_value, V, K),
-            tl.where(of_value, 2 * H * K + (key_head * G + part - 2) * V, (part * H + key_head) * K) + index,
-            conv_channel, slot, kept, steps, conv_step, conv_step_channel, conv_step_column, step_live, most_tokens,
-            W, BLOCK_W, BLOCK_COLUMNS,
-        )  # fmt: skip
-
-
-def fits(key_dim: int, value_dim: int) -> bool:
-    """Whether the kernel serves these dimensions: one block size for both, and registers for the state of a head."""
-    return power_of_two(key_dim) == power_of_two(value_dim) <= LARGEST_BLOCK
+            out, x + C, x_token, norm_weight, eps, first_row + tl.arange(0, ROWS), tokens, H, G, V, ROWS, BLOCK
+        )
+    if CALL == VERIFY:
+        behind = (num_tokens - start).to(tl.int32)
+        index = tl.arange(0, BLOCK_C)
+        for t in range(tl.where(tl.program_id(0) + H >= tl.num_programs(0), tokens, behind), behind):
+            tl.store(out + t * (H * G * V) + index, tl.zeros([BLOCK_C], out.dtype.element_ty), mask=index < G * V)
 
 
 def run_fused(
@@ -273,17 +260,16 @@ def run_fused(
     sequences, columns = slots.shape
     if out is None:
         out = torch.empty(num_tokens, value_heads * value_dim, dtype=qkvz.dtype, device=qkvz.device)
-    if query_start_loc is not None:
-        out.zero_()  # A graph of a verify may hold tokens behind the last sequence.
     if sequences == 0 or out.numel() == 0:
-        return out
+        return out.zero_()
     qkvz, ba, slots = rows(qkvz), rows(ba), slots.contiguous()
-    weights = conv_weight.contiguous(), A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous()
-    width = conv_weight.shape[1]
-    config: dict[str, Any] = configuration(key_dim, current_target())
+    weights = aligned_rows(conv_weight.contiguous()), *(w.contiguous() for w in (A_log, dt_bias, norm_weight))
+    group, width = value_heads // key_heads, conv_weight.shape[1]
+    mixed = qkvz.new_empty(num_tokens, key_heads, 2 * key_dim + group * value_dim)
+    config: dict[str, Any] = configuration(key_dim, value_dim)
     with torch.cuda.device_of(qkvz):
         gated_delta_net_kernel[(sequences * key_heads,)](
-            qkvz, ba, *weights, out, conv_state, conv_steps, state, written, slots,
+            qkvz, ba, *weights, mixed, out, conv_state, conv_steps, state, written, slots,
             slots if query_start_loc is None else query_start_loc.contiguous(),
             slots if accepted is None else accepted.contiguous(),
             step_rows.contiguous(),
@@ -294,22 +280,24 @@ def run_fused(
             columns,
             columns if steps is None else written.shape[1],
             conv_state.shape[2],
-            int(query_start_loc is not None),
-            int(steps is not None),
+            num_tokens,
             eps,
-            H=key_heads, G=value_heads // key_heads, K=key_dim, V=value_dim, W=width,
-            BLOCK_W=power_of_two(width - 1), BLOCK_COLUMNS=power_of_two(conv_state.shape[2]),
+            CALL=DECODE if query_start_loc is None else VERIFY, IN_STEPS=steps is not None,
+            H=key_heads, G=group, K=key_dim, V=value_dim, W=width,
+            BLOCK_W=power_of_two(width), BLOCK_C=power_of_two(mixed.shape[2]),
             EPS=L2_NORM_EPS, enable_fp_fusion=False, **config,
         )  # fmt: skip
     return out
 
 
-def configuration(key_dim: int, target: Target) -> dict[str, int]:
-    """Block sizes and warps: from shapes and target, never from the batch.
+def configuration(key_dim: int, value_dim: int) -> dict[str, int]:
+    """Block sizes and warps: from shapes, never from the batch.
 
-    The state takes 64 registers of each thread, and two programs of 128 a thread fill a multiprocessor of NVIDIA's; the
-    compiler would take more to no end.
+    Two programs of 256 threads fill a multiprocessor of NVIDIA's, each with 32 registers of a thread for its rows.
     """
-    block = power_of_two(key_dim)
-    config = {"BLOCK": block, "ROWS": 8, "num_warps": max(1, block // 16), "num_stages": 1}
-    return config | {"maxnreg": 128} if target.nvidia else config
+    block = power_of_two(value_dim)
+    values = max(8, min(LARGEST_TILE // power_of_two(key_dim), block))
+    return {
+        "PART": part_of(key_dim), "BLOCK_V": values, "BLOCK": block, "ROWS": 8,
+        "num_warps": max(2, values * power_of_two(key_dim) // 1024), "num_stages": 1,
+    }  # fmt: skip

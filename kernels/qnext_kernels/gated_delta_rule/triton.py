@@ -20,9 +20,9 @@ class TritonGatedDeltaRule(TritonBackend):
     Which of the three follows the activations: bfloat16, float16 or float32.
 
     A prefill runs by chunks, and its last chunk token by token where it has at most RECURRENT_TOKENS: with the bits of
-    decode and verify, as on a CPU. The promises of the operation hold because everything token by token is one kernel,
-    block sizes never depend on the batch, and the state is rounded behind every chunk as a split prefill rounds it. In
-    the deterministic mode a whole prefill runs token by token, so that a cut anywhere changes no bit.
+    decode and verify, as on a CPU. The promises of the operation hold because everything token by token sums in one
+    order, block sizes never depend on the batch, and the state is rounded behind every chunk as a split prefill rounds
+    it. In the deterministic mode a whole prefill runs token by token, so that a cut anywhere changes no bit.
 
     Nothing is read on the host and every grid follows from shapes, so that a CUDA graph can capture each call. A graph
     pads its batch: tokens behind the last sequence have zero outputs in a verify, and undefined ones in a prefill,
@@ -93,7 +93,7 @@ class TritonGatedDeltaRule(TritonBackend):
             expect_contiguous_slots("step_state", steps[0], 2)
             steps = steps[0], steps[1].contiguous()
         tokens = *map(rows, (q, k, v, a, b)), A_log.contiguous(), dt_bias.contiguous()
-        out = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         with torch.cuda.device_of(v):
             where = query_start_loc.contiguous(), accepted.contiguous()
             run_recurrent(tokens, out, state, slots.contiguous(), *where, steps)

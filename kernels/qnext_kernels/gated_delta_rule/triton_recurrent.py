@@ -11,29 +11,34 @@ from torch import Tensor
 
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, L2_NORM_EPS
-from qnext_kernels.gated_delta_rule.triton_math import step
+from qnext_kernels.gated_delta_rule.triton_token import (
+    cast_parts,
+    keys_of_part,
+    load_parts,
+    load_token,
+    part_of,
+    step,
+    store_parts,
+)
 from qnext_kernels.triton_support import power_of_two
 
-DECODE, VERIFY, TAIL = range(3)
+DECODE, VERIFY, TAIL = map(tl.constexpr, range(3))
 """What a launch runs: sequence n is token n; all tokens of ragged sequences; what chunks leave of a prefill."""
-# What differs between those calls is not compiled into the kernel, so that they run the same instructions.
 _NOT_COMPILED_IN = [
-    "q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "a_token", "b_token",
-    "columns", "most_tokens", "call", "in_steps",
+    "v_token", "v_head", "a_token", "b_token", "columns", "most_tokens", "num_tokens",
 ]  # fmt: skip
 _OF_ANY_ALIGNMENT = [
-    "q", "k", "v", "a", "b", "A_log", "dt_bias", "out",
-    "slots", "query_start_loc", "accepted", "has_initial", "step_rows",
+    "v", "a", "b", "A_log", "dt_bias", "out", "slots", "query_start_loc", "accepted", "has_initial", "step_rows",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_NOT_COMPILED_IN, do_not_specialize_on_alignment=_OF_ANY_ALIGNMENT)
 def recurrent_kernel(  # type: ignore[no-untyped-def]
     q, k, v, a, b, A_log, dt_bias, out, state, written, slots, query_start_loc, accepted, has_initial, step_rows,
-    q_token, q_head, k_token, k_head, v_token, v_head, a_token, b_token, state_slot, written_row, written_step,
-    columns, most_tokens, call, in_steps,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    C: tl.constexpr, SHORT: tl.constexpr, EPS: tl.constexpr,
+    q_token, q_head, k_token, k_head, v_token, v_head, a_token, b_token,
+    state_slot, written_row, written_step, columns, most_tokens, num_tokens,
+    CALL: tl.constexpr, IN_STEPS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    PART: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, SHORT: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """Some rows of the state of one value head of one sequence, over its tokens.
 
@@ -43,12 +48,13 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
 
     with g and β from a, b, A_log and dt_bias, and with k and q L2-normalised here. Rows of S do not need each other:
     they stay in registers from the first token to the last and go to memory behind every token, rounded to the dtype of
-    the pool. The next token continues from what was rounded.
+    the pool. The next token continues from what was rounded, and is under way from memory meanwhile.
 
     Grid: N · HV · ceil(V / BLOCK_V), the blocks of one head next to each other; it depends on shapes alone.
 
     Bytes: of the state, N · HV · V · K elements read and as many written behind every token; q, k, v and out are less
-    than a hundredth of that. Operations: 7 a state element and token, about one a byte: memory is the limit.
+    than a hundredth of that. Operations: 7 a state element and token, about one a byte. What keeps memory busy are few
+    instructions a row and many small programs: a decode takes 600 of a warp for 8 rows, 72 registers of a thread.
 
     Args:
         q, k: [T, H, K]; v: [T, HV, V]; a, b: [T, HV]; A_log, dt_bias: [HV]; out: contiguous [T, HV, V].
@@ -56,72 +62,89 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
         written: the pool that states are written to: ``state``, or the step pool [rows, steps, HV, V, K].
         slots: contiguous [N, columns]; query_start_loc: [N + 1]; accepted, has_initial, step_rows: [N].
         most_tokens: columns or steps that there are; behind further tokens no state is written.
-        call: 0, decode: sequence n is token n and starts from column 0, query_start_loc is not read; 1, verify; 2,
-            tail: the last chunk of a prefill where it has at most SHORT tokens, from zero where no state is before it.
-            The state behind token t goes to ``slots[n, t]``, in a prefill always to ``slots[n, 0]``.
-        in_steps: not 0: the state behind token t goes to ``written[step_rows[n], t]`` instead.
+        num_tokens: T; what a verify has behind its last sequence gets zero outputs.
+        CALL: DECODE: sequence n is token n and starts from column 0, query_start_loc is not read; VERIFY; TAIL: the
+            last chunk of a prefill where it has at most SHORT tokens, from zero where no state is before it. The state
+            behind token t goes to ``slots[n, t]``, in a prefill always to ``slots[n, 0]``.
+        IN_STEPS: the state behind token t of a verify goes to ``written[step_rows[n], t]`` instead.
     """
     BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
     head = (program // BLOCKS) % HV
     n = (program // (BLOCKS * HV)).to(tl.int64)
     values = (program % BLOCKS) * BLOCK_V + tl.arange(0, BLOCK_V)
-    keys = tl.arange(0, BLOCK_K)
-    inside = (values[:, None] < V) & (keys[None, :] < K)
-    tile = head * V * K + values[:, None] * K + keys[None, :]
+    has_value = values < V
+    rows = has_value[:, None]
+    key = keys_of_part(PART)
+    tile = head * V * K + values[:, None] * K
     key_head = head // (HV // H)
 
-    ragged, verify, tail = call != 0, call == 1, call == 2
-    start = tl.where(ragged, tl.load(query_start_loc + n, mask=ragged, other=0).to(tl.int64), n)
-    end = tl.where(ragged, tl.load(query_start_loc + n + 1, mask=ragged, other=0).to(tl.int64), n + 1)
-    last_chunk = (end - start) % C
-    from_zero = tail & (last_chunk == end - start) & (tl.load(has_initial + n, mask=tail, other=1) == 0)
-    start = tl.where(tail, tl.where(last_chunk <= SHORT, end - last_chunk, end), start)
-
-    taken = tl.load(accepted + n, mask=verify, other=1).to(tl.int64)
-    column = tl.minimum(tl.maximum(taken, 1), columns) - 1
-    first = tl.load(slots + n * columns + column).to(tl.int64)
-    live = first >= 0
-    known = live & (start < end) & (from_zero == 0)
-    S = tl.load(state + first * state_slot + tile, mask=inside & known, other=0.0).to(tl.float32)
-
-    to_steps = in_steps != 0
-    step_row = tl.load(step_rows + n, mask=to_steps, other=-1).to(tl.int64)
     A = tl.load(A_log + head).to(tl.float32)
     bias = tl.load(dt_bias + head).to(tl.float32)
-    for t in range((end - start).to(tl.int32)):
+    known = n >= 0
+    if CALL == DECODE:
+        first = tl.load(slots + n * columns).to(tl.int64)
+        start, end, count = n, n + 1, 1
+    else:
+        start = tl.load(query_start_loc + n).to(tl.int64)
+        end = tl.load(query_start_loc + n + 1).to(tl.int64)
+        if CALL == TAIL:
+            first = tl.load(slots + n * columns).to(tl.int64)
+            last_chunk = (end - start) % C
+            known = (last_chunk < end - start) | (tl.load(has_initial + n) != 0)
+            start = tl.where(last_chunk <= SHORT, end - last_chunk, end)
+        else:
+            taken = tl.load(accepted + n).to(tl.int64)
+            first = tl.load(slots + n * columns + tl.minimum(tl.maximum(taken, 1), columns) - 1).to(tl.int64)
+        known = known & (start < end)
+        count = (end - start).to(tl.int32)
+    live = first >= 0
+    S = load_parts(state + first * state_slot + tile, key[None, :], known & live & rows, K, PART)
+    S = cast_parts(S, tl.float32)
+    if IN_STEPS:
+        step_row = tl.load(step_rows + n).to(tl.int64)
+        written += step_row * written_row
+
+    q += key_head * q_head
+    k += key_head * k_head
+    v += head * v_head + values
+    a += head
+    b += head
+    out += head * V + values
+    q_0, k_0, v_0, a_0, b_0 = load_token(
+        start, end, q, k, v, a, b, q_token, k_token, v_token, a_token, b_token, key, has_value, K, PART
+    )
+    for t in range(count):
         token = start + t
-        q_t = tl.load(q + token * q_token + key_head * q_head + keys, mask=keys < K, other=0.0)
-        k_t = tl.load(k + token * k_token + key_head * k_head + keys, mask=keys < K, other=0.0)
-        v_t = tl.load(v + token * v_token + head * v_head + values, mask=values < V, other=0.0)
-        a_t, b_t = tl.load(a + token * a_token + head), tl.load(b + token * b_token + head)
-        S, o = step(S, q_t, k_t, v_t, a_t, b_t, A, bias, K, BLOCK_K, EPS)
-        o = tl.where(live, o, 0.0)
-        tl.store(out + (token * HV + head) * V + values, o.to(out.dtype.element_ty), mask=values < V)
+        if CALL != DECODE:
+            q_1, k_1, v_1, a_1, b_1 = load_token(
+                token + 1, end, q, k, v, a, b, q_token, k_token, v_token, a_token, b_token, key, has_value, K, PART
+            )
+        if IN_STEPS:
+            place, kept = written + t * written_step, live & (t < most_tokens) & (step_row >= 0)
+        elif CALL == VERIFY:
+            slot = tl.load(slots + n * columns + t, mask=t < most_tokens, other=-1).to(tl.int64)
+            place, kept = written + slot * state_slot, live & (slot >= 0)
+        else:
+            place, kept = written + first * state_slot, live
+        S, o = step(S, q_0, k_0, v_0, a_0, b_0, A, bias, K, EPS)
+        rounded = cast_parts(S, written.dtype.element_ty)
+        S = cast_parts(rounded, tl.float32)
+        store_parts(place + tile, key[None, :], rounded, kept & rows, K, PART)
+        o = tl.where(live, o, 0.0).to(out.dtype.element_ty)
+        tl.store(out + token * (HV * V), o, mask=has_value)
+        if CALL != DECODE:
+            q_0, k_0, v_0, a_0, b_0 = q_1, k_1, v_1, a_1, b_1
 
-        rounded = S.to(written.dtype.element_ty)
-        S = rounded.to(tl.float32)
-        has_place = tail | (t < most_tokens)
-        own = has_place & (tail == 0) & (to_steps == 0)
-        slot = tl.where(tail, first, tl.load(slots + n * columns + t, mask=own, other=-1).to(tl.int64))
-        target = tl.where(to_steps, step_row, slot)
-        place = tl.where(to_steps, step_row * written_row + t * written_step, slot * state_slot)
-        tl.store(written + place + tile, rounded, mask=inside & live & has_place & (target >= 0))
+    if CALL == VERIFY:
+        behind = num_tokens.to(tl.int64)
+        for token in range(tl.where(program + BLOCKS * HV >= tl.num_programs(0), end, behind), behind):
+            tl.store(out + token * (HV * V), tl.zeros([BLOCK_V], out.dtype.element_ty), mask=has_value)
 
 
-def configuration(value_heads: int, key_dim: int, value_dim: int) -> dict[str, int]:
-    """Block sizes and warps: from shapes, never from the batch, so that a sequence has the same bits in any batch.
-
-    One sequence should give every multiprocessor a program, which takes small blocks where tensor parallelism leaves
-    few heads; 32 rows of 128 keys hide the latency of memory. One warp for eight rows is 32 registers a thread.
-    """
-    block_v = min(32, max(8, power_of_two(value_heads * value_dim // 128)), power_of_two(value_dim))
-    return {
-        "BLOCK_K": power_of_two(key_dim),
-        "BLOCK_V": block_v,
-        "num_warps": max(1, block_v // 8),
-        "num_stages": 1,
-    }
+def configuration(key_dim: int, value_dim: int) -> dict[str, int]:
+    """Block sizes and warps: from shapes, never from the batch, so that a sequence has the same bits in any batch."""
+    return {"PART": part_of(key_dim), "BLOCK_V": min(16, power_of_two(value_dim)), "num_warps": 2, "num_stages": 1}
 
 
 def run_recurrent(
@@ -137,7 +160,7 @@ def run_recurrent(
     """Launch :func:`recurrent_kernel`: a verify given ``accepted``, a tail given ``has_initial``, else a decode.
 
     Args:
-        tokens: q, k, v, a, b (rows of unit stride), A_log and dt_bias (contiguous).
+        tokens: q, k, v (rows of unit stride), a, b (so too), A_log and dt_bias (contiguous).
         out: [T, HV, V], written.
         state, slots [N, columns], query_start_loc, accepted, steps, has_initial: of the public functions, indices and
             flags contiguous.
@@ -147,8 +170,9 @@ def run_recurrent(
     key_heads, key_dim = q.shape[1:]
     sequences, columns = slots.shape
     written, step_rows = (state, slots) if steps is None else steps
-    config: dict[str, Any] = configuration(value_heads, key_dim, value_dim)
+    config: dict[str, Any] = configuration(key_dim, value_dim)
     if sequences == 0 or out.numel() == 0:
+        out.zero_()
         return
     recurrent_kernel[(sequences * value_heads * triton.cdiv(value_dim, config["BLOCK_V"]),)](
         q, k, v, a, b, A_log, dt_bias, out, state, written, slots,
@@ -162,8 +186,9 @@ def run_recurrent(
         0 if steps is None else written.stride(1),
         columns,
         columns if steps is None else written.shape[1],
-        DECODE if query_start_loc is None else TAIL if accepted is None else VERIFY,
-        int(steps is not None),
+        out.shape[0],
+        CALL=DECODE if query_start_loc is None else TAIL if accepted is None else VERIFY,
+        IN_STEPS=steps is not None,
         H=key_heads, HV=value_heads, K=key_dim, V=value_dim, C=CHUNK_SIZE, SHORT=RECURRENT_TOKENS, EPS=L2_NORM_EPS,
         enable_fp_fusion=False,
         **config,

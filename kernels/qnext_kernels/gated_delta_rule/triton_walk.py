@@ -7,42 +7,35 @@ import triton.language as tl
 from torch import Tensor
 
 from qnext_kernels.gated_delta_rule.reference import L2_NORM_EPS
-from qnext_kernels.gated_delta_rule.triton_math import step
+from qnext_kernels.gated_delta_rule.triton_token import (
+    cast_parts,
+    keys_of_part,
+    load_parts,
+    load_token,
+    part_of,
+    step,
+    store_parts,
+)
 from qnext_kernels.triton_support import power_of_two
 
-ROWS = 8
-"""Of a state, so many belong to a program, which is one warp: it never waits for another one."""
+ROWS = 16
+"""Of a state, so many belong to a program of two warps, which share no sums."""
 
 # None of it is compiled in, so that every prefill of a layer runs the same instructions.
 _NOT_COMPILED_IN = [
-    "q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "a_token", "b_token", "with_snapshots",
+    "v_token", "v_head", "a_token", "b_token", "with_snapshots",
 ]  # fmt: skip
 _OF_ANY_ALIGNMENT = [
-    "q", "k", "v", "a", "b", "A_log", "dt_bias", "out",
+    "v", "a", "b", "A_log", "dt_bias", "out",
     "slots", "query_start_loc", "has_initial", "snapshot_slots", "snapshot_lengths",
 ]  # fmt: skip
-
-
-@triton.jit
-def load_token(  # type: ignore[no-untyped-def]
-    token, end, q, k, v, a, b, q_token, k_token, v_token, a_token, b_token, has_key, has_value
-):
-    """A token as memory has it, zeros from ``end`` on; q to b: where token 0 lies."""
-    there = token < end
-    return (
-        tl.load(q + token * q_token, mask=has_key & there, other=0.0),
-        tl.load(k + token * k_token, mask=has_key & there, other=0.0),
-        tl.load(v + token * v_token, mask=has_value & there, other=0.0),
-        tl.load(a + token * a_token, mask=there, other=0.0),
-        tl.load(b + token * b_token, mask=there, other=0.0),
-    )
 
 
 @triton.jit(do_not_specialize=_NOT_COMPILED_IN, do_not_specialize_on_alignment=_OF_ANY_ALIGNMENT)
 def walk_kernel(  # type: ignore[no-untyped-def]
     q, k, v, a, b, A_log, dt_bias, out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths,
     q_token, q_head, k_token, k_head, v_token, v_head, a_token, b_token, state_slot, with_snapshots,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PART: tl.constexpr, BLOCK_V: tl.constexpr,
     EPS: tl.constexpr,
 ):  # fmt: skip
     """Some rows of the state of one value head of one sequence, over all its tokens.
@@ -67,51 +60,54 @@ def walk_kernel(  # type: ignore[no-untyped-def]
     head = (program // BLOCKS) % HV
     n = (program // (BLOCKS * HV)).to(tl.int64)
     values = (program % BLOCKS) * BLOCK_V + tl.arange(0, BLOCK_V)
-    keys = tl.arange(0, BLOCK_K)
-    has_key, has_value = keys < K, values < V
-    inside = has_value[:, None] & has_key[None, :]
-    tile = head * V * K + values[:, None] * K + keys[None, :]
+    key = keys_of_part(PART)
+    has_value = values < V
+    row = head * V * K + values[:, None] * K
     key_head = head // (HV // H)
 
     start = tl.load(query_start_loc + n).to(tl.int64)
     end = tl.load(query_start_loc + n + 1).to(tl.int64)
     slot = tl.load(slots + n).to(tl.int64)
     live = slot >= 0
-    place = state + slot * state_slot + tile
+    place = state + slot * state_slot + row
     known = live & (tl.load(has_initial + n) != 0)
-    S = tl.load(place, mask=inside & known, other=0.0).to(tl.float32)
+    rows = has_value[:, None]
+    S = cast_parts(load_parts(place, key[None, :], rows & known, K, PART), tl.float32)
 
     snapshot = tl.load(snapshot_slots + n, mask=live & (with_snapshots != 0), other=-1).to(tl.int64)
     behind = tl.load(snapshot_lengths + n, mask=snapshot >= 0, other=-1).to(tl.int64)
-    kept = state + snapshot * state_slot + tile
-    tl.store(kept, S.to(state.dtype.element_ty), mask=inside & (behind == 0))
+    kept = state + snapshot * state_slot + row
+    store_parts(kept, key[None, :], cast_parts(S, state.dtype.element_ty), rows & (behind == 0), K, PART)
 
-    q += key_head * q_head + keys
-    k += key_head * k_head + keys
+    q += key_head * q_head
+    k += key_head * k_head
     v += head * v_head + values
+    a += head
+    b += head
     A = tl.load(A_log + head).to(tl.float32)
     bias = tl.load(dt_bias + head).to(tl.float32)
     q_0, k_0, v_0, a_0, b_0 = load_token(
-        start, end, q, k, v, a + head, b + head, q_token, k_token, v_token, a_token, b_token, has_key, has_value
+        start, end, q, k, v, a, b, q_token, k_token, v_token, a_token, b_token, key, has_value, K, PART
     )
     q_1, k_1, v_1, a_1, b_1 = load_token(
-        start + 1, end, q, k, v, a + head, b + head, q_token, k_token, v_token, a_token, b_token, has_key, has_value
+        start + 1, end, q, k, v, a, b, q_token, k_token, v_token, a_token, b_token, key, has_value, K, PART
     )
     for t in range((end - start).to(tl.int32)):
         token = start + t
         q_2, k_2, v_2, a_2, b_2 = load_token(
-            token + 2, end, q, k, v, a + head, b + head, q_token, k_token, v_token, a_token, b_token, has_key, has_value
+            token + 2, end, q, k, v, a, b, q_token, k_token, v_token, a_token, b_token, key, has_value, K, PART
         )
-        S, o = step(S, q_0, k_0, v_0, a_0, b_0, A, bias, K, BLOCK_K, EPS)
+        S, o = step(S, q_0, k_0, v_0, a_0, b_0, A, bias, K, EPS)
         o = tl.where(live, o, 0.0)
         tl.store(out + (token * HV + head) * V + values, o.to(out.dtype.element_ty), mask=has_value)
-        rounded = S.to(state.dtype.element_ty)
-        S = rounded.to(tl.float32)
+        rounded = cast_parts(S, state.dtype.element_ty)
+        S = cast_parts(rounded, tl.float32)
         if t + 1 == behind:
-            tl.store(kept, rounded, mask=inside)
+            store_parts(kept, key[None, :], rounded, rows, K, PART)
         q_0, k_0, v_0, a_0, b_0 = q_1, k_1, v_1, a_1, b_1
         q_1, k_1, v_1, a_1, b_1 = q_2, k_2, v_2, a_2, b_2
-    tl.store(place, S.to(state.dtype.element_ty), mask=inside & live & (start < end))
+    last = cast_parts(S, state.dtype.element_ty)
+    store_parts(place, key[None, :], last, rows & live & (start < end), K, PART)
 
 
 def run_walk(
@@ -142,6 +138,6 @@ def run_walk(
         snapshot_slots, snapshot_lengths,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0), state.stride(0),
         int(snapshots is not None),
-        H=key_heads, HV=value_heads, K=key_dim, V=value_dim, BLOCK_K=power_of_two(key_dim), BLOCK_V=block_v,
-        EPS=L2_NORM_EPS, num_warps=1, num_stages=1, enable_fp_fusion=False,
+        H=key_heads, HV=value_heads, K=key_dim, V=value_dim, PART=part_of(key_dim), BLOCK_V=block_v,
+        EPS=L2_NORM_EPS, num_warps=2, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip

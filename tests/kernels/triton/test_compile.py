@@ -5,13 +5,16 @@ The tensors lie on the meta device: code that read a value on the host, and so w
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from qnext_kernels.gated_delta_rule.triton import TritonGatedDeltaRule
 from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, TARGETS, Compiled, compiling_for
 
-KERNELS = ["recurrent_kernel", "chunk_kernel", "state_kernel"]
+KERNELS = [*3 * ["recurrent_kernel"], "chunk_kernel", "state_kernel", "recurrent_kernel"]
+"""Of decode, of both kinds of verify and of a prefill, which ends with the last few tokens."""
 BATCH, TOKENS, COLUMNS, SLOTS = 8, 1000, 4, 100
 
 
@@ -60,7 +63,7 @@ def test_every_kernel_compiles_without_spilling_and_fits_into_shared_memory(targ
 def test_every_rank_of_tensor_parallelism_has_kernels_without_spills(ranks: int) -> None:
     compiled = compile_all("sm_90", ranks)
     assert [kernel.name for kernel in compiled] == KERNELS
-    assert [kernel.spilled for kernel in compiled] == [0, 0, 0]
+    assert not any(kernel.spilled for kernel in compiled)
 
 
 @pytest.mark.parametrize(
@@ -69,17 +72,44 @@ def test_every_rank_of_tensor_parallelism_has_kernels_without_spills(ranks: int)
 def test_other_dtypes_compile_and_fit_into_shared_memory(target: str, dtype: torch.dtype) -> None:
     compiled = compile_all(target, dtype=dtype)
     assert [kernel.name for kernel in compiled] == KERNELS
-    assert [kernel.spilled for kernel in compiled[:2]] == [0, 0]
+    assert not any(kernel.spilled for kernel in compiled if kernel.name != "state_kernel")
     assert all(kernel.shared <= SHARED_MEMORY[target] for kernel in compiled)
 
 
-def test_decode_and_verify_are_one_kernel_that_loads_states_in_16_bytes_a_thread() -> None:
-    (recurrent, *_) = compile_all("sm_90")
-    assert recurrent.assembly.count("ld.global.v4.b32") == recurrent.assembly.count("st.global.v4.b32") > 0
+def of_tokens(target: str, ranks: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
+    """What runs token by token: decode, both kinds of verify, and the last few tokens of a prefill."""
+    return [kernel for kernel in compile_all(target, ranks, dtype) if kernel.name == "recurrent_kernel"]
+
+
+def sums_over_keys(kernel: Compiled) -> list[set[str]]:
+    """Of every sum over the keys of a state: how they lie in threads and warps."""
+    found = []
+    for names in re.findall(r"\(((?:tensor<\d+x32xf32, #\w+>(?:, )?)+)\) -> \(?tensor<\d+xf32", kernel.layouts):
+        for name in set(re.findall(r"#\w+", names)):
+            layout = re.search(rf"^{name} = (.*)", kernel.layouts, re.MULTILINE)
+            assert layout
+            sizes = re.findall(r"(sizePerThread|threadsPerWarp|warpsPerCTA) = \[\d+, (\d+)\]", layout[1])
+            found.append({f"{key} {size}" for key, size in sizes})
+    return found
+
+
+SUMS = [{"sizePerThread 4", "threadsPerWarp 8", "warpsPerCTA 1"}] * 2
+"""With a key and with a query, in one order wherever a token is computed."""
+
+
+@pytest.mark.parametrize(("target", "ranks"), [("sm_90", 1), ("sm_90", 8), ("sm_80", 1), ("gfx942", 1)])
+def test_what_runs_token_by_token_sums_over_keys_in_one_order(target: str, ranks: int) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        assert [sums_over_keys(kernel) for kernel in of_tokens(target, ranks, dtype)] == [SUMS] * 4
+
+
+def test_states_are_loaded_and_stored_in_16_bytes_a_thread() -> None:
+    for kernel in of_tokens("sm_90"):
+        assert kernel.assembly.count("ld.global.v4.b32") == kernel.assembly.count("st.global.v4.b32") > 0
 
 
 def test_products_run_on_tensor_cores_and_the_next_chunk_is_loaded_meanwhile() -> None:
-    _, _, state = compile_all("sm_90")
+    (state,) = (kernel for kernel in compile_all("sm_90") if kernel.name == "state_kernel")
     assert "wgmma.mma_async" in state.assembly
     assert "cp.async" in state.assembly
 

@@ -17,8 +17,9 @@ from qnext_kernels import (
     gated_delta_rule_prefill,
     gated_rms_norm,
 )
+from qnext_kernels.gated_delta_net import triton_fused
 from qnext_kernels.gated_delta_net.split import split_convolved
-from qnext_kernels.gated_delta_net.triton_fused import fits, run_fused
+from qnext_kernels.gated_delta_net.triton_fused import run_fused
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from tests.kernels import delta_net_runs as runs_of
 from tests.kernels import test_gated_delta_net as of_any_backend
@@ -40,8 +41,7 @@ from tests.kernels.triton.interpreter import shuffled_programs
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-SHAPES = [Shape(2, 2, 16, 16), Shape(1, 3, 20, 28), Shape(2, 1, 32, 24)]
-"""Key and value dims that round up to one power of two."""
+SHAPES = [Shape(2, 2, 16, 16), Shape(1, 3, 20, 28), Shape(2, 1, 40, 24)]
 CASES = [
     (SHAPES[0], torch.bfloat16, torch.bfloat16, torch.float32),
     (SHAPES[1], torch.float32, torch.bfloat16, torch.float32),
@@ -124,6 +124,21 @@ def test_a_sequence_does_not_depend_on_the_batch_or_the_order_of_programs(
     for n, other in zip(order, shuffled, strict=True):
         assert_same(other, together[n])
         assert_same(call(function, shape, layer, [runs[n]])[0], together[n])
+
+
+@calls
+def test_rows_of_a_state_that_come_one_block_after_the_other_have_the_bits_of_all_at_once(
+    call: Callable[..., list[Result]], function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, dtypes = CASES[1][0], CASES[1][1:]
+    layer = random_layer(shape)
+    runs = random_runs(shape, [1, 1] if call is runs_of.decode else [1, COLUMNS], *dtypes)
+    expected = call(function, shape, layer, runs)
+    assert triton_fused.configuration(shape.key_dim, shape.value_dim)["BLOCK_V"] >= shape.value_dim
+    monkeypatch.setattr(triton_fused, "LARGEST_TILE", 8 * 32)
+    assert triton_fused.configuration(shape.key_dim, shape.value_dim)["BLOCK_V"] == 8
+    for actual, want in zip(call(function, shape, layer, runs), expected, strict=True):
+        assert_same(actual, want)
 
 
 def some_pools(shape: Shape, slots: int, drafts: int) -> Pools:
@@ -253,10 +268,3 @@ def test_an_empty_batch_and_sequences_without_tokens_are_served() -> None:
     ]
     assert [result.shape for result in results] == [(0, shape.value_heads * shape.value_dim)] * 2
     assert all(pool.isnan().all() for pool in pools)
-
-
-def test_other_dimensions_are_left_to_the_operations() -> None:
-    assert fits(128, 128)
-    assert fits(100, 128)
-    assert not fits(64, 128)
-    assert not fits(256, 256)
