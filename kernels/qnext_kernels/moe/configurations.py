@@ -100,7 +100,7 @@ def few(shape: Shape, tokens: int, target: Target) -> Few | None:
         return None
     # Weights of a program; whole rows of them lie in registers, of the second product those of all choices. With FP8
     # there are more, for every program quantizes its activations.
-    up, down, warps = (1 << 15, 1 << 16, 8) if fp8 else (1 << 13, 1 << 14, 4)
+    up, down, warps = (1 << 15, 1 << 16, 8) if fp8 else (1 << 13, 1 << 15, 4)
     if fp8 and not target.e4m3:
         up, down = up // 4, down // 4  # decoding takes registers
     up //= 2 * power_of_two(shape.hidden)

@@ -18,12 +18,11 @@ from qnext_kernels.triton_overlap import let_next_launch_begin, wait_for_launch_
 from qnext_kernels.triton_support import power_of_two
 
 STEP = 128
-"""Pairs that a program ranks at once, each against each."""
+"""Pairs of a program, of many."""
 FEW_PAIRS = 1024
 """So many are all compared with each other."""
 COMPARED = 8
 """Of few pairs, those of a program."""
-MOST_PROGRAMS = 512
 SCANNED = 8
 """Columns of counts that a program sums: a sector of memory."""
 
@@ -71,10 +70,10 @@ def compare_kernel(  # type: ignore[no-untyped-def]
     others, other_valid = valid_ids(ids, other, pairs, E)
     # Pairs without an expert are behind all others, and behind them what is no pair.
     others = tl.where(other_valid, others, tl.where(other < pairs, E, E + 1))
-    same = others[None, :] == expert[:, None]
-    number = tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), axis=1)
+    same = (others[None, :] == expert[:, None]).to(tl.int32)
+    number = tl.sum(tl.where(other[None, :] < pair[:, None], same, 0), axis=1)
     first = tl.sum((others[None, :] < expert[:, None]).to(tl.int32), axis=1)
-    end = first + tl.sum(same.to(tl.int32), axis=1)
+    end = first + tl.sum(same, axis=1)
     place = first + number
     inside = pair < pairs
     tl.store(order + place, pair, mask=inside)
@@ -83,35 +82,23 @@ def compare_kernel(  # type: ignore[no-untyped-def]
     tl.store(table + 2 * pairs + place, tl.minimum(place + ROWS, end), mask=inside)
 
 
-@triton.jit
-def count(ids, begin, end, E: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many pairs in [begin, end) chose each expert, [BINS] int32."""
-    counts = tl.zeros([BINS], tl.int32)
-    for first in range(begin, end, STEP):
-        expert, valid = valid_ids(ids, first + tl.arange(0, STEP), end, E)
-        counts += tl.histogram(expert, BINS, mask=valid)
-    return counts
-
-
-@triton.jit(do_not_specialize=["pairs", "share"])
+@triton.jit(do_not_specialize=["pairs"])
 def count_kernel(  # type: ignore[no-untyped-def]
-    ids, counts, pairs, share, E: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, OVERLAPS: tl.constexpr
+    ids, counts, pairs, E: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, OVERLAPS: tl.constexpr
 ):
-    """Count the choices of a share of the pairs.
+    """Count the choices of STEP pairs.
 
-    Grid: ceil(pairs / share). Bytes: ids once, 4 BINS written by each program.
+    Grid: ceil(pairs / STEP). Bytes: ids once, 4 BINS written by each program.
 
     Args:
         ids: [pairs], −1 where no expert of this rank was chosen.
         counts: [programs, BINS] int32, written.
-        share: pairs of a program.
     """
     program = tl.program_id(0)
-    begin = program * share
     wait_for_launch_in_front(OVERLAPS)
     let_next_launch_begin(OVERLAPS)
-    here = count(ids, begin, tl.minimum(begin + share, pairs), E, BINS, STEP)
-    tl.store(counts + program * BINS + tl.arange(0, BINS), here)
+    expert, valid = valid_ids(ids, program * STEP + tl.arange(0, STEP), pairs, E)
+    tl.store(counts + program * BINS + tl.arange(0, BINS), tl.histogram(expert, BINS, mask=valid))
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -139,32 +126,28 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     tl.store(counts + programs * BINS + column, before)
 
 
-@triton.jit(do_not_specialize=["pairs", "share", "programs", "most_blocks"])
+@triton.jit(do_not_specialize=["pairs", "programs", "most_blocks"])
 def align_kernel(  # type: ignore[no-untyped-def]
-    ids, counts, order, table, pairs, share, programs, most_blocks,
-    E: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+    ids, counts, order, table, pairs, programs, most_blocks,
+    E: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Give every pair its place and every block its expert.
 
-    Grid: ``programs``. The places of a share of the pairs begin, expert by expert, behind those of the shares before;
-    within it a pair is ranked among the STEP pairs around it by comparing each with each. Bytes: ids and counts once,
-    and what is written.
+    Grid: ``programs``. The places of a program's pairs begin, expert by expert, behind those of the programs before;
+    among themselves they are ranked by comparing each with each. Bytes: ids and counts once, and what is written.
 
     Args:
-        ids: [pairs]; counts: of :func:`scan_kernel`,
+        ids: [pairs]; counts: of :func:`scan_kernel`.
         order, table: of :class:`Blocks`, written.
         most_blocks: columns of ``table``.
+        PART: pairs that all of the program are compared with at once.
     """
     program = tl.program_id(0)
-    begin = program * share
-    end = tl.minimum(begin + share, pairs)
     bins = tl.arange(0, BINS)
     wait_for_launch_in_front(OVERLAPS)
     let_next_launch_begin(OVERLAPS)
-    before = tl.load(counts + program * BINS + bins)
     total = tl.load(counts + programs * BINS + bins)
-
     blocks = (total + ROWS - 1) // ROWS
     last_block = tl.cumsum(blocks, axis=0)
     start = tl.cumsum(total, axis=0) - total
@@ -178,14 +161,15 @@ def align_kernel(  # type: ignore[no-untyped-def]
     for first in range(tl.sum(blocks, axis=0) + program * BINS, most_blocks, programs * BINS):
         tl.store(table + first + bins, tl.full([BINS], -1, tl.int32), mask=first + bins < most_blocks)
 
-    free = start + before
-    index = tl.arange(0, STEP)
-    for first in range(begin, end, STEP):
-        expert, valid = valid_ids(ids, first + index, end, E)
-        same = (expert[:, None] == expert[None, :]) & valid[None, :] & (index[:, None] > index[None, :])
-        place = tl.gather(free, expert, 0) + tl.sum(same.to(tl.int32), axis=1)
-        tl.store(order + place, first + index, mask=valid)
-        free += tl.histogram(expert, BINS, mask=valid)
+    pair = program * STEP + tl.arange(0, STEP)
+    expert, valid = valid_ids(ids, pair, pairs, E)
+    place = tl.gather(start, expert, 0) + tl.load(counts + program * BINS + expert)
+    for part in tl.static_range(0, STEP, PART):
+        other = program * STEP + part + tl.arange(0, PART)
+        others, other_valid = valid_ids(ids, other, pairs, E)
+        same = (others[None, :] == expert[:, None]) & other_valid[None, :] & (other[None, :] < pair[:, None])
+        place += tl.sum(same.to(tl.int32), axis=1)
+    tl.store(order + place, pair, mask=valid)
 
 
 def most_blocks(pairs: int, num_experts: int, rows: int) -> int:
@@ -219,17 +203,13 @@ def align(topk_ids: Tensor, num_experts: int, rows: int, overlap: dict[str, bool
             E=num_experts, ROWS=rows, MINE=COMPARED, ALL=power_of_two(pairs), num_warps=4, **options,
         )  # fmt: skip
         return Blocks(order, table, rows)
-    programs = min(MOST_PROGRAMS, triton.cdiv(pairs, STEP))
-    share = triton.cdiv(triton.cdiv(pairs, programs), STEP) * STEP
-    programs = triton.cdiv(pairs, share)
+    programs = triton.cdiv(pairs, STEP)
     bins = max(32, power_of_two(num_experts))
     counts = torch.empty(programs + 1, bins, dtype=torch.int32, device=device)
-    count_kernel[(programs,)](
-        topk_ids, counts, pairs, share, E=num_experts, BINS=bins, STEP=STEP, num_warps=4, **options
-    )
-    scan_kernel[(bins // SCANNED,)](counts, programs, BINS=bins, COLUMNS=SCANNED, PART=128, num_warps=4, **options)
+    count_kernel[(programs,)](topk_ids, counts, pairs, E=num_experts, BINS=bins, STEP=STEP, num_warps=4, **options)
+    scan_kernel[(bins // SCANNED,)](counts, programs, BINS=bins, COLUMNS=SCANNED, PART=256, num_warps=4, **options)
     align_kernel[(programs,)](
-        topk_ids, counts, order, table, pairs, share, programs, table.shape[1],
-        E=num_experts, BINS=bins, STEP=STEP, ROWS=rows, num_warps=max(1, min(8, bins // 64)), **options,
+        topk_ids, counts, order, table, pairs, programs, table.shape[1],
+        E=num_experts, BINS=bins, STEP=STEP, PART=32, ROWS=rows, num_warps=max(1, min(8, bins // 64)), **options,
     )  # fmt: skip
     return Blocks(order, table, rows)

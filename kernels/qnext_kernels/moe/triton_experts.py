@@ -22,7 +22,7 @@ from qnext_kernels.moe.triton_align import align, most_blocks
 from qnext_kernels.triton_overlap import let_next_launch_begin, overlapping, wait_for_launch_in_front
 from qnext_kernels.triton_support import ALIGNMENT, Target, power_of_two
 
-OVERLAPPED_TOKENS = 1024
+OVERLAPPED_TOKENS = 64
 """Up to so many, launches overlap: then they are short. In the deterministic mode no kernel depends on the number."""
 LARGEST, TINY = tl.constexpr(FP8_MAX), tl.constexpr(FP8_TINY)
 

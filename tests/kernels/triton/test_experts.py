@@ -13,11 +13,11 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMo
 from qnext_kernels import experts, experts_fp8, force_backend, topk_softmax, triton_support
 from qnext_kernels.dispatch import deterministic
 from qnext_kernels.moe import triton as moe_triton
-from qnext_kernels.moe import triton_align, triton_experts, triton_fp8
+from qnext_kernels.moe import triton_experts, triton_fp8
 from qnext_kernels.moe.configurations import Configuration, Few, Product
 from qnext_kernels.moe.reference import quantize_groups
 from qnext_kernels.moe.triton import TritonMoe
-from qnext_kernels.moe.triton_align import COMPARED, FEW_PAIRS, MOST_PROGRAMS, STEP, Blocks, align, most_blocks
+from qnext_kernels.moe.triton_align import COMPARED, FEW_PAIRS, STEP, Blocks, align, most_blocks
 from tests.kernels.kernel_inputs import assert_close, same_bits
 from tests.kernels.moe_inputs import (
     EXPERTS,
@@ -104,16 +104,6 @@ def test_all_pairs_on_one_expert_or_on_none_are_sorted(pairs: int, chosen: int) 
     order, table = sorted_slowly(ids.flatten().tolist(), 5, 16)
     blocks = align(ids, 5, 16)
     assert blocks.order[: len(order)].tolist() == order
-    assert blocks_of(blocks) == table
-
-
-def test_no_more_programs_than_so_many_sort(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_align, "MOST_PROGRAMS", 3)
-    assert MOST_PROGRAMS == 512
-    ids = torch.randint(0, 7, (FEW_PAIRS + 5 * STEP + 1, 1))
-    order, table = sorted_slowly(ids.flatten().tolist(), 7, 64)
-    blocks = align(ids, 7, 64)
-    assert blocks.order.tolist() == order
     assert blocks_of(blocks) == table
 
 
