@@ -83,6 +83,10 @@ class Target(NamedTuple):
     """Whether it multiplies e4m3."""
     overlaps: bool = False
     """Whether a launch can begin before the one in front has ended."""
+    tensor_maps: bool = False
+    """Whether it loads tiles of tensors that are described to it: NVIDIA's GPUs from Hopper on."""
+    wgmma: bool = False
+    """Whether four warps multiply 64 rows from their registers: Hopper."""
 
     def precision(self, dtype: torch.dtype) -> str:
         """``input_precision`` of products of float32 matrices, where the activations are of this dtype.
@@ -99,7 +103,7 @@ def current_target() -> Target:
     from triton.runtime import driver
 
     if interpreting():
-        return Target(nvidia=True, shared_memory=1 << 20)
+        return Target(nvidia=True, shared_memory=1 << 20, tensor_maps=True, wgmma=True)
     return _target(driver.active.get_current_target(), driver.active.get_current_device())
 
 
@@ -111,7 +115,8 @@ def _target(gpu: object, device: int) -> Target:
     backend, arch = gpu.backend, gpu.arch  # type: ignore[attr-defined]
     nvidia = backend == "cuda"
     e4m3 = arch >= 89 if nvidia else arch == "gfx950"
-    return Target(nvidia, properties["max_shared_mem"], e4m3, overlaps=nvidia and arch >= 90)
+    hopper_on = nvidia and arch >= 90
+    return Target(nvidia, properties["max_shared_mem"], e4m3, hopper_on, hopper_on, nvidia and arch == 90)
 
 
 def rows(x: Tensor) -> Tensor:

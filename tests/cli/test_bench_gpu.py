@@ -21,7 +21,7 @@ from rich.console import Console
 from qnext_kernels import force_backend
 from qnext_kernels.gated_delta_net import triton_fused
 from qnext_kernels.gated_delta_net.triton_fused import run_fused
-from qnext_kernels.gated_delta_rule import triton_chunked, triton_math, triton_recurrent, triton_token
+from qnext_kernels.gated_delta_rule import triton_chunked, triton_math, triton_recurrent, triton_state, triton_token
 from qnext_kernels.gated_delta_rule.triton import TritonGatedDeltaRule
 from qnext_plugins.cli.bench import cases, gated_delta_net, kernels
 from qnext_plugins.cli.bench.gpus import data_sheet
@@ -178,7 +178,7 @@ def test_peers_of_pytorch_agree_with_the_reference_on_every_operation_they_have(
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> Any:
-    with interpreted(triton_math, triton_token, triton_recurrent, triton_chunked):
+    with interpreted(triton_math, triton_token, triton_recurrent, triton_chunked, triton_state):
         yield
 
 

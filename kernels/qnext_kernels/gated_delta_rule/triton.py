@@ -67,7 +67,7 @@ class TritonGatedDeltaRule(TritonBackend):
 
     def run_chunks(self, *batch: Any) -> None:
         """All of a prefill but last chunks of at most RECURRENT_TOKENS; arguments as of ``run_chunked``."""
-        from qnext_kernels.gated_delta_rule.triton_chunked import run_chunked
+        from qnext_kernels.gated_delta_rule.triton_state import run_chunked
 
         run_chunked(*batch)
 

@@ -1,4 +1,4 @@
-"""Chunks of 64 tokens of a prefill: two launches for any number of sequences of any length.
+"""Chunks of 64 tokens of a prefill: two launches for any number of sequences of any length, of which this is one.
 
 The chunked form of Gated Delta Networks (arXiv 2412.06464, section 3.3). For one value head and one chunk of C tokens
 with the state S [V, K] before it, G_i = g_1 + … + g_i, and rows k̂ and q̂ of L2 norm 1 (q̂ scaled by 1/√K):
@@ -6,7 +6,7 @@ with the state S [V, K] before it, G_i = g_1 + … + g_i, and rows k̂ and q̂ o
     D_ij = exp(g_{j+1} + … + g_i)  for i ≥ j, else 0                [C, C]
     A    = strictly lower part of  diag(β) (k̂ k̂ᵀ ∘ D)               [C, C]
     M    = (I + A)⁻¹ diag(β),      P = q̂ k̂ᵀ ∘ D                     [C, C]   the first kernel, every chunk by itself
-    n_i  = Σ_j M_ij (v_j − exp(G_j) S k̂_j)                          [C, V]   the second kernel, chunk after chunk
+    n_i  = Σ_j M_ij (v_j − exp(G_j) S k̂_j)                          [C, V]   the walk, chunk after chunk
     o_i  = exp(G_i) S q̂_i + Σ_j P_ij n_j                            [C, V]
     S   ← exp(G_C) S + Σ_i exp(G_C − G_i) n_i ⊗ k̂_i                 [V, K]
 
@@ -27,7 +27,10 @@ from torch import Tensor
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, L2_NORM_EPS
 from qnext_kernels.gated_delta_rule.triton_math import log_decay, write_strength
-from qnext_kernels.triton_support import Target, current_target, power_of_two
+from qnext_kernels.triton_support import Target, power_of_two
+
+STORED = 4 << 10
+"""Bytes of shared memory of the walk beside its tiles."""
 
 
 @triton.jit
@@ -135,7 +138,7 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
 
     Args:
         q, k: [T, H, K]; a, b: [T, HV]; slots: [N], query_start_loc: [N + 1].
-        solve, attend: [chunks, HV, C, C] for M and P, in the dtype of the products of the second kernel.
+        solve, attend: [chunks, HV, C, C] for M and P, in the dtype of the products of the walk.
         factors: [chunks, HV, 3, C] float32, what the rows of k Sᵀ, of q Sᵀ and of n are multiplied with: exp(G_i),
             exp(G_i) and exp(G_C − G_i), over the norm of the row of k, of q and of k.
         decays: [chunks, HV] float32, exp(G_C).
@@ -207,125 +210,6 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
     tl.store(solve + entry * C * C + matrix, solved.to(solve.dtype.element_ty))
 
 
-@triton.jit
-def new_values(S, ks, vs, solve, from_start, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """n of a chunk: ks [C, K], vs [C, V], pointers to M [C, C], from_start [C]; S [K, V] in the dtype of ks."""
-    predicted = product(ks, S, PRECISION) * from_start[:, None]
-    return product(tl.load(solve), (vs - predicted).to(ks.dtype), PRECISION)
-
-
-@triton.jit
-def written(S, ks, new, to_end, decay, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The state [K, V] behind a chunk with keys ks [C, K] and values new [C, V]."""
-    new = (new * to_end[:, None]).to(ks.dtype)
-    return S * decay + product(tl.trans(ks), new, PRECISION)
-
-
-@triton.jit
-def walk_chunk(  # type: ignore[no-untyped-def]
-    S, q, k, v, out, solve, attend, factors, decays, first, end, entry, head, values,
-    q_token, q_head, k_token, k_head, v_token, v_head,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Write the outputs of the chunk that begins with token ``first``; return the state behind it.
-
-    Args:
-        S: [BLOCK_K, BLOCK_V] float32, the columns ``values`` of the state before it.
-        entry: of the chunk and value head in solve, attend, factors and decays; others as in :func:`state_kernel`.
-    """
-    index = tl.arange(0, C)
-    keys = tl.arange(0, BLOCK_K)
-    key_head = head // (HV // H)
-    tokens = first + index
-    valid = tokens < end
-    rows = valid[:, None] & (keys[None, :] < K)
-    outputs = valid[:, None] & (values[None, :] < V)
-    matrix = entry * C * C + index[:, None] * C + index[None, :]
-    vector = factors + entry * 3 * C + index
-    before = S.to(solve.dtype.element_ty)
-    ks = tl.load(k + tokens[:, None] * k_token + key_head * k_head + keys[None, :], mask=rows, other=0.0)
-    ks = ks.to(before.dtype)
-    vs = tl.load(v + tokens[:, None] * v_token + head * v_head + values[None, :], mask=outputs, other=0.0)
-    new = new_values(before, ks, vs.to(tl.float32), solve + matrix, tl.load(vector), PRECISION)
-    qs = tl.load(q + tokens[:, None] * q_token + key_head * q_head + keys[None, :], mask=rows, other=0.0)
-    o = product(qs.to(before.dtype), before, PRECISION) * tl.load(vector + C)[:, None]
-    o += product(tl.load(attend + matrix), new.to(before.dtype), PRECISION)
-    place = tokens[:, None] * (HV * V) + head * V + values[None, :]
-    tl.store(out + place, o.to(out.dtype.element_ty), mask=outputs)
-    return written(S, ks, new, tl.load(vector + 2 * C), tl.load(decays + entry), PRECISION)
-
-
-@triton.jit(do_not_specialize=["with_snapshots"])
-def state_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths,
-    solve, attend, factors, decays,
-    q_token, q_head, k_token, k_head, v_token, v_head, state_slot, with_snapshots,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    C: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Outputs and states of BLOCK_V of the value dimensions of one value head of one sequence, chunk after chunk.
-
-    The block of the state stays in registers, transposed: every product then has 64 or K rows. It is rounded to the
-    dtype of the pool behind every chunk, as it is where a prefill is split there.
-
-    Grid: N · HV · ceil(V / BLOCK_V), the blocks of one head next to each other, which share q, k, M and P.
-
-    Bytes of a chunk and block, in 16 bits: 256 K + 16 KiB for q, k, M and P, mostly from the L2 cache, and 256 BLOCK_V
-    for v and out. Operations: 128 BLOCK_V (3 K + 128).
-
-    Args:
-        q, k: [T, H, K]; v: [T, HV, V]; out: contiguous [T, HV, V].
-        state: [slots, HV, V, K], read where ``has_initial``, written; a slot is ``state_slot`` elements from the next.
-        slots, has_initial: [N]; query_start_loc: [N + 1]; snapshot_slots, snapshot_lengths: [N], not read where
-            ``with_snapshots`` is 0.
-        solve, attend, factors, decays: of :func:`chunk_kernel`.
-    """
-    BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    program = tl.program_id(0)
-    head = (program // BLOCKS) % HV
-    n = program // (BLOCKS * HV)
-    index = tl.arange(0, C)
-    keys = tl.arange(0, BLOCK_K)
-    values = (program % BLOCKS) * BLOCK_V + tl.arange(0, BLOCK_V)
-    start = tl.load(query_start_loc + n).to(tl.int64)
-    end = tl.load(query_start_loc + n + 1).to(tl.int64)
-    last_chunk = (end - start) % C
-    length = end - start - tl.where(last_chunk <= SHORT, last_chunk, 0)
-    chunks = ((length + C - 1) // C).to(tl.int32)
-    first_entry = (start // C + n) * HV + head
-
-    slot = tl.load(slots + n).to(tl.int64)
-    live = slot >= 0
-    inside = (values[:, None] < V) & (keys[None, :] < K)
-    tile = head * V * K + values[:, None] * K + keys[None, :]
-    has_snapshot = live & (with_snapshots != 0)
-    snapshot = tl.load(snapshot_slots + n, mask=has_snapshot, other=-1).to(tl.int64)
-    has_snapshot = has_snapshot & (snapshot >= 0)
-    snapshot_at = tl.load(snapshot_lengths + n, mask=has_snapshot, other=-1).to(tl.int64)
-    known = live & (tl.load(has_initial + n) != 0) & ((length > 0) | has_snapshot)
-    S = tl.trans(tl.load(state + slot * state_slot + tile, mask=inside & known, other=0.0).to(tl.float32))
-
-    served = tl.where(live, chunks, 0)
-    for c in range(served):
-        if c * C == snapshot_at:
-            tl.store(state + snapshot * state_slot + tile, tl.trans(S).to(state.dtype.element_ty), mask=inside)
-        S = walk_chunk(
-            S, q, k, v, out, solve, attend, factors, decays, start + c * C, end, first_entry + c * HV, head, values,
-            q_token, q_head, k_token, k_head, v_token, v_head, H, HV, K, V, BLOCK_K, C, PRECISION,
-        )  # fmt: skip
-        S = S.to(state.dtype.element_ty).to(tl.float32)
-
-    last = tl.trans(S).to(state.dtype.element_ty)
-    tl.store(state + snapshot * state_slot + tile, last, mask=inside & has_snapshot & (length == snapshot_at))
-    tl.store(state + slot * state_slot + tile, last, mask=inside & live & (length > 0))
-    for c in range(served, chunks):
-        tokens = start + c * C + index
-        place = tokens[:, None] * (HV * V) + head * V + values[None, :]
-        nothing = tl.zeros([C, BLOCK_V], out.dtype.element_ty)
-        tl.store(out + place, nothing, mask=(tokens[:, None] < end) & (values[None, :] < V))
-
-
 class Configuration:
     """Block sizes, warps and stages of the two kernels: from shapes, dtype and target, never from the batch."""
 
@@ -333,15 +217,18 @@ class Configuration:
         # float16 products of keys that are not normalised could overflow; its ten bits are those of tf32.
         self.products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self.block_k = max(16, power_of_two(key_dim))
-        # One sequence should give every multiprocessor a program; 64 columns of the state would be too many registers.
-        self.block_v = min(32, max(16, power_of_two(value_heads * value_dim // 128)), max(16, power_of_two(value_dim)))
+        # As many rows of a state as leave second factors registers, and 64 where these stay in shared memory.
+        half = self.products == torch.bfloat16
+        wide = half and target.tensor_maps and target.shared_memory > 200 << 10
+        self.block_v = min(64 if wide else 32 if half and not target.nvidia else 16, max(16, power_of_two(value_dim)))
+        self.state_warps = 8 if (target.nvidia and not half) or (wide and not target.wgmma) else 4
         stage = CHUNK_SIZE * (2 * self.block_k + 2 * CHUNK_SIZE + self.block_v) * self.products.itemsize
-        operands = (self.block_k + 2 * CHUNK_SIZE) * self.block_v * self.products.itemsize
-        # The next chunk is loaded during this one where both fit into shared memory.
-        self.stages = 2 if 2 * stage + operands <= target.shared_memory else 1
+        # The next chunk is loaded during this one, and the one behind it where products read shared memory themselves.
+        fit = target.shared_memory // (stage + STORED)
+        self.stages = min(3, fit if wide else fit + 1) if target.nvidia and half else 1
+        self.tiles = wide and key_dim == self.block_k and value_dim % self.block_v == 0
         self.precision = target.precision(dtype)
-        # Two programs fill a multiprocessor of NVIDIA's; AMD's warps have 64 threads and more registers.
-        self.chunk_warps, self.state_warps = 4, self.block_v // 4 if target.nvidia else 4
+        self.chunk_warps = 4
         # No entry of an inverse is above 1: float16 keeps the bits of tf32, which would be cut off, at twice the speed.
         self.inverse = "float16" if dtype != torch.float32 else self.precision
         self.keys, self.chunk_options = self.block_k, {}
@@ -386,35 +273,3 @@ def solve_chunks(
         num_warps=config.chunk_warps, num_stages=1, **config.chunk_options, **shapes,
     )  # fmt: skip
     return (solve, attend, factors, decays), shapes
-
-
-def run_chunked(
-    tokens: tuple[Tensor, ...],
-    out: Tensor,
-    state: Tensor,
-    slots: Tensor,
-    query_start_loc: Tensor,
-    has_initial: Tensor,
-    snapshots: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Launch :func:`chunk_kernel` and :func:`state_kernel`.
-
-    Args:
-        tokens: q, k, v (aligned rows of unit stride), a, b (rows of unit stride), A_log and dt_bias (contiguous).
-        out: [T, HV, V], written, except where a sequence ends in a chunk of at most RECURRENT_TOKENS.
-        state, slots, query_start_loc, has_initial, snapshots: of the public function, all but ``state`` contiguous.
-    """
-    q, k, v, *_ = tokens
-    value_heads, value_dim = v.shape[1:]
-    sequences = slots.shape[0]
-    if sequences == 0:
-        return
-    config = Configuration(value_heads, q.shape[2], value_dim, v.dtype, current_target())
-    chunks, shapes = solve_chunks(tokens, slots, query_start_loc, config)
-    snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
-    state_kernel[(sequences * value_heads * triton.cdiv(value_dim, config.block_v),)](
-        q, k, v, out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths, *chunks,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], state.stride(0), int(snapshots is not None),
-        V=value_dim, BLOCK_V=config.block_v, SHORT=RECURRENT_TOKENS,
-        num_warps=config.state_warps, num_stages=config.stages, **shapes,
-    )  # fmt: skip

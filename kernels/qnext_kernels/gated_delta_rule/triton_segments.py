@@ -43,15 +43,8 @@ from torch import Tensor
 
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE
-from qnext_kernels.gated_delta_rule.triton_chunked import (
-    Configuration,
-    new_values,
-    product,
-    sequence_of_chunk,
-    solve_chunks,
-    walk_chunk,
-    written,
-)
+from qnext_kernels.gated_delta_rule.triton_chunked import Configuration, product, sequence_of_chunk, solve_chunks
+from qnext_kernels.gated_delta_rule.triton_state import rows_at, store_zeros, sum_of_products, tiles_of, walk
 from qnext_kernels.triton_support import Target, current_target, power_of_two
 
 SEGMENT = 8
@@ -98,32 +91,32 @@ def transition_kernel(  # type: ignore[no-untyped-def]
     value_columns = key_columns - KEY_BLOCKS * COLUMNS
     of_keys = key_columns < K
     of_values = (value_columns >= 0) & (value_columns < V)
-    inside = keys[:, None] < K
-    S = tl.zeros([BLOCK_K, COLUMNS], tl.float32)
+    inside = keys[None, :] < K
+    S = tl.zeros([COLUMNS, BLOCK_K], tl.float32)
     span = 1.0
     for c in range(SEGMENT):
         tokens = start + (number * SEGMENT + c) * C + index
         entry = (start // C + n + number * SEGMENT + c) * HV + head
         vector = factors + entry * 3 * C + index
         row = k + tokens[:, None] * k_token + (head // (HV // H)) * k_head
-        ks = tl.load(row + keys[None, :], mask=keys[None, :] < K, other=0.0)
+        ks = tl.load(row + keys[None, :], mask=inside, other=0.0).to(solve.dtype.element_ty)
         initial = tl.load(row + key_columns[None, :], mask=of_keys[None, :], other=0.0)
         vs = tl.load(
             v + tokens[:, None] * v_token + head * v_head + value_columns[None, :], mask=of_values[None, :], other=0.0
         )
-        matrix = solve + entry * C * C + index[:, None] * C + index[None, :]
-        ks = ks.to(solve.dtype.element_ty)
         from_start = tl.load(vector)
         vs = vs.to(tl.float32) - initial.to(tl.float32) * (from_start * span)[:, None]
-        new = new_values(S.to(ks.dtype), ks, vs, matrix, from_start, PRECISION)
+        predicted = product(S.to(ks.dtype), tl.trans(ks), PRECISION) * from_start[None, :]
+        M = tl.load(solve + entry * C * C + index[:, None] * C + index[None, :])
+        new = product((tl.trans(vs) - predicted).to(ks.dtype), tl.trans(M), PRECISION)
         decay = tl.load(decays + entry)
-        S = written(S, ks, new, tl.load(vector + 2 * C), decay, PRECISION)
+        S = sum_of_products((new * tl.load(vector + 2 * C)[None, :]).to(ks.dtype), ks, S * decay, PRECISION)
         span *= decay
     entry = segment.to(tl.int64) * HV + head
-    transition = transitions + entry * K * K + keys[:, None] * K + key_columns[None, :]
-    tl.store(transition, S.to(transitions.dtype.element_ty), mask=inside & of_keys[None, :])
+    transition = transitions + entry * K * K + key_columns[:, None] * K + keys[None, :]
+    tl.store(transition, S.to(transitions.dtype.element_ty), mask=of_keys[:, None] & inside)
     tl.store(
-        additions + entry * K * V + keys[:, None] * V + value_columns[None, :], S, mask=inside & of_values[None, :]
+        additions + entry * K * V + value_columns[:, None] * K + keys[None, :], S, mask=of_values[:, None] & inside
     )
     tl.store(spans + entry, span, mask=block == 0)
 
@@ -158,30 +151,30 @@ def start_kernel(  # type: ignore[no-untyped-def]
         return
 
     inside = (values[:, None] < V) & (keys[None, :] < K)
-    pool = state + slot * state_slot + head * V * K + values[:, None] * K + keys[None, :]
-    S = tl.trans(tl.load(pool, mask=inside & (tl.load(has_initial + n) != 0), other=0.0).to(tl.float32))
-    inside = (keys[:, None] < K) & (values[None, :] < V)
+    rows = head * V * K + values[:, None] * K + keys[None, :]
+    known = tl.load(has_initial + n) != 0
+    S = tl.load(state + slot * state_slot + rows, mask=inside & known, other=0.0).to(tl.float32)
     square = (keys[:, None] < K) & (keys[None, :] < K)
-    first_entry = (start // TOKENS + n) * HV + head
+    first_entry = start // TOKENS + n
     for segment in range(whole):
-        entry = first_entry + segment * HV
-        tile = entry * K * V + keys[:, None] * V + values[None, :]
-        Z = tl.load(transitions + entry * K * K + keys[:, None] * K + keys[None, :], mask=square, other=0.0)
-        B = tl.load(additions + tile, mask=inside, other=0.0)
-        tl.store(starts + tile, S, mask=inside)
-        B += product(Z, S.to(Z.dtype), PRECISION)
-        S = (S * tl.load(spans + entry) + B).to(state.dtype.element_ty).to(tl.float32)
-    entry = first_entry + whole * HV
-    tl.store(starts + entry * K * V + keys[:, None] * V + values[None, :], S, mask=inside)
+        entry = (first_entry + segment) * HV
+        Z = tl.load(transitions + (entry + head) * K * K + keys[:, None] * K + keys[None, :], mask=square, other=0.0)
+        B = tl.load(additions + entry * K * V + rows, mask=inside, other=0.0)
+        tl.store(starts + entry * K * V + rows, S, mask=inside)
+        B = sum_of_products(S.to(Z.dtype), Z, B, PRECISION)
+        S = (S * tl.load(spans + entry + head) + B).to(state.dtype.element_ty).to(tl.float32)
+    tl.store(starts + (first_entry + whole) * HV * K * V + rows, S, mask=inside)
 
 
 @triton.jit(do_not_specialize=["sequences", "with_snapshots"])
 def segment_kernel(  # type: ignore[no-untyped-def]
     q, k, v, out, state, starts, slots, query_start_loc, snapshot_slots, snapshot_lengths,
-    solve, attend, factors, decays,
-    q_token, q_head, k_token, k_head, v_token, v_head, state_slot, sequences, with_snapshots,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    C: tl.constexpr, SEGMENT: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
+    solve, attend, factors, decays, tiles_q, tiles_k, tiles_v, tiles_solve, tiles_attend,
+    state_slot, sequences, with_snapshots,
+    q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr, v_token: tl.constexpr,
+    v_head: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, C: tl.constexpr, SEGMENT: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """Outputs of BLOCK_V of the value dimensions of one value head of one segment, chunk after chunk.
 
@@ -205,44 +198,45 @@ def segment_kernel(  # type: ignore[no-untyped-def]
     if number > last:
         return
 
-    index = tl.arange(0, C)
     keys = tl.arange(0, BLOCK_K)
-    values = (program % BLOCKS) * BLOCK_V + tl.arange(0, BLOCK_V)
-    last_chunk = (end - start) % C
-    length = end - start - tl.where(last_chunk <= SHORT, last_chunk, 0)
-    chunks = ((length + C - 1) // C).to(tl.int32)
+    first_value = (program % BLOCKS) * BLOCK_V
+    length = (end - start).to(tl.int32)
+    length -= tl.where(length % C <= SHORT, length % C, 0)
     first_chunk = number * SEGMENT
-    behind = tl.minimum(first_chunk + SEGMENT, chunks)
     first_entry = (start // C + n) * HV + head
     slot = tl.load(slots + n).to(tl.int64)
     live = slot >= 0
     has_snapshot = live & (with_snapshots != 0)
     snapshot = tl.load(snapshot_slots + n, mask=has_snapshot, other=-1).to(tl.int64)
     has_snapshot = has_snapshot & (snapshot >= 0)
-    snapshot_at = tl.load(snapshot_lengths + n, mask=has_snapshot, other=-1).to(tl.int64)
-    inside = (values[:, None] < V) & (keys[None, :] < K)
-    tile = head * V * K + values[:, None] * K + keys[None, :]
-    initial = (segment.to(tl.int64) * HV + head) * K * V + keys[:, None] * V + values[None, :]
-    S = tl.load(starts + initial, mask=(keys[:, None] < K) & (values[None, :] < V) & live, other=0.0)
+    snapshot_at = tl.load(snapshot_lengths + n, mask=has_snapshot, other=-1).to(tl.int32)
+    inside = (first_value + tl.arange(0, BLOCK_V)[:, None] < V) & (keys[None, :] < K)
+    tile = state + (head * V + first_value) * K
+    initial = starts + ((segment.to(tl.int64) * HV + head) * V + first_value) * K
+    S = tl.load(rows_at(initial, K, keys, BLOCK_V), mask=inside & live, other=0.0)
 
-    served = tl.where(live, behind, first_chunk)
-    for c in range(first_chunk, served):
-        if c * C == snapshot_at:
-            tl.store(state + snapshot * state_slot + tile, tl.trans(S).to(state.dtype.element_ty), mask=inside)
-        S = walk_chunk(
-            S, q, k, v, out, solve, attend, factors, decays, start + c * C, end, first_entry + c * HV, head, values,
-            q_token, q_head, k_token, k_head, v_token, v_head, H, HV, K, V, BLOCK_K, C, PRECISION,
-        )  # fmt: skip
-
-    inside = inside & live & (number == last)
-    final = tl.trans(S).to(state.dtype.element_ty)
-    tl.store(state + snapshot * state_slot + tile, final, mask=inside & has_snapshot & (length == snapshot_at))
-    tl.store(state + slot * state_slot + tile, final, mask=inside & (length > 0))
-    for c in range(served, behind):
-        tokens = start + c * C + index
-        place = tokens[:, None] * (HV * V) + head * V + values[None, :]
-        nothing = tl.zeros([C, BLOCK_V], out.dtype.element_ty)
-        tl.store(out + place, nothing, mask=(tokens[:, None] < end) & (values[None, :] < V))
+    whole = length // C
+    behind = tl.where(live, tl.minimum(first_chunk + SEGMENT, whole), first_chunk)
+    tail = tl.where(live & (number == last), length % C, 0)
+    pause = snapshot_at // C
+    between = has_snapshot & (snapshot_at % C == 0) & (snapshot_at <= whole * C)
+    between = between & (pause >= first_chunk) & (pause < first_chunk + SEGMENT)
+    S = walk(
+        S, q, k, v, out, solve, attend, factors, decays, tiles_q, tiles_k, tiles_v, tiles_solve, tiles_attend,
+        start, first_chunk, behind, tail, tl.where(between, pause, -1), tile + snapshot * state_slot,
+        first_entry, head, first_value, q_token, q_head, k_token, k_head, v_token, v_head,
+        H, HV, K, V, BLOCK_K, BLOCK_V, C, PRECISION, tl.float32, TILES,
+    )  # fmt: skip
+    final = S.to(state.dtype.element_ty)
+    final_one = live & (number == last)
+    if final_one & has_snapshot & (length == snapshot_at):
+        tl.store(rows_at(tile + snapshot * state_slot, K, keys, BLOCK_V), final, mask=inside)
+    if final_one & (length > 0):
+        tl.store(rows_at(tile + slot * state_slot, K, keys, BLOCK_V), final, mask=inside)
+    chunks = tl.where(live, 0, (length + C - 1) // C)
+    store_zeros(
+        out, start, first_chunk, tl.minimum(first_chunk + SEGMENT, chunks), length, head, first_value, HV, V, BLOCK_V, C
+    )
 
 
 class SegmentConfiguration(Configuration):
@@ -250,13 +244,9 @@ class SegmentConfiguration(Configuration):
 
     def __init__(self, value_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, target: Target) -> None:
         super().__init__(value_heads, key_dim, value_dim, dtype, target)
-        # In bfloat16 there is room for wide blocks; products of 64 columns read half as many factors as those of 32.
         wide = self.products == torch.bfloat16
         roomy = wide and target.nvidia and target.shared_memory > 200 << 10
         widest = max(16, power_of_two(value_dim))
-        if wide:
-            self.block_v = min(widest, 64 if roomy or not target.nvidia else 32)
-            self.state_warps, self.stages = 8, 2 if roomy else 1
         self.columns = min(max(widest, self.block_k), 64 if roomy else 32)
         self.transition_warps, self.transition_stages = 4, 2 if roomy else 1
         # One head and sequence should have many programs, as a step waits for the one before it.
@@ -303,9 +293,10 @@ def run_segments(
         num_warps=config.start_warps, num_stages=config.start_stages, enable_fp_fusion=True,
     )  # fmt: skip
     snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
+    tiles = tiles_of(q, k, v, chunks, config)
     segment_kernel[(entries[0] * value_heads * triton.cdiv(value_dim, config.block_v),)](
-        q, k, v, out, state, starts, slots, query_start_loc, snapshot_slots, snapshot_lengths, *chunks,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], state.stride(0), sequences, int(snapshots is not None),
-        V=value_dim, BLOCK_V=config.block_v, SEGMENT=SEGMENT, SHORT=RECURRENT_TOKENS,
+        q, k, v, out, state, starts, slots, query_start_loc, snapshot_slots, snapshot_lengths, *chunks, *tiles,
+        state.stride(0), sequences, int(snapshots is not None), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        V=value_dim, BLOCK_V=config.block_v, SEGMENT=SEGMENT, SHORT=RECURRENT_TOKENS, TILES=tiles[0] is not None,
         num_warps=config.state_warps, num_stages=config.stages, **shapes,
     )  # fmt: skip

@@ -219,7 +219,9 @@ def _check_memory(builder: Any) -> None:
 
     def init_args(self: Any, args: Any, kwargs: Any) -> Any:
         taken = take_arguments(self, args, kwargs)
-        tensors = [x for x in (*taken[0], *taken[1].values()) if hasattr(x, "untyped_storage")]
+        # Of a tensor descriptor, the tensor.
+        arguments = (getattr(x, "base", x) for x in (*taken[0], *taken[1].values()))
+        tensors = [x for x in arguments if hasattr(x, "untyped_storage")]
         memory = [tensor.untyped_storage() for tensor in tensors]
         storages[:] = {(m.data_ptr(), m.data_ptr() + m.nbytes()) for m in memory}
         return taken

@@ -48,12 +48,14 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 LENGTHS = (0, 1, 4, 63, 64, 65, 128)
 HALF = (torch.bfloat16, torch.float16)
 
+TILED = Shape(1, 2, 16, 64)
+"""A prefill in bfloat16 loads whole chunks of it by tensor descriptors where the GPU has them."""
 
 CASES = [
     (SHAPES[0], torch.float32, torch.float32),
     (SHAPES[1], torch.bfloat16, torch.float32),
     (SHAPES[2], torch.float32, torch.bfloat16),
-    (SHAPES[0], torch.bfloat16, torch.bfloat16),
+    (TILED, torch.bfloat16, torch.bfloat16),
     (SHAPES[1], torch.float16, torch.float32),
 ]
 cases = pytest.mark.parametrize(("shape", "dtype", "state_dtype"), CASES)
@@ -207,6 +209,20 @@ def assert_accurate_in_full_strength(shape: Shape, tokens: Tokens) -> None:
     gates, run = random_gates(shape), Run(tokens, random_state(shape, torch.float32))
     ours, truth = prefill([run], gates, torch.float32)[0], by_reference(run, gates)
     expected = roundings(shape, length, dtype, torch.float32)
+    assert_close(ours.out, truth.out, expected)
+    assert_close(ours.state, truth.state, expected)
+
+
+def test_rows_that_no_tensor_descriptor_can_have_agree_with_float64() -> None:
+    length = 150
+    gates, run = random_gates(TILED), random_runs(TILED, [length], torch.bfloat16, torch.float32)[0]
+    wide = [torch.cat([x.flatten(1), torch.full((length, 3), torch.nan, dtype=x.dtype)], dim=1) for x in run.tokens[:3]]
+    rows = (x[:, :-3].unflatten(1, y.shape[1:]) for x, y in zip(wide, run.tokens, strict=False))
+    ours, truth = (
+        prefill([Run(Tokens(*rows, *run.tokens[3:]), run.state)], gates, torch.float32)[0],
+        by_reference(run, gates),
+    )
+    expected = roundings(TILED, length, torch.bfloat16, torch.float32)
     assert_close(ours.out, truth.out, expected)
     assert_close(ours.state, truth.state, expected)
 
