@@ -219,19 +219,19 @@ def segment_kernel(  # type: ignore[no-untyped-def]
     behind = tl.where(live, tl.minimum(first_chunk + SEGMENT, whole), first_chunk)
     tail = tl.where(live & (number == last), length % C, 0)
     pause = snapshot_at // C
-    between = has_snapshot & (snapshot_at % C == 0) & (snapshot_at <= whole * C)
-    between = between & (pause >= first_chunk) & (pause < first_chunk + SEGMENT)
+    between = (snapshot_at % C == 0) & (snapshot_at <= whole * C)
+    between = between & (snapshot_at >= first_chunk * C) & (pause < first_chunk + SEGMENT)
+    place = tile + snapshot * state_slot
     S = walk(
         S, q, k, v, out, solve, attend, factors, decays, tiles_q, tiles_k, tiles_v, tiles_solve, tiles_attend,
-        start, first_chunk, behind, tail, tl.where(between, pause, -1), tile + snapshot * state_slot,
+        start, first_chunk, behind, tail, tl.where(between, pause, -1), place,
         first_entry, head, first_value, q_token, q_head, k_token, k_head, v_token, v_head,
         H, HV, K, V, BLOCK_K, BLOCK_V, C, PRECISION, tl.float32, TILES,
     )  # fmt: skip
     final = S.to(state.dtype.element_ty)
-    final_one = live & (number == last)
-    if final_one & has_snapshot & (length == snapshot_at):
-        tl.store(rows_at(tile + snapshot * state_slot, K, keys, BLOCK_V), final, mask=inside)
-    if final_one & (length > 0):
+    if (number == last) & (length == snapshot_at):
+        tl.store(rows_at(place, K, keys, BLOCK_V), final, mask=inside)
+    if (number == last) & live & (length > 0):
         tl.store(rows_at(tile + slot * state_slot, K, keys, BLOCK_V), final, mask=inside)
     chunks = tl.where(live, 0, (length + C - 1) // C)
     store_zeros(

@@ -234,16 +234,17 @@ def state_kernel(  # type: ignore[no-untyped-def]
 
     whole = tl.where(live, length // C, 0)
     tail = tl.where(live, length % C, 0)
-    between = has_snapshot & (snapshot_at >= 0) & (snapshot_at % C == 0) & (snapshot_at <= whole * C)
+    between = (snapshot_at >= 0) & (snapshot_at % C == 0) & (snapshot_at <= whole * C)
+    place = tile + snapshot * state_slot
     S = walk(
         S, q, k, v, out, solve, attend, factors, decays, tiles_q, tiles_k, tiles_v, tiles_solve, tiles_attend,
-        start, 0, whole, tail, tl.where(between, snapshot_at // C, -1), tile + snapshot * state_slot,
+        start, 0, whole, tail, tl.where(between, snapshot_at // C, -1), place,
         first_entry, head, first_value, q_token, q_head, k_token, k_head, v_token, v_head,
         H, HV, K, V, BLOCK_K, BLOCK_V, C, PRECISION, state.dtype.element_ty, TILES,
     )  # fmt: skip
     last = S.to(state.dtype.element_ty)
-    if has_snapshot & (length == snapshot_at):
-        tl.store(rows_at(tile + snapshot * state_slot, K, keys, BLOCK_V), last, mask=inside)
+    if length == snapshot_at:
+        tl.store(rows_at(place, K, keys, BLOCK_V), last, mask=inside)
     if live & (length > 0):
         tl.store(rows_at(tile + slot * state_slot, K, keys, BLOCK_V), last, mask=inside)
     skipped = tl.where(live, 0, (length + C - 1) // C)
