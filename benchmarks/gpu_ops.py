@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +101,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns: four minutes on an H200")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script; its times mean nothing")
     parser.add_argument("--minutes", type=float, help="after so long no further row is begun")
-    parser.add_argument("--warm", type=int, metavar="N", help="have N processes compile what the rows need beforehand")
+    parser.add_argument(
+        "--warm", type=int, default=0, metavar="N", help="have N processes compile what the rows need beforehand"
+    )
     parser.add_argument("--only-compile", metavar="I/N", help="what --warm starts: compile share I of N, time nothing")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table and the machine to FILE, row by row")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found to FILE")
@@ -113,21 +115,33 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (word.strip() for word in text.split(","))))
 
 
-def compile_beforehand(command: Sequence[str], processes: int, seconds: float) -> None:
-    """Run ``command`` with I/N behind it for every I below N ``processes``; what runs after ``seconds`` is ended."""
-    began = time.monotonic()
+@contextmanager
+def compiling(command: Sequence[str], processes: int, seconds: float) -> Iterator[Callable[[], None]]:
+    """Run ``command`` with I/N behind it for every I below N ``processes``; gives a function that waits for them.
+
+    What runs ``seconds`` after the start is ended then, or at the end of the block.
+    """
     # A process of its own for each share compiles with one thread.
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment, end = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}, time.monotonic() + seconds
     running = [subprocess.Popen([*command, f"{share}/{processes}"], env=environment) for share in range(processes)]
-    try:
-        for each in running:
-            each.wait(max(0.0, began + seconds - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        print(f"--warm: ended after {seconds:.0f} s", file=sys.stderr)
-    finally:
+
+    def kill() -> None:
         for each in running:
             each.kill()
             each.wait()
+
+    def wait() -> None:
+        try:
+            for each in running:
+                each.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            print(f"--warm: ended after {seconds:.0f} s", file=sys.stderr)
+            kill()
+
+    try:
+        yield wait
+    finally:
+        kill()
 
 
 def share_of(text: str) -> tuple[int, int]:
@@ -142,8 +156,6 @@ def options_of(args: argparse.Namespace) -> Options:
     """What ``args`` of :func:`parse` ask for; raises ArgumentError or ValueError."""
     if unknown := [name for name in words(args.backend) if name not in BACKEND_NAMES]:
         raise ArgumentError(f"--backend: expected some of {', '.join(BACKEND_NAMES)}, got {unknown[0]!r}")
-    if args.warm is not None and args.warm < 1:
-        raise ArgumentError(f"--warm: expected at least one process, got {args.warm}")
     for name, file in (("--csv", args.csv), ("--json", args.json)):
         check_writable(name, file)
     sizes: Sizes = TINY if args.tiny else GPU_QUICK if args.quick else GPU
@@ -177,6 +189,27 @@ def show(report: OpsReport, console: Console) -> None:
     show_problems(report, console)
 
 
+def bench_of(options: Options, files: Files) -> KernelsBench:
+    return KernelsBench(options, files, Said(Console(stderr=True, highlight=False)), OpsReport)
+
+
+def run(bench: KernelsBench, wait: Callable[[], None], began: float, console: Console) -> OpsReport:
+    """Measure behind ``wait``, and show and write what was, whatever ends it; ``began``: when the time began."""
+    report = bench.report
+    assert isinstance(report, OpsReport)
+    try:
+        wait()
+        # What peers take to be imported and kernels to be compiled is of the time that there is.
+        bench.options = replace(bench.options, last_start=bench.options.last_start - (time.monotonic() - began))
+        bench.run()
+    except (Exception, KeyboardInterrupt) as error:
+        report.problems.append(one_line(error))
+    finally:
+        bench.files.write(report)
+        show(report, console)
+    return report
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if not torch.cuda.is_available():
@@ -184,31 +217,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     began, console = time.monotonic(), Console(width=None if sys.stdout.isatty() else 170, highlight=False)
     try:
-        files = Files(args.json, args.csv)
-        bench = KernelsBench(options_of(args), files, Said(Console(stderr=True, highlight=False)), OpsReport)
-        bench.rows()
+        options = options_of(args)
         if args.only_compile is not None:
-            bench.compile(*share_of(args.only_compile))
+            bench_of(options, Files(None, None)).compile(*share_of(args.only_compile))
             return 0
+        given = sys.argv[1:] if arguments is None else arguments
+        command = [sys.executable, __file__, *given, "--only-compile"]
+        files = Files(args.json, args.csv)
+        with ends_on_sigterm(), compiling(command, args.warm, WARM_SECONDS) as wait:
+            # Peers are imported meanwhile, which takes some of them as long.
+            bench = bench_of(options, files)
+            bench.rows()
+            report = run(bench, wait, began, console)
     except (ArgumentError, ValueError) as error:
         print(f"gpu_ops.py: {error}", file=sys.stderr)
         return 2
-    report = bench.report
-    assert isinstance(report, OpsReport)
-    with ends_on_sigterm():
-        try:
-            if args.warm is not None:
-                given = sys.argv[1:] if arguments is None else arguments
-                compile_beforehand([sys.executable, __file__, *given, "--only-compile"], args.warm, WARM_SECONDS)
-            # What peers take to be imported and kernels to be compiled is of the time that there is.
-            bench.options = replace(bench.options, last_start=bench.options.last_start - (time.monotonic() - began))
-            bench.run()
-        # Whatever ends it, what was measured is shown.
-        except (Exception, KeyboardInterrupt) as error:
-            report.problems.append(one_line(error))
-        finally:
-            files.write(report)
-            show(report, console)
     if args.plots is not None:
         lines = [dict(zip(COLUMNS, cells, strict=True)) for cells in report.cells()]
         console.print(write_plots(args.plots, next(iter(report.header), ""), lines))

@@ -154,14 +154,14 @@ def inner_rows(x: Tensor) -> int:
     return x.shape[-2] if x.dim() > 1 else 1
 
 
-def row_tile(width: int) -> dict[str, int]:
-    """Block sizes and warps of a program that holds whole rows: 16 elements a thread at most widths.
+def row_tile(width: int, elements: int = ELEMENTS) -> dict[str, int]:
+    """Block sizes and warps of a program that holds whole rows: ``elements`` of short ones, 16 a thread at most widths.
 
     They follow from the width alone, so that a row has the same bits in any batch.
     """
     block = power_of_two(width)
     warps = min(16, max(4, block // 512))
-    return {"ROWS": max(1, ELEMENTS // block), "BLOCK": block, "num_warps": warps, "num_stages": 1}
+    return {"ROWS": max(1, elements // block), "BLOCK": block, "num_warps": warps, "num_stages": 1}
 
 
 def _outer_and_inner(x: Tensor) -> tuple[int, int]:

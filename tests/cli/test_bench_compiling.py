@@ -93,11 +93,16 @@ def test_the_shares_of_a_benchmark_compile_between_them_what_its_rows_launch() -
 def test_processes_that_compile_get_their_share_and_are_ended_in_time(gpu_ops: ModuleType, tmp_path: Path) -> None:
     script = f"import sys, pathlib, time; share = sys.argv[1].replace('/', '-'); pathlib.Path({str(tmp_path)!r}, share)"
     quick = [sys.executable, "-c", script + ".touch()"]
-    gpu_ops.compile_beforehand(quick, 3, 30.0)
+    with gpu_ops.compiling(quick, 3, 30.0) as wait:
+        wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0-3", "1-3", "2-3"]
-    began = time.monotonic()
-    gpu_ops.compile_beforehand([sys.executable, "-c", "import time; time.sleep(60)"], 2, 0.5)
-    assert 0.5 <= time.monotonic() - began < 20
+    asleep, began = [sys.executable, "-c", "import time; time.sleep(60)"], time.monotonic()
+    with gpu_ops.compiling(asleep, 2, 0.5) as wait:
+        wait()
+        assert time.monotonic() - began >= 0.5
+    with gpu_ops.compiling(asleep, 2, 60.0):
+        pass
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("text", ["", "3", "3/", "/3", "3/3", "-1/3", "a/3"])

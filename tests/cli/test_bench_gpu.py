@@ -356,7 +356,6 @@ def test_without_a_gpu_it_ends_with_one_line(gpu_ops: ModuleType, capsys: pytest
         (["--backend", "fast"], "--backend: expected some of reference, "),
         (["--tp", "3"], "expected a number of ranks that divides 16 heads, got 3"),
         (["--tp", "two"], "--tp: expected positive numbers with commas"),
-        (["--warm", "0"], "--warm: expected at least one process, got 0"),
         (["--csv", "/"], "--csv: expected a file in a folder that can be written to"),
     ],
 )

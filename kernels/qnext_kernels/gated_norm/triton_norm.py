@@ -9,6 +9,9 @@ from torch import Tensor
 from qnext_kernels.triton_elementwise import pairwise_sum, row_start, silu
 from qnext_kernels.triton_support import aligned_rows, inner_rows, row_tile, vector_of, vector_rows
 
+ELEMENTS = 1024
+"""Of a program: one vector of 16 bytes a thread in bfloat16, which at 64 tokens and at 8192 is fastest on an H200."""
+
 
 @triton.jit
 def normalised_and_gated(  # type: ignore[no-untyped-def]
@@ -49,7 +52,7 @@ def run_gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, out: Te
     width = weight.shape[0]
     if out.numel() == 0:
         return
-    vector, rows, config = vector_of(width, x.dtype), out.numel() // width, row_tile(width)
+    vector, rows, config = vector_of(width, x.dtype), out.numel() // width, row_tile(width, ELEMENTS)
     x, *x_strides = vector_rows(x, vector)
     z, *z_strides = vector_rows(z, vector)
     gated_rms_norm_kernel[(triton.cdiv(rows, config["ROWS"]),)](
