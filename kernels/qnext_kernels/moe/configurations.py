@@ -99,8 +99,9 @@ def few(shape: Shape, tokens: int, target: Target) -> Few | None:
     if tokens > 1 and tokens * shape.top_k * (12 if fp8 else 6) > shape.experts:
         return None
     # Weights of a program; whole rows of them lie in registers, of the second product those of all choices. With FP8
-    # there are more, for every program quantizes its activations.
-    up, down, warps = (1 << 15, 1 << 16, 8) if fp8 else (1 << 13, 1 << 15, 4)
+    # there are more, for every program quantizes its activations, and where a program waits behind its loads: it has
+    # them all under way then, as the compiler else may not.
+    up, down, warps = (1 << 15, 1 << 16, 8) if fp8 else (1 << 13, 1 << (15 if target.overlaps else 14), 4)
     if fp8 and not target.e4m3:
         up, down = up // 4, down // 4  # decoding takes registers
     up //= 2 * power_of_two(shape.hidden)
