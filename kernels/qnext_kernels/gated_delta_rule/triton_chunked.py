@@ -191,9 +191,11 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
 
     entry = chunk.to(tl.int64) * HV + head
     vector = factors + entry * 3 * C + index
-    tl.store(vector, from_start * k_norms)
-    tl.store(vector + C, from_start * q_norms)
-    tl.store(vector + 2 * C, to_end * k_norms)
+    # What is gathered lies in one thread a token; elsewhere it would be in each of the many that share its row.
+    of_k, of_q = tl.gather(k_norms, index, axis=0), tl.gather(q_norms, index, axis=0)
+    tl.store(vector, from_start * of_k)
+    tl.store(vector + C, from_start * of_q)
+    tl.store(vector + 2 * C, to_end * of_k)
     tl.store(decays + entry + index * 0, from_start, mask=index == C - 1)
 
     matrix = index[:, None] * C + index[None, :]
@@ -201,9 +203,8 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
     between = tl.exp2(between) * (tl.exp2(-fine) * k_norms)[None, :]
     attended = attended * between * (tl.exp2(fine) * q_norms)[:, None]
     tl.store(attend + entry * C * C + matrix, attended.to(attend.dtype.element_ty))
-    # Gathered, β is computed once a token; else in each of the many threads that take part in the products. Column j
-    # has it as a factor, which keeps the rows of tokens that hardly write as accurate as all:
-    # (I + diag(β) L)⁻¹ diag(β) = diag(β) (I + L diag(β))⁻¹.
+    # Gathered, β is computed once a token as well. Column j has it as a factor, which keeps the rows of tokens that
+    # hardly write as accurate as all: (I + diag(β) L)⁻¹ diag(β) = diag(β) (I + L diag(β))⁻¹.
     beta = tl.gather(beta, index, axis=0)
     system = system * between * (tl.exp2(fine) * k_norms)[:, None] * beta[None, :]
     solved = unit_lower_inverse(system, C, INVERSE) * beta[:, None]
@@ -231,7 +232,7 @@ class Configuration:
         self.chunk_warps = 4
         # No entry of an inverse is above 1: float16 keeps the bits of tf32, which would be cut off, at twice the speed.
         self.inverse = "float16" if dtype != torch.float32 else self.precision
-        self.keys, self.chunk_options = self.block_k, {}
+        self.keys, self.chunk_options = min(128, self.block_k), {}
         if target.nvidia and target.shared_memory < 200 << 10:
             self.keys = min(32, self.block_k)
         elif target.nvidia and dtype == torch.bfloat16:
