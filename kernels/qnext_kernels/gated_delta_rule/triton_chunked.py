@@ -222,7 +222,7 @@ class Configuration:
         half = self.products == torch.bfloat16
         wide = half and target.tensor_maps and target.shared_memory > 200 << 10
         self.block_v = min(64 if wide else 32 if half and not target.nvidia else 16, max(16, power_of_two(value_dim)))
-        self.state_warps = 8 if (target.nvidia and not half) or (wide and not target.wgmma) else 4
+        self.state_warps = 8 if wide and not target.wgmma else 4
         stage = CHUNK_SIZE * (2 * self.block_k + 2 * CHUNK_SIZE + self.block_v) * self.products.itemsize
         # The next chunk is loaded during this one, and the one behind it where products read shared memory themselves.
         fit = target.shared_memory // (stage + STORED)

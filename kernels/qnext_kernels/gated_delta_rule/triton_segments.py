@@ -203,7 +203,7 @@ def segment_kernel(  # type: ignore[no-untyped-def]
     length = (end - start).to(tl.int32)
     length -= tl.where(length % C <= SHORT, length % C, 0)
     first_chunk = number * SEGMENT
-    first_entry = (start // C + n) * HV + head
+    first_entry = (start // C + n).to(tl.int32) * HV + head
     slot = tl.load(slots + n).to(tl.int64)
     live = slot >= 0
     has_snapshot = live & (with_snapshots != 0)
@@ -247,10 +247,10 @@ class SegmentConfiguration(Configuration):
         wide = self.products == torch.bfloat16
         roomy = wide and target.nvidia and target.shared_memory > 200 << 10
         widest = max(16, power_of_two(value_dim))
-        self.columns = min(max(widest, self.block_k), 64 if roomy else 32)
+        self.columns = min(max(widest, self.block_k), 64 if roomy and target.wgmma else 32)
         self.transition_warps, self.transition_stages = 4, 2 if roomy else 1
         # One head and sequence should have many programs, as a step waits for the one before it.
-        self.start_block, self.start_warps, self.start_stages = 16, 4 if wide else 8, 2 if roomy else 1
+        self.start_block, self.start_warps, self.start_stages = 16, 4, 2 if roomy and target.wgmma else 1
 
 
 def run_segments(

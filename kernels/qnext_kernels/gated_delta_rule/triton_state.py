@@ -73,7 +73,7 @@ def sum_of_products(a, b, accumulated, PRECISION: tl.constexpr):  # type: ignore
 @triton.jit
 def walk_chunk(  # type: ignore[no-untyped-def]
     S, decay, q, k, v, out, solve, attend, factors, tiles_q, tiles_k, tiles_v, tiles_solve, tiles_attend,
-    first, count, entry, head, first_value,
+    first, count, left, entry, head, first_value,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr, v_token: tl.constexpr,
     v_head: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, POOL: tl.constexpr, TILES: tl.constexpr,
@@ -88,13 +88,14 @@ def walk_chunk(  # type: ignore[no-untyped-def]
         S: [BLOCK_V, BLOCK_K] float32, the rows from ``first_value`` on of the state before it, rounded to POOL here.
         decay: exp(G_C) of the chunk.
         tiles_q, …, tiles_attend: of :func:`state_kernel`, where TILES: never for a chunk that is PARTIAL.
-        count: the tokens of the chunk, C unless PARTIAL.
+        count: the tokens of the chunk, C unless PARTIAL; left: not 0.
         entry: of the chunk and value head in solve, attend and factors; others as in :func:`state_kernel`.
     """
     index = tl.arange(0, C)
     key_head = head // (HV // H)
     dtype = solve.dtype.element_ty
-    token, row = first.to(tl.int32), (entry * C).to(tl.int32)
+    token, row = first.to(tl.int32), entry * C
+    entry = entry.to(tl.int64)
     # Everything is loaded where it is needed, so that it takes no registers before.
     vector = factors + entry * 3 * C
     if TILES:
@@ -110,6 +111,10 @@ def walk_chunk(  # type: ignore[no-untyped-def]
     rest = (vt - predicted * tl.load(vector + index)[None, :]).to(dtype)
     M = tiles_solve.load([row, 0]) if TILES else tl.load(rows_at(solve + entry * C * C, C, index, C))
     new = product(rest, tl.trans(M), PRECISION)
+    # No product's factor follows from these, so that no loop loads them ahead; nor does it move what is in a branch.
+    of_queries = tl.zeros([C], tl.float32)
+    if left > 0:
+        of_queries = tl.load(vector + C + index)
     S = sum_of_products((new * tl.load(vector + 2 * C + index)[None, :]).to(dtype), ks, S * decay, PRECISION)
     if TILES:
         qs = tiles_q.load([token, key_head * q_head])
@@ -117,7 +122,7 @@ def walk_chunk(  # type: ignore[no-untyped-def]
     else:
         qs = load_rows(q + first * q_token + key_head * q_head, q_token, 0, K, BLOCK_K, count, C, PARTIAL).to(dtype)
         P = tl.load(rows_at(attend + entry * C * C, C, index, C))
-    o = product(before, tl.trans(qs), PRECISION) * tl.load(vector + C + index)[None, :]
+    o = product(before, tl.trans(qs), PRECISION) * of_queries[None, :]
     o = sum_of_products(new.to(dtype), tl.trans(P), o, PRECISION).to(out.dtype.element_ty)
     store_rows(out + first * (HV * V) + head * V, HV * V, o, first_value, V, BLOCK_V, count, C, PARTIAL)
     return S
@@ -150,8 +155,9 @@ def walk(  # type: ignore[no-untyped-def]
             next_decay = tl.load(decays + entry + HV, mask=c + 1 < until, other=0.0)
             S = walk_chunk(
                 S, decay, q, k, v, out, solve, attend, factors, tiles_q, tiles_k, tiles_v, tiles_solve, tiles_attend,
-                start + c * C, C, entry, head, first_value, q_token, q_head, k_token, k_head, v_token, v_head,
-                H, HV, K, V, BLOCK_K, BLOCK_V, C, PRECISION, POOL, TILES, False,
+                start + c * C, C, until - c, entry, head, first_value,
+                q_token, q_head, k_token, k_head, v_token, v_head, H, HV, K, V, BLOCK_K, BLOCK_V, C, PRECISION, POOL,
+                TILES, False,
             )  # fmt: skip
             decay = next_decay
         if (part == 0) & (pause >= 0):
@@ -160,9 +166,10 @@ def walk(  # type: ignore[no-untyped-def]
         until = behind
     if tail > 0:
         entry = first_entry + behind * HV
+        decay = tl.load(decays + entry)
         S = walk_chunk(
-            S, tl.load(decays + entry), q, k, v, out, solve, attend, factors,
-            tiles_q, tiles_k, tiles_v, tiles_solve, tiles_attend, start + behind * C, tail, entry, head, first_value,
+            S, decay, q, k, v, out, solve, attend, factors, tiles_q, tiles_k, tiles_v, tiles_solve, tiles_attend,
+            start + behind * C, tail, tail, entry, head, first_value,
             q_token, q_head, k_token, k_head, v_token, v_head, H, HV, K, V, BLOCK_K, BLOCK_V, C, PRECISION, POOL,
             False, True,
         )  # fmt: skip
@@ -219,7 +226,7 @@ def state_kernel(  # type: ignore[no-untyped-def]
     end = tl.load(query_start_loc + n + 1).to(tl.int64)
     length = (end - start).to(tl.int32)
     length -= tl.where(length % C <= SHORT, length % C, 0)
-    first_entry = (start // C + n) * HV + head
+    first_entry = (start // C + n).to(tl.int32) * HV + head
 
     slot = tl.load(slots + n).to(tl.int64)
     live = slot >= 0

@@ -227,6 +227,20 @@ def test_rows_that_no_tensor_descriptor_can_have_agree_with_float64() -> None:
     assert_close(ours.state, truth.state, expected)
 
 
+def test_rows_that_no_tensor_descriptor_can_have_agree_with_float64() -> None:
+    length = 150
+    gates, run = random_gates(TILED), random_runs(TILED, [length], torch.bfloat16, torch.float32)[0]
+    wide = [torch.cat([x.flatten(1), torch.full((length, 3), torch.nan, dtype=x.dtype)], dim=1) for x in run.tokens[:3]]
+    rows = (x[:, :-3].unflatten(1, y.shape[1:]) for x, y in zip(wide, run.tokens, strict=False))
+    ours, truth = (
+        prefill([Run(Tokens(*rows, *run.tokens[3:]), run.state)], gates, torch.float32)[0],
+        by_reference(run, gates),
+    )
+    expected = roundings(TILED, length, torch.bfloat16, torch.float32)
+    assert_close(ours.out, truth.out, expected)
+    assert_close(ours.state, truth.state, expected)
+
+
 def test_products_of_a_part_of_the_keys_at_a_time_agree_with_float64() -> None:
     shape, length = Shape(1, 2, 72, 16), 150
     gates, run = random_gates(shape), random_runs(shape, [length], torch.bfloat16, torch.float32)[0]
