@@ -14,20 +14,10 @@ for a segment. Three launches follow the one for chunks:
     start_kernel        the states before the segments, one after the other: a product of K × K each
     segment_kernel      the walk through every segment at once, from its state and with its outputs
 
-With segments there are programs enough to give each 64 columns of a state, where the serial walk takes 16. For a chunk
-and head with K = V = 128, four programs of the first kernel and two of the last do 18.9 MFLOP and load 256 KiB, eight
-of the serial walk 8.4 MFLOP and 416 KiB: 2.25 times the operations and 0.6 times the bytes, almost all from the L2
-cache. A walk waits for one product after the other, though, so that what counts first is how many chunks (of
-``start_kernel``: segments) are behind each other on a GPU with 132 multiprocessors, each of which holds two programs of
-the first kernel or one of the last. Those chunks load 32 and 64 KiB a program, in the serial walk 52; nothing of this
-has been measured:
-
-    tokens, value heads     serial, and its programs     three kernels
-    65536, 4                1024, 32                     64 + 128 + 64
-    65536, 8                1024, 64                     128 + 128 + 128
-    65536, 16               1024, 128                    256 + 128 + 256
-    8192, 4                 128, 32                      8 + 16 + 8
-    8192, 8                 128, 64                      16 + 16 + 16
+A walk waits for one product after the other, so that what counts is how many chunks (of ``start_kernel``: segments) are
+behind each other on a GPU with 132 multiprocessors, each of which holds two programs of the first kernel or one of the
+last. The serial walk has two programs a sequence and value head. For a chunk and head with K = V = 128, four programs
+of the first kernel and two of the last do 2.25 times its operations.
 
 Segments lie at fixed places behind the start of a sequence, whatever the batch, and the state in front of each is
 rounded to the dtype of the pool. So a prefill split there has the bits of the unsplit one, a snapshot those of a

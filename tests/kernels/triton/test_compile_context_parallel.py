@@ -54,9 +54,9 @@ def test_in_float32_every_kernel_compiles_and_fits_into_shared_memory(target: st
 
 def test_two_programs_of_the_widest_walk_share_a_multiprocessor_and_load_the_next_chunk_meanwhile() -> None:
     _, transition, start, segment, _ = compile_prefill("sm_90", ranks=8)
-    for kernel in (transition, start, segment):
-        assert "wgmma.mma_async" in kernel.assembly
-        assert "cp.async" in kernel.assembly
+    # The states before segments have 16 rows a program, too few for the products of four warps.
+    assert ["wgmma.mma_async" in kernel.assembly for kernel in (transition, start, segment)] == [True, False, True]
+    assert all("cp.async" in kernel.assembly for kernel in (transition, start, segment))
     reserved, registers = 1 << 10, 1 << 16
     assert 2 * (transition.shared + reserved) <= SHARED_MEMORY["sm_90"] + reserved
     assert 2 * 128 * transition.registers <= registers
