@@ -188,11 +188,27 @@ def test_equal_keys_written_in_full_strength_stay_accurate() -> None:
     shape, length = SHAPES[1], 128
     tokens = random_tokens(shape, length, torch.float32)
     tokens.k[:] = tokens.k[:1]
+    assert_accurate_in_full_strength(shape, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_keys_that_are_nearly_equal_or_opposite_stay_accurate_in_full_strength(dtype: torch.dtype) -> None:
+    """The inverse has entries of every size up to 1 then, most of them differences of larger products."""
+    shape, length = SHAPES[1], 64
+    tokens = random_tokens(shape, length, torch.float32)
+    sign = torch.where(torch.rand(length) < 0.5, -1.0, 1.0)[:, None, None]
+    tokens.k[:] = sign * (tokens.k[:1] + 0.1 * tokens.k)
+    assert_accurate_in_full_strength(shape, Tokens(*(x.to(dtype) for x in tokens)))
+
+
+def assert_accurate_in_full_strength(shape: Shape, tokens: Tokens) -> None:
+    """Nothing is forgotten, and what a key reads is replaced."""
+    length, dtype = len(tokens.v), tokens.v.dtype
     tokens.a.fill_(-30.0)
     tokens.b.fill_(30.0)
     gates, run = random_gates(shape), Run(tokens, random_state(shape, torch.float32))
     ours, truth = prefill([run], gates, torch.float32)[0], by_reference(run, gates)
-    expected = roundings(shape, length, torch.float32, torch.float32)
+    expected = roundings(shape, length, dtype, torch.float32)
     assert_close(ours.out, truth.out, expected)
     assert_close(ours.state, truth.state, expected)
 
