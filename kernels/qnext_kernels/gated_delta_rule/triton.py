@@ -28,7 +28,7 @@ class TritonGatedDeltaRule(TritonBackend):
     pads its batch: tokens behind the last sequence have zero outputs in a verify, and undefined ones in a prefill,
     which no graph captures. Pools must be contiguous within a slot.
 
-    The tests compile it for GPUs of NVIDIA and AMD and run it in Triton's interpreter; it has not run on a GPU yet.
+    The tests compile it for GPUs of NVIDIA and AMD, run it in Triton's interpreter, and on a GPU where there is one.
     """
 
     batch_invariant = True
