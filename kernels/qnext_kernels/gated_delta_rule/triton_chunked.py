@@ -214,7 +214,7 @@ def chunk_kernel(  # type: ignore[no-untyped-def]
 class Configuration:
     """Block sizes, warps and stages of the two kernels: from shapes, dtype and target, never from the batch."""
 
-    def __init__(self, value_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, target: Target) -> None:
+    def __init__(self, key_dim: int, value_dim: int, dtype: torch.dtype, target: Target) -> None:
         # float16 products of keys that are not normalised could overflow; its ten bits are those of tf32.
         self.products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self.block_k = max(16, power_of_two(key_dim))

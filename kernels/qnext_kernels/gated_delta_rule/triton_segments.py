@@ -232,8 +232,8 @@ def segment_kernel(  # type: ignore[no-untyped-def]
 class SegmentConfiguration(Configuration):
     """Block sizes, warps and stages of the kernels here: from shapes, dtype and target, never from the batch."""
 
-    def __init__(self, value_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, target: Target) -> None:
-        super().__init__(value_heads, key_dim, value_dim, dtype, target)
+    def __init__(self, key_dim: int, value_dim: int, dtype: torch.dtype, target: Target) -> None:
+        super().__init__(key_dim, value_dim, dtype, target)
         wide = self.products == torch.bfloat16
         roomy = wide and target.nvidia and target.shared_memory > 200 << 10
         widest = max(16, power_of_two(value_dim))
@@ -262,7 +262,7 @@ def run_segments(
     key_dim, sequences = q.shape[2], slots.shape[0]
     if sequences == 0:
         return
-    config = SegmentConfiguration(value_heads, key_dim, value_dim, v.dtype, current_target())
+    config = SegmentConfiguration(key_dim, value_dim, v.dtype, current_target())
     chunks, shapes = solve_chunks(tokens, slots, query_start_loc, config)
     solve, _, factors, decays = chunks
     entries = (num_tokens // (SEGMENT * CHUNK_SIZE) + sequences, value_heads)

@@ -293,7 +293,7 @@ def run_chunked(
     sequences = slots.shape[0]
     if sequences == 0:
         return
-    config = Configuration(value_heads, q.shape[2], value_dim, v.dtype, current_target())
+    config = Configuration(q.shape[2], value_dim, v.dtype, current_target())
     chunks, shapes = solve_chunks(tokens, slots, query_start_loc, config)
     snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
     tiles = tiles_of(q, k, v, chunks, config)
