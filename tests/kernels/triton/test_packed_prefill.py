@@ -15,7 +15,7 @@ from qnext_kernels.gated_delta_rule.packed_prefill import ChunkedPrefill, packed
 from qnext_kernels.gated_delta_rule.reference import gating, l2_norm, recurrence
 from qnext_kernels.gated_delta_rule.triton_packed import clear_skipped, load_states, normalized, save_states
 from qnext_kernels.triton_support import ALIGNMENT
-from tests.kernels.delta_rule_runs import MODEL_SHAPE, SHAPES, Shape, random_gates, random_state, random_tokens
+from tests.kernels.delta_rule_runs import SHAPES, Shape, random_gates, random_state, random_tokens
 from tests.kernels.kernel_inputs import (
     assert_close,
     distinct_slots,
@@ -25,7 +25,6 @@ from tests.kernels.kernel_inputs import (
     same_bits,
     start_offsets,
 )
-from tests.kernels.triton.ahead_of_time import TARGETS, compiling_for
 from tests.kernels.triton.interpreter import shuffled_programs
 
 LENGTHS = (0, 1, 0, 3, 5, 2, 4)
@@ -175,22 +174,3 @@ def test_tokens_become_sequences_of_one_token_without_a_copy_where_they_are_alig
         assert torch.equal(copy[:, 0], view)
         assert copy.data_ptr() % 16 == 0
         assert copy.stride(-1) == 1
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_kernels_compile_without_spilling(target: str) -> None:
-    sequences, tokens, (heads, value_dim, key_dim) = 8, 100, MODEL_SHAPE.state
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    pool = empty(50, heads * value_dim * key_dim + 1024, dtype=torch.float32)
-    pool = pool[:, : heads * value_dim * key_dim].unflatten(1, (heads, value_dim, key_dim))
-    slots, offsets = empty(sequences), empty(sequences + 1)
-    with compiling_for(target) as compiled:
-        normalized(empty(tokens, 4 * heads, key_dim, dtype=torch.bfloat16)[:, :heads])
-        packed = load_states(pool, slots, empty(sequences, dtype=torch.bool))
-        save_states(packed, pool, slots, offsets)
-        clear_skipped(empty(tokens, heads, value_dim, dtype=torch.bfloat16), slots, offsets)
-    assert [kernel.name for kernel in compiled] == ["normalize_kernel", "load_kernel", "save_kernel", "clear_kernel"]
-    assert [kernel.spilled for kernel in compiled] == [0, 0, 0, 0]
