@@ -124,10 +124,10 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def aligned_rows(x: Tensor) -> Tensor:
+def aligned_rows(x: Tensor, alignment: int = ALIGNMENT) -> Tensor:
     """:func:`rows` from an aligned address: what Triton compiles depends on it, and so the bits might."""
     x = rows(x)
-    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
+    return x if x.data_ptr() % alignment == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def vector_of(width: int, dtype: torch.dtype) -> int:

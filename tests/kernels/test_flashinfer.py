@@ -38,7 +38,8 @@ from qnext_kernels.gated_delta_rule.flash_qla import FlashQlaGatedDeltaRule
 from qnext_kernels.gated_delta_rule.flashinfer import FlashInferGatedDeltaRule
 from qnext_kernels.moe import flashinfer as moe_flashinfer
 from qnext_kernels.rms_norm import flashinfer as rms_norm_flashinfer
-from qnext_kernels.rms_norm.flashinfer import ALIGNMENT, FlashInferRmsNorm, aligned
+from qnext_kernels.rms_norm.flashinfer import ALIGNMENT, FlashInferRmsNorm
+from qnext_kernels.triton_support import aligned_rows
 from tests.kernels.delta_rule_runs import Shape, random_gates, random_state, random_tokens
 from tests.kernels.kernel_inputs import assert_close, nan_pool, start_offsets
 
@@ -158,8 +159,8 @@ def test_rows_for_the_norm_are_copied_only_where_their_address_forbids_it() -> N
     buffer = torch.randn(200).bfloat16()
     first = -buffer.data_ptr() % ALIGNMENT // buffer.itemsize
     allowed, forbidden = (buffer[start : start + 128].view(2, 64) for start in (first, first + 8))
-    assert aligned(allowed).data_ptr() == allowed.data_ptr()
-    copy = aligned(forbidden)
+    assert aligned_rows(allowed, ALIGNMENT).data_ptr() == allowed.data_ptr()
+    copy = aligned_rows(forbidden, ALIGNMENT)
     assert copy.data_ptr() != forbidden.data_ptr()
     assert torch.equal(copy, forbidden)
 

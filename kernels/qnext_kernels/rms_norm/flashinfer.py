@@ -43,13 +43,6 @@ def flashinfer_gemma_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.numel():
         width = x.shape[-1]
         with torch.cuda.device_of(x):
-            gemma_rmsnorm(
-                aligned(x.reshape(-1, width)), aligned_rows(weight.contiguous()), eps, out=out.view(-1, width)
-            )
+            rows = aligned_rows(x.reshape(-1, width).contiguous(), ALIGNMENT)
+            gemma_rmsnorm(rows, aligned_rows(weight.contiguous()), eps, out=out.view(-1, width))
     return out
-
-
-def aligned(x: Tensor) -> Tensor:
-    """``x``, contiguous and from an address that the kernels take; a copy only where it is not."""
-    x = x.contiguous()
-    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
