@@ -7,6 +7,7 @@ programs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qnext_kernels.triton_overlap import let_next_launch_begin, wait_for_launch_in_front
+from qnext_kernels.triton_overlap import APART, wait_for_launch_in_front
 from qnext_kernels.triton_support import power_of_two
 
 STEP = 128
@@ -64,7 +65,6 @@ def compare_kernel(  # type: ignore[no-untyped-def]
     pair = tl.program_id(0) * MINE + tl.arange(0, MINE)
     other = tl.arange(0, ALL)
     wait_for_launch_in_front(OVERLAPS)
-    let_next_launch_begin(OVERLAPS)
     expert, valid = valid_ids(ids, pair, pairs, E)
     expert = tl.where(valid, expert, E)
     others, other_valid = valid_ids(ids, other, pairs, E)
@@ -96,7 +96,6 @@ def count_kernel(  # type: ignore[no-untyped-def]
     """
     program = tl.program_id(0)
     wait_for_launch_in_front(OVERLAPS)
-    let_next_launch_begin(OVERLAPS)
     expert, valid = valid_ids(ids, program * STEP + tl.arange(0, STEP), pairs, E)
     tl.store(counts + program * BINS + tl.arange(0, BINS), tl.histogram(expert, BINS, mask=valid))
 
@@ -115,7 +114,6 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     wait_for_launch_in_front(OVERLAPS)
-    let_next_launch_begin(OVERLAPS)
     before = tl.zeros([COLUMNS], tl.int32)
     for first in range(0, programs, PART):
         program = first + tl.arange(0, PART)
@@ -146,7 +144,6 @@ def align_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     bins = tl.arange(0, BINS)
     wait_for_launch_in_front(OVERLAPS)
-    let_next_launch_begin(OVERLAPS)
     total = tl.load(counts + programs * BINS + bins)
     blocks = (total + ROWS - 1) // ROWS
     last_block = tl.cumsum(blocks, axis=0)
@@ -180,7 +177,7 @@ def most_blocks(pairs: int, num_experts: int, rows: int) -> int:
     return partly_filled + (pairs - partly_filled) // rows
 
 
-def align(topk_ids: Tensor, num_experts: int, rows: int, overlap: dict[str, bool] | None = None) -> Blocks:
+def align(topk_ids: Tensor, num_experts: int, rows: int, overlap: Mapping[str, bool] = APART) -> Blocks:
     """Sort the choices of all tokens by expert, in blocks.
 
     Args:
@@ -196,7 +193,7 @@ def align(topk_ids: Tensor, num_experts: int, rows: int, overlap: dict[str, bool
     device = topk_ids.device
     order = torch.empty(pairs, dtype=torch.int32, device=device)
     table = torch.empty(3, most_blocks(pairs, num_experts, rows), dtype=torch.int32, device=device)
-    options: dict[str, Any] = {"enable_fp_fusion": True} | (overlap or {"OVERLAPS": False})
+    options: dict[str, Any] = {"enable_fp_fusion": True, **overlap}
     if pairs <= FEW_PAIRS:
         compare_kernel[(triton.cdiv(pairs, COMPARED),)](
             topk_ids, order, table, pairs,

@@ -19,7 +19,7 @@ from qnext_kernels.dispatch import is_deterministic
 from qnext_kernels.moe.configurations import Configuration, Product
 from qnext_kernels.moe.reference import FP8_GROUP, FP8_MAX, FP8_TINY
 from qnext_kernels.moe.triton_align import align, most_blocks
-from qnext_kernels.triton_overlap import let_next_launch_begin, overlapping, wait_for_launch_in_front
+from qnext_kernels.triton_overlap import overlapping, wait_for_launch_in_front
 from qnext_kernels.triton_support import ALIGNMENT, Target, power_of_two
 
 OVERLAPPED_TOKENS = 64
@@ -160,6 +160,21 @@ def weighted_sum(  # type: ignore[no-untyped-def]
     return tl.trans(total) if SWAPPED else total
 
 
+@triton.jit
+def silu_times(gate, up):  # type: ignore[no-untyped-def]
+    """SiLU(gate) · up."""
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def shared_strength(x, gate, D: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sigmoid(x · gate), what the shared expert of a token x [D] counts; ``gate``: contiguous [D]."""
+    index = tl.arange(0, BLOCK_D)
+    hidden = tl.load(x + index, mask=index < D, other=0.0).to(tl.float32)
+    row = tl.load(gate + index, mask=index < D, other=0.0).to(tl.float32)
+    return 1.0 / (1.0 + tl.exp(-tl.sum(hidden * row, axis=0)))
+
+
 @triton.jit(do_not_specialize=["most_blocks", "tokens", "shared_blocks"])
 def up_kernel(  # type: ignore[no-untyped-def]
     x, x_scale, w13, w13_scale, shared_w13, shared_w13_scale, order, table, middle,
@@ -195,7 +210,6 @@ def up_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     tile = program % TILES
     wait_for_launch_in_front(OVERLAPS)
-    let_next_launch_begin(OVERLAPS)
     expert, first, end = find_block(program // TILES, table, most_blocks, tokens, shared_blocks, E, ROWS)
     if expert < 0:
         return
@@ -223,7 +237,7 @@ def up_kernel(  # type: ignore[no-untyped-def]
         D, D, DEPTH, ROWS, 2 * COLUMNS, True, GROUP, DECODE, SWAPPED, PRECISION,
     )  # fmt: skip
     gate, up = tl.split(tl.permute(tl.reshape(both, [ROWS, COLUMNS // 8, 2, 8]), (0, 1, 3, 2)))
-    activated = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, [ROWS, COLUMNS])
+    activated = tl.reshape(silu_times(gate, up), [ROWS, COLUMNS])
     row = places.to(tl.int64) + tl.where(is_shared, tokens.to(tl.int64) * TOP_K, 0)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     place = middle + row[:, None] * WIDTH + column[None, :]
@@ -257,7 +271,6 @@ def down_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     tile = program % TILES
     wait_for_launch_in_front(OVERLAPS)
-    let_next_launch_begin(OVERLAPS)
     expert, first, end = find_block(program // TILES, table, most_blocks, tokens, shared_blocks, E, ROWS)
     if expert < 0:
         return
@@ -304,7 +317,6 @@ def sum_kernel(  # type: ignore[no-untyped-def]
     index = tl.arange(0, BLOCK_D)
     inside = index < D
     wait_for_launch_in_front(OVERLAPS)
-    let_next_launch_begin(OVERLAPS)
     total = tl.zeros([BLOCK_D], tl.float32)
     for j in tl.static_range(TOP_K):
         pair = token * TOP_K + j
@@ -313,9 +325,7 @@ def sum_kernel(  # type: ignore[no-untyped-def]
         result = tl.load(results + pair * D + index, mask=inside & chosen, other=0.0).to(tl.float32)
         total += tl.load(weights + pair, mask=chosen, other=0.0) * result
     if SHARED:
-        hidden = tl.load(x + token * x_token + index, mask=inside, other=0.0).to(tl.float32)
-        row = tl.load(gate + index, mask=inside, other=0.0).to(tl.float32)
-        strength = 1.0 / (1.0 + tl.exp(-tl.sum(hidden * row, axis=0)))
+        strength = shared_strength(x + token * x_token, gate, D, BLOCK_D)
         result = tl.load(results + (tokens.to(tl.int64) * TOP_K + token) * D + index, mask=inside, other=0.0)
         total += strength * result.to(tl.float32)
     tl.store(out + token * D + index, total.to(out.dtype.element_ty), mask=inside)

@@ -16,8 +16,18 @@ from torch import Tensor
 
 from qnext_kernels.moe.configurations import Few
 from qnext_kernels.moe.reference import FP8_GROUP
-from qnext_kernels.moe.triton_experts import Shared, Weights, aligned, e4m3_value, of_expert, or_other, quantized_rows
-from qnext_kernels.triton_overlap import let_next_launch_begin, overlapping, wait_for_launch_in_front
+from qnext_kernels.moe.triton_experts import (
+    Shared,
+    Weights,
+    aligned,
+    e4m3_value,
+    of_expert,
+    or_other,
+    quantized_rows,
+    shared_strength,
+    silu_times,
+)
+from qnext_kernels.triton_overlap import overlapping, wait_for_launch_in_front
 from qnext_kernels.triton_support import Target, power_of_two
 
 
@@ -66,7 +76,6 @@ def few_up_kernel(  # type: ignore[no-untyped-def]
     choice = tl.program_id(0) // TILES % CHOICES
     is_shared = choice == TOP_K
     wait_for_launch_in_front(OVERLAPS)
-    let_next_launch_begin(OVERLAPS)
     expert = tl.load(ids + token * TOP_K + choice, mask=choice < TOP_K, other=-1).to(tl.int32)
     if ((expert < 0) | (expert >= E)) & (choice < TOP_K):
         return
@@ -94,7 +103,7 @@ def few_up_kernel(  # type: ignore[no-untyped-def]
         for_up = for_gate
     gate = tl.sum(float32_of(gate_weights, DECODE) * for_gate[None, :], axis=1)
     up = tl.sum(float32_of(up_weights, DECODE) * for_up[None, :], axis=1)
-    activated = gate / (1.0 + tl.exp(-gate)) * up
+    activated = silu_times(gate, up)
     row = tl.where(is_shared, tokens * TOP_K + token, token * TOP_K + choice)
     tl.store(middle + row * WIDTH + columns, activated.to(middle.dtype.element_ty), mask=columns < WIDTH)
 
@@ -117,7 +126,6 @@ def down_rows(  # type: ignore[no-untyped-def]
     inside = chosen[:, None, None] & (columns < D)[None, :, None] & (index < SIZE)[None, None, :]
     weights = tl.load(w2 + at, mask=inside, other=0 if DECODE else 0.0)
     wait_for_launch_in_front(OVERLAPS)
-    let_next_launch_begin(OVERLAPS)
     here = chosen[:, None] & (index < SIZE)[None, :]
     values = tl.load(middle + rows[:, None] * WIDTH + index[None, :], mask=here, other=0.0)
     if GROUP > 0:
@@ -171,10 +179,7 @@ def few_down_kernel(  # type: ignore[no-untyped-def]
     strengths = tl.load(weights + pair, mask=chosen, other=0.0)
     total = tl.sum(strengths[:, None] * results.to(out.dtype.element_ty).to(tl.float32), axis=0)
     if SHARED_MIDDLE > 0:
-        index = tl.arange(0, BLOCK_D)
-        hidden = tl.load(x + token.to(tl.int64) * x_token + index, mask=index < D, other=0.0).to(tl.float32)
-        row = tl.load(gate + index, mask=index < D, other=0.0).to(tl.float32)
-        strength = 1.0 / (1.0 + tl.exp(-tl.sum(hidden * row, axis=0)))
+        strength = shared_strength(x + token.to(tl.int64) * x_token, gate, D, BLOCK_D)
         one = tl.arange(0, 1)
         results = down_rows(
             middle, shared_w2, shared_w2_scale, one + tokens * TOP_K + token, one == 0, one.to(tl.int64), one, first,

@@ -7,6 +7,8 @@ are exact, so the products are those of e4m3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ from qnext_kernels.moe.configurations import Configuration, Few
 from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_kernels.moe.triton_experts import Call, Shared, Weights, quantized_rows
 from qnext_kernels.moe.triton_few import run_few
-from qnext_kernels.triton_overlap import let_next_launch_begin, wait_for_launch_in_front
+from qnext_kernels.triton_overlap import APART, wait_for_launch_in_front
 from qnext_kernels.triton_support import Target, power_of_two
 
 GROUPS_AT_ONCE = 16
@@ -40,7 +42,6 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     group = (tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)).to(tl.int64)
     row = group // GROUPS
     wait_for_launch_in_front(OVERLAPS)
-    let_next_launch_begin(OVERLAPS)
     columns = (group % GROUPS * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     inside = (group < groups)[:, None] & (columns < SIZE)
     values, scale = quantized_rows(tl.load(x + row[:, None] * x_row + columns, mask=inside, other=0.0), DECODE)
@@ -48,7 +49,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     tl.store(scales + group, scale, mask=group < groups)
 
 
-def quantize(x: Tensor, decode: bool, overlap: dict[str, bool] | None = None) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, decode: bool, overlap: Mapping[str, bool] = APART) -> tuple[Tensor, Tensor]:
     """Launch :func:`quantize_kernel` over [rows, SIZE]; returns what it writes."""
     rows, size = x.shape
     count = triton.cdiv(size, FP8_GROUP)
@@ -57,7 +58,7 @@ def quantize(x: Tensor, decode: bool, overlap: dict[str, bool] | None = None) ->
     at_once = min(GROUPS_AT_ONCE, power_of_two(rows * count))
     quantize_kernel[(triton.cdiv(rows * count, at_once),)](
         x, quantized, scales, x.stride(0), rows * count, SIZE=size, GROUPS=count, GROUP=FP8_GROUP, AT_ONCE=at_once,
-        DECODE=decode, num_warps=4, num_stages=1, enable_fp_fusion=True, **(overlap or {"OVERLAPS": False}),
+        DECODE=decode, num_warps=4, num_stages=1, enable_fp_fusion=True, **overlap,
     )  # fmt: skip
     return quantized, scales
 
