@@ -122,7 +122,7 @@ def test_every_backend_that_serves_is_timed_beside_the_reference(tmp_path: Path)
         assert row.peers == []
         assert row.reference_ratio is not None
         assert row.selected == (row.backend == OPERATIONS["moe"].backends[0].name) or row.op != "router top-k"
-        assert (row.reference_ratio == 1) == (row.backend == "reference")
+        assert row.reference_ratio == 1 or row.backend != "reference"
     with table.open() as file:
         lines = list(csv.DictReader(line for line in file if not line.startswith("#")))
     assert [line["backend"] for line in lines] == [row.backend for row in report.rows]
