@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from qnext_kernels import (
     OPERATIONS,
+    ExpertsWeights,
+    LinearWeight,
     experts,
     experts_fp8,
     linear,
@@ -155,6 +157,23 @@ def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable
         layer.packable, layer.packed = packable, False
         use_huge_pages(layer.weight)
     return layer
+
+
+def linear_weight(layer: Any) -> LinearWeight | None:
+    """What a linear of an engine multiplies with on this rank alone; None where that is not all that it does."""
+    if not isinstance(getattr(layer, "quant_method", None), PackedLinear):
+        return None
+    if getattr(layer, "reduce_results", False) and layer.tp_size > 1:
+        return None
+    return LinearWeight(getattr(layer, "plain_weight", layer.weight), layer.bias, layer.packed)
+
+
+def experts_weights(layer: Any) -> ExpertsWeights | None:
+    """Those of routed experts on our kernel, which are not quantized; None of others."""
+    method = layer.quant_method
+    if not isinstance(method, PackedExperts):
+        return None
+    return ExpertsWeights(layer.w13_weight, layer.w2_weight, layer.packed, method.shared(layer))
 
 
 @contextmanager

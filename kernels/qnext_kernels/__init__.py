@@ -7,6 +7,13 @@ a call and can say why it declined the others.
 """
 
 from qnext_kernels.causal_conv1d import causal_conv1d_decode, causal_conv1d_prefill, causal_conv1d_verify
+from qnext_kernels.decoder_layer import (
+    ExpertsWeights,
+    LinearWeight,
+    linear_norm_experts,
+    norm_heads,
+    norm_linears,
+)
 from qnext_kernels.dispatch import OPERATIONS, explain, force_backend, selected_backends, without_kernels
 from qnext_kernels.gated_attention import qk_norm_rope_gate, sigmoid_gate
 from qnext_kernels.gated_delta_net import gated_delta_net_decode, gated_delta_net_prefill, gated_delta_net_verify
@@ -33,6 +40,8 @@ from qnext_kernels.rms_norm import rms_norm
 
 __all__ = [
     "OPERATIONS",
+    "ExpertsWeights",
+    "LinearWeight",
     "causal_conv1d_decode",
     "causal_conv1d_prefill",
     "causal_conv1d_verify",
@@ -48,6 +57,9 @@ __all__ = [
     "gated_delta_rule_verify",
     "gated_rms_norm",
     "linear",
+    "linear_norm_experts",
+    "norm_heads",
+    "norm_linears",
     "pack_experts_",
     "pack_experts_fp8_",
     "pack_weight_",

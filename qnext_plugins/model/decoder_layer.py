@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from qnext_kernels import linear_norm_experts, sigmoid_gate
 from qnext_plugins.model.config import FULL_ATTENTION, Qwen3NextConfig
 from qnext_plugins.model.gated_attention import GatedAttention
 from qnext_plugins.model.gated_delta_net import GatedDeltaNet
@@ -18,6 +19,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: Qwen3NextConfig, engine: Engine, layer_type: str, *, sparse: bool, prefix: str) -> None:
         super().__init__()
         self.layer_type = layer_type
+        self._engine = engine
         if layer_type == FULL_ATTENTION:
             self.self_attn = GatedAttention(config, engine, prefix=f"{prefix}.self_attn")
         else:
@@ -32,10 +34,15 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Map hidden states [T, hidden], residual [T, hidden] or None, positions [T] to the next two."""
-        hidden_states, residual = self.input_layernorm(hidden_states, residual)
         if self.layer_type == FULL_ATTENTION:
-            hidden_states = self.self_attn(hidden_states, positions)
+            mixed, gate, residual = self.self_attn(hidden_states, residual, self.input_layernorm, positions)
+            out_proj = self.self_attn.o_proj
         else:
-            hidden_states = self.linear_attn(hidden_states)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+            mixed, residual = self.linear_attn(hidden_states, residual, self.input_layernorm)
+            gate, out_proj = None, self.linear_attn.out_proj
+        norm, weight = self.post_attention_layernorm, self._engine.linear_weight(out_proj)
+        if weight is not None and isinstance(self.mlp, SparseMoe) and (block := self.mlp.weights()) is not None:
+            return linear_norm_experts(mixed, gate, weight, residual, norm.weight, norm.eps, *block)
+        hidden_states = out_proj(mixed if gate is None else sigmoid_gate(mixed, gate))
+        hidden_states, residual = norm(hidden_states, residual)
         return self.mlp(hidden_states), residual

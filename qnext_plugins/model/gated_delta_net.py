@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qnext_kernels import gated_delta_net_decode, gated_delta_net_prefill, gated_delta_net_verify
+from qnext_kernels import gated_delta_net_decode, gated_delta_net_prefill, gated_delta_net_verify, norm_linears
 from qnext_plugins.model.config import Qwen3NextConfig
+from qnext_plugins.model.norm import RMSNorm
 from qnext_plugins.model.port import Engine
 
 TokenIndex = slice | Tensor
@@ -159,10 +160,11 @@ def _run(
 
 
 class GatedDeltaNet(nn.Module):
-    """[T, hidden] → [T, hidden]; parameters are named as in the checkpoint (``in_proj_qkvz``, ``A_log``, …)."""
+    """All before the output projection; parameters are named as in the checkpoint (``in_proj_qkvz``, ``A_log``, …)."""
 
     def __init__(self, config: Qwen3NextConfig, engine: Engine, *, prefix: str) -> None:
         super().__init__()
+        self._engine = engine
         # Both projections are grouped by key head in the checkpoint, so a plain split keeps each group on one rank.
         qkvz, ba = 2 * config.key_dim + 2 * config.value_dim, 2 * config.linear_num_value_heads
         self.in_proj_qkvz = engine.column_linear(config.hidden_size, qkvz, prefix=f"{prefix}.in_proj_qkvz")
@@ -177,9 +179,20 @@ class GatedDeltaNet(nn.Module):
         )
         self.core = engine.recurrent_core(config, prefix=prefix)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """Mix the normalised sum of hidden states [T, hidden] and residual [T, hidden] or None.
+
+        Returns:
+            What ``out_proj`` is to project, [T, value_dim of this rank], and the sum.
+        """
+        in_qkvz, in_ba = self._engine.linear_weight(self.in_proj_qkvz), self._engine.linear_weight(self.in_proj_ba)
+        if in_qkvz is not None and in_ba is not None:
+            qkvz, ba, residual = norm_linears(hidden_states, residual, norm.weight, norm.eps, in_qkvz, in_ba)
+        else:
+            hidden_states, residual = norm(hidden_states, residual)
+            qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
         weights = CoreWeights(self.conv1d.weight.squeeze(1), self.A_log, self.dt_bias, self.norm.weight)
-        return self.out_proj(self.core(self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states), weights))
+        return self.core(qkvz, ba, weights), residual
 
 
 class ShortConvolution(nn.Module):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
+from qnext_kernels import ExpertsWeights, LinearWeight
 from qnext_plugins.model.config import Qwen3NextConfig
 
 if TYPE_CHECKING:
@@ -99,3 +100,9 @@ class Engine(Protocol):
 
     def experts(self, config: Qwen3NextConfig, shared_expert: MLP | None, *, prefix: str) -> Experts:
         """The routed experts of a layer, and what calls the shared one."""
+
+    def linear_weight(self, linear: nn.Module) -> LinearWeight | None:
+        """What :func:`qnext_kernels.linear` computes in this linear's place, or None where it must be called."""
+
+    def experts_weights(self, experts: Experts) -> ExpertsWeights | None:
+        """What the kernels route to and compute in the place of these experts, or None where they must be called."""

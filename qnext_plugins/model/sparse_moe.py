@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qnext_kernels import sigmoid_gate, silu_and_mul
+from qnext_kernels import ExpertsWeights, LinearWeight, sigmoid_gate, silu_and_mul
 from qnext_plugins.model.config import Qwen3NextConfig
 from qnext_plugins.model.port import Engine
 
@@ -46,6 +46,8 @@ class SparseMoe(nn.Module):
 
     def __init__(self, config: Qwen3NextConfig, engine: Engine, *, prefix: str) -> None:
         super().__init__()
+        self._engine = engine
+        self._routing = (config.num_experts_per_tok, config.norm_topk_prob)
         hidden = config.hidden_size
         self.gate = engine.replicated_linear(hidden, config.num_experts, quantized=False, prefix=f"{prefix}.gate")
         shared_size = config.shared_expert_intermediate_size
@@ -65,3 +67,8 @@ class SparseMoe(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.experts(hidden_states, self.gate(hidden_states))
+
+    def weights(self) -> tuple[LinearWeight, ExpertsWeights, int, bool] | None:
+        """Router, experts, experts a token and whether their weights are normalised: all that one call needs, or None."""
+        router, experts = self._engine.linear_weight(self.gate), self._engine.experts_weights(self.experts)
+        return None if router is None or experts is None else (router, experts, *self._routing)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qnext_kernels import ExpertsWeights, LinearWeight
 from qnext_plugins.model import MLP, CoreWeights, Qwen3NextConfig
 from qnext_plugins.model.sharding import sharded_parameter
+from qnext_plugins.packed_methods import experts_weights, linear_weight
 from qnext_sglang import sglang_api as api
 from qnext_sglang.experts import SparseExperts
 from qnext_sglang.linear import on_our_kernel
@@ -112,6 +114,12 @@ class SglangEngine:
     def experts(self, config: Qwen3NextConfig, shared_expert: MLP | None, *, prefix: str) -> nn.Module:
         options = {"layer_id": layer_id(prefix), "quant_config": self.quant_config, "prefix": prefix}
         return SparseExperts(config, shared_expert, **options)
+
+    def linear_weight(self, linear: nn.Module) -> LinearWeight | None:
+        return linear_weight(linear)
+
+    def experts_weights(self, experts: SparseExperts) -> ExpertsWeights | None:
+        return experts_weights(experts) if experts.ours_alone else None
 
     @cached_property
     def _rope_parameters(self) -> dict[str, Any]:

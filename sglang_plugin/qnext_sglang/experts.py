@@ -78,6 +78,9 @@ class SparseExperts(api.FusedMoE):
             leave_to_experts(shared_expert, {api.Fp8LinearMethod: SharedFp8LinearMethod})
         self.shared_expert = (shared_expert if along else None,)
         self._added_expert = (None if along else shared_expert,)
+        ranks = max(self.moe_tp_size, self.moe_ep_size, api.get_parallel().tp_size)
+        self.ours_alone = ranks == 1 and self._added_expert[0] is None
+        """Whether ``forward`` does nothing but call our routing and our experts kernel, where its method is ours."""
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
         out = super().forward(hidden_states, self._route(hidden_states, router_logits))

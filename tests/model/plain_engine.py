@@ -114,6 +114,12 @@ class PlainEngine:
     def experts(self, config: Qwen3NextConfig, shared_expert: nn.Module | None, *, prefix: str) -> PlainExperts:
         return PlainExperts(config, shared_expert)
 
+    def linear_weight(self, linear: nn.Module) -> None:
+        return None
+
+    def experts_weights(self, experts: nn.Module) -> None:
+        return None
+
 
 class PlainModel(nn.Module):
     """Embedding, the shared layers, final norm and head, for one sequence that may come in pieces."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qnext_kernels import ExpertsWeights, LinearWeight
 from qnext_plugins.model import MLP, Qwen3NextConfig
 from qnext_plugins.model.sharding import sharded_parameter
+from qnext_plugins.packed_methods import experts_weights, linear_weight
 from qnext_vllm import vllm_api as api
 from qnext_vllm.attention import attention_backend
-from qnext_vllm.experts import experts_options
+from qnext_vllm.experts import experts_options, ours_alone
 from qnext_vllm.gated_delta_net import GatedDeltaNetState
 from qnext_vllm.linear import on_our_kernel
 
@@ -100,6 +102,12 @@ class VllmEngine:
             num_redundant_experts=parallel.eplb_config.num_redundant_experts,
             **experts_options(self.vllm_config, shared_expert, prefix),
         )
+
+    def linear_weight(self, linear: nn.Module) -> LinearWeight | None:
+        return linear_weight(linear)
+
+    def experts_weights(self, experts: nn.Module) -> ExpertsWeights | None:
+        return experts_weights(experts.routed_experts) if ours_alone(experts, self.vllm_config) else None
 
     def _linear(self, prefix: str, *, bias: bool = False) -> dict:
         return {"bias": bias, "return_bias": False, "quant_config": self.quant_config, "prefix": prefix}

@@ -150,6 +150,16 @@ def computes_shared(vllm_config: api.VllmConfig, shared_expert: MLP, prefix: str
     return shared // parallel.tensor_parallel_size == middle
 
 
+def ours_alone(experts: Any, vllm_config: api.VllmConfig) -> bool:
+    """Whether vLLM's runner of these experts does nothing but call our routing and our experts kernel."""
+    if not isinstance(getattr(experts, "routed_experts", None), QnextRoutedExperts):  # LoRA puts a layer around them
+        return False
+    parallel, layout = vllm_config.parallel_config, experts.moe_config.moe_parallel_config
+    spread = max(layout.tp_size, layout.ep_size, layout.dp_size, layout.pcp_size) > 1 or parallel.enable_eplb
+    watched = vllm_config.aux_output_config.enabled
+    return not spread and not watched and experts.shared_experts is None
+
+
 def both_in_fp8(quant_config: Any, shared_expert: MLP, prefix: str) -> bool:
     """Whether a checkpoint in FP8 leaves out neither the routed experts at ``prefix`` nor the shared one."""
     routed_left_out = api.is_layer_skipped(

@@ -1,24 +1,7 @@
 // Around the attention: the joint projection split, queries and keys normalised and rotated; the output gated.
-#include "rows.h"
+#include "decoder_layer.h"
 
 namespace qnext {
-
-struct QkNormRopeGate {
-    const void* qkv;
-    int64_t dtype, qkv_token;  // stride
-    Indices positions;
-    Floats q_weight, k_weight, cos_sin;
-    int64_t cos_sin_row;       // stride
-    void *q, *k, *v, *gate;    // contiguous
-    int64_t tokens, heads, kv_heads, head_dim, rotary_dim, max_position;
-    double eps;
-};
-
-struct SigmoidGate {
-    Rows x, gate;
-    void* out;  // contiguous
-    int64_t outer, inner, width, gate_width;
-};
 
 namespace {
 
@@ -88,8 +71,7 @@ void sigmoid_gate(const SigmoidGate& p) {
 }  // namespace
 }  // namespace qnext
 
-// Returns false, having written nothing, where a position lies outside of the table.
-extern "C" __attribute__((visibility("default"))) bool qnext_qk_norm_rope_gate(const qnext::QkNormRopeGate* p) {
+extern "C" bool qnext_qk_norm_rope_gate(const qnext::QkNormRopeGate* p) {
     using namespace qnext;
     for (int64_t t = 0; t < p->tokens; ++t) {
         if (p->positions[t] < 0 || p->positions[t] >= p->max_position) return false;
@@ -98,7 +80,7 @@ extern "C" __attribute__((visibility("default"))) bool qnext_qk_norm_rope_gate(c
     return true;
 }
 
-extern "C" __attribute__((visibility("default"))) void qnext_sigmoid_gate(const qnext::SigmoidGate* p) {
+extern "C" void qnext_sigmoid_gate(const qnext::SigmoidGate* p) {
     using namespace qnext;
     with_type(p->x.dtype, [&](auto x) {
         with_type(p->gate.dtype, [&](auto gate) { sigmoid_gate<decltype(x), decltype(gate)>(*p); });

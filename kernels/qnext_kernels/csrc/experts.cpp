@@ -7,23 +7,10 @@
 // The limit for few tokens is reading the chosen experts once, for many the rate of fused multiply-adds.
 #include <vector>
 
+#include "decoder_layer.h"
 #include "matmul.h"
-#include "rows.h"
 
 namespace qnext {
-
-struct Experts {
-    const void* x;   // [tokens, hidden], stride between tokens
-    const void* w13; // [experts, 2, middle, hidden], contiguous; each matrix as it is or packed
-    const void* w2;  // [experts, hidden, middle], contiguous; each matrix as it is or packed
-    const float* weights;
-    Indices ids;     // [tokens, top_k]
-    const void *shared_w13, *shared_w2, *shared_gate;  // of the shared expert and [hidden], or none; packed as the others
-    void* out;       // [tokens, hidden], contiguous
-    int64_t dtype, x_token, tokens, top_k, experts, hidden, middle, shared_middle, packed;
-
-    int64_t choices() const { return top_k + (shared_w13 != nullptr); }
-};
 
 namespace {
 
@@ -253,7 +240,7 @@ class Run {
 }  // namespace
 }  // namespace qnext
 
-extern "C" __attribute__((visibility("default"))) bool qnext_experts(const qnext::Experts* p) {
+extern "C" bool qnext_experts(const qnext::Experts* p) {
     bool valid = false;
     qnext::with_type(p->dtype, [&](auto type) { valid = qnext::Run<decltype(type)>(*p).run(); });
     return valid;

@@ -1,15 +1,10 @@
 // x · weightᵀ + bias, and the packing of weights that makes reading them one stream.
 //
 // For a few tokens the limit is reading the weights once, for many the rate of multiplications. Threads take panels.
+#include "decoder_layer.h"
 #include "matmul.h"
 
 namespace qnext {
-
-struct Linear {
-    const void *x, *weight, *bias;  // [tokens, k] with a stride, [rows, k] as it is or packed, [rows] or none
-    void* out;                      // [tokens, rows], contiguous
-    int64_t dtype, x_token, tokens, rows, k, packed;
-};
 
 struct Pack {
     void* weights;  // [matrices, rows, k], contiguous; k is whole steps
@@ -100,7 +95,7 @@ void pack(const Pack& p) {
 }  // namespace
 }  // namespace qnext
 
-extern "C" __attribute__((visibility("default"))) void qnext_linear(const qnext::Linear* p) {
+extern "C" void qnext_linear(const qnext::Linear* p) {
     qnext::with_type(p->dtype, [&](auto type) { qnext::linear<decltype(type)>(*p); });
 }
 

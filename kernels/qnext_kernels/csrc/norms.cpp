@@ -1,16 +1,7 @@
 // RMSNorm of rows: zero-centred with an optional residual, and gated.
-#include "rows.h"
+#include "decoder_layer.h"
 
 namespace qnext {
-
-struct RmsNorm {
-    Rows x, residual;
-    const void* weight;  // [width]
-    int64_t weight_dtype;
-    void *out, *total;  // contiguous; x + residual, where there is a residual, in `total`
-    int64_t outer, inner, width;
-    double eps;
-};
 
 struct GatedRmsNorm {
     Rows x, z;
@@ -71,7 +62,7 @@ void gated_rms_norm(const GatedRmsNorm& p) {
 }  // namespace
 }  // namespace qnext
 
-extern "C" __attribute__((visibility("default"))) void qnext_rms_norm(const qnext::RmsNorm* p) {
+extern "C" void qnext_rms_norm(const qnext::RmsNorm* p) {
     using namespace qnext;
     with_type(p->x.dtype, [&](auto x) {
         with_type(p->weight_dtype, [&](auto weight) { rms_norm<decltype(x), decltype(weight)>(*p); });

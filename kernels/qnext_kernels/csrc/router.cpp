@@ -2,16 +2,9 @@
 #include <algorithm>
 #include <limits>
 
-#include "rows.h"
+#include "decoder_layer.h"
 
 namespace qnext {
-
-struct TopkSoftmax {
-    Rows logits;
-    float* weights;  // [tokens, top_k], contiguous
-    int32_t* ids;    // [tokens, top_k], contiguous
-    int64_t tokens, experts, top_k, renormalize;
-};
 
 struct SiluAndMul {
     Rows x;
@@ -79,7 +72,7 @@ void silu_and_mul(const SiluAndMul& p) {
 }  // namespace
 }  // namespace qnext
 
-extern "C" __attribute__((visibility("default"))) void qnext_topk_softmax(const qnext::TopkSoftmax* p) {
+extern "C" void qnext_topk_softmax(const qnext::TopkSoftmax* p) {
     qnext::with_type(p->logits.dtype, [&](auto logit) { qnext::topk_softmax<decltype(logit)>(*p); });
 }
 

@@ -1,0 +1,310 @@
+"""Parts of a decoder layer in one call of C++ each (``csrc/decoder_layer.cpp``).
+
+A call is packed as the operations' own structs one behind the other; what one leaves to the next is null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qnext_kernels.checks import INTEGERS, expect_indices
+from qnext_kernels.dispatch import OPERATIONS
+from qnext_kernels.native import DTYPES
+from qnext_kernels.operators import operator
+from qnext_kernels.rows import floats, packed_function, rows
+
+if TYPE_CHECKING:
+    from qnext_kernels.decoder_layer import ExpertsWeights, LinearWeight
+
+
+def serves(x: Tensor, *operations: str) -> bool:
+    """Whether C++ serves all of these operations on tokens ``x``."""
+    return x.is_cpu and all(OPERATIONS[name].select(x.device, x.dtype).name == "native" for name in operations)
+
+
+def reads_norm(x: Tensor, residual: Tensor | None, weight: Tensor) -> bool:
+    """Whether these fit each other and the kernel."""
+    return (
+        x.dim() == 2
+        and weight.shape == x.shape[1:]
+        and weight.dtype in DTYPES
+        and weight.is_contiguous()
+        and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
+    )
+
+
+def reads_linear(linear: LinearWeight, k: int, dtype: torch.dtype) -> bool:
+    """Whether a linear of tokens [T, k] of ``dtype`` fits them and the kernel."""
+    weight, bias, _ = linear
+    fits = weight.dim() == 2 and weight.shape[1] == k and weight.dtype == dtype and weight.is_contiguous()
+    return fits and (
+        bias is None or (bias.shape == weight.shape[:1] and bias.dtype == dtype and bias.is_contiguous())
+    )
+
+
+def reads_heads(
+    tokens: int,
+    qkv_rows: int,
+    positions: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos_sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> bool:
+    """Whether these fit the joint projection [tokens, qkv_rows] and the kernel."""
+    head_dim = q_weight.shape[0]
+    return (
+        q_weight.dim() == 1
+        and k_weight.shape == q_weight.shape
+        and qkv_rows == 2 * (num_heads + num_kv_heads) * head_dim
+        and positions.shape == (tokens,)
+        and positions.dtype in INTEGERS
+        and cos_sin.dim() == 2
+        and cos_sin.shape[1] <= head_dim
+        and cos_sin.shape[1] % 2 == 0
+        and {q_weight.dtype, k_weight.dtype, cos_sin.dtype} <= DTYPES.keys()
+    )
+
+
+def reads_block(
+    x: Tensor,
+    gate: Tensor | None,
+    out_proj: LinearWeight,
+    residual: Tensor,
+    norm_weight: Tensor,
+    router: LinearWeight,
+    moe: ExpertsWeights,
+    top_k: int,
+) -> bool:
+    """Whether the arguments of :func:`linear_norm_experts` fit each other and the kernel."""
+    if x.dim() != 2 or not reads_linear(out_proj, x.shape[1], x.dtype):
+        return False
+    w13, w2, _, shared = moe
+    hidden = out_proj.weight.shape[0]
+    num_experts, double, _ = w13.shape if w13.dim() == 3 else (0, 0, 0)
+    matrices = (w13, w2) if shared is None else (w13, w2, *shared[:2])
+    return (
+        (gate is None or (gate.shape == x.shape and gate.dtype in DTYPES))
+        and residual.shape == (x.shape[0], hidden)
+        and residual.dtype == x.dtype
+        and norm_weight.shape == (hidden,)
+        and norm_weight.dtype in DTYPES
+        and norm_weight.is_contiguous()
+        and reads_linear(router, hidden, x.dtype)
+        and router.weight.shape[0] == num_experts
+        and 0 < top_k <= num_experts
+        and w13.shape[2] == hidden
+        and w2.shape == (num_experts, hidden, double // 2)
+        and double % 2 == 0
+        and all(weight.dtype == x.dtype and weight.is_contiguous() for weight in matrices)
+        and (shared is None or _reads_shared(*shared, hidden, x.dtype))
+    )
+
+
+def _reads_shared(w13: Tensor, w2: Tensor, gate: Tensor, hidden: int, dtype: torch.dtype) -> bool:
+    double = w13.shape[0]
+    fits = w13.shape == (double, hidden) and double % 2 == 0 and w2.shape == (hidden, double // 2)
+    return fits and gate.shape == (hidden,) and gate.dtype == dtype
+
+
+def _empty_linears(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    first: Tensor,
+    first_bias: Tensor | None,
+    first_packed: bool,
+    second: Tensor,
+    second_bias: Tensor | None,
+    second_packed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = x.shape[0]
+    return x.new_empty(tokens, first.shape[0]), x.new_empty(tokens, second.shape[0]), _empty_total(x, residual)
+
+
+@operator(_empty_linears)
+def norm_linears(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    first: Tensor,
+    first_bias: Tensor | None,
+    first_packed: bool,
+    second: Tensor,
+    second_bias: Tensor | None,
+    second_packed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the public function's, on what :func:`reads_norm` and :func:`reads_linear` allow; the sum is empty without one."""
+    arguments = (x, residual, norm_weight, eps, first, first_bias, first_packed, second, second_bias, second_packed)
+    one, other, total = _empty_linears(*arguments)
+    x, residual = _rows(x), None if residual is None else _rows(residual)
+    _linears_kernel()(
+        *_norm(x, residual, norm_weight, total.data_ptr(), eps),
+        *_linear(0, 0, x, first, first_bias, first_packed, one.data_ptr()),
+        *_linear(0, 0, x, second, second_bias, second_packed, other.data_ptr()),
+    )
+    return one, other, total
+
+
+def _empty_heads(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    qkv_packed: bool,
+    positions: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos_sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, head_dim = x.shape[0], q_weight.shape[0]
+    q, gate = x.new_empty(tokens, num_heads * head_dim), x.new_empty(tokens, num_heads * head_dim)
+    k, v = x.new_empty(tokens, num_kv_heads * head_dim), x.new_empty(tokens, num_kv_heads * head_dim)
+    return q, k, v, gate, _empty_total(x, residual)
+
+
+@operator(_empty_heads)
+def norm_heads(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    qkv_packed: bool,
+    positions: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos_sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the public function's, on what the functions above allow; the sum is empty without a residual."""
+    norm, linear = (x, residual, norm_weight, eps), (qkv, qkv_bias, qkv_packed)
+    results = _empty_heads(*norm, *linear, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads)
+    q, k, v, gate, total = (result.data_ptr() for result in results)
+    x, residual = _rows(x), None if residual is None else _rows(residual)
+    cos_sin, (table, table_dtype, _, table_stride) = rows(cos_sin)
+    q_weight, k_weight, positions = q_weight.contiguous(), k_weight.contiguous(), positions.contiguous()
+    if not _heads_kernel()(
+        *_norm(x, residual, norm_weight, total, eps),
+        *_linear(0, 0, x, *linear, 0),
+        *(0, DTYPES[x.dtype], qkv.shape[0], positions.data_ptr(), positions.dtype == torch.int64),
+        *(*floats(q_weight), *floats(k_weight), table, table_dtype, table_stride, q, k, v, gate),
+        *(x.shape[0], num_heads, num_kv_heads, q_weight.shape[0], cos_sin.shape[1], cos_sin.shape[0], eps),
+    ):
+        expect_indices("positions", positions, 0, cos_sin.shape[0])
+    return results
+
+
+def _empty_block(
+    x: Tensor,
+    gate: Tensor | None,
+    out_proj: Tensor,
+    out_bias: Tensor | None,
+    out_packed: bool,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    router: Tensor,
+    router_bias: Tensor | None,
+    router_packed: bool,
+    w13: Tensor,
+    w2: Tensor,
+    packed: bool,
+    shared: Sequence[Tensor],
+    top_k: int,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor]:
+    tokens, hidden = x.shape[0], out_proj.shape[0]
+    return x.new_empty(tokens, hidden), x.new_empty(tokens, hidden)
+
+
+@operator(_empty_block)
+def linear_norm_experts(
+    x: Tensor,
+    gate: Tensor | None,
+    out_proj: Tensor,
+    out_bias: Tensor | None,
+    out_packed: bool,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    router: Tensor,
+    router_bias: Tensor | None,
+    router_packed: bool,
+    w13: Tensor,
+    w2: Tensor,
+    packed: bool,
+    shared: Sequence[Tensor],
+    top_k: int,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """As the public function's, on what :func:`reads_block` allows."""
+    (tokens, width), hidden = x.shape, out_proj.shape[0]
+    out, total = x.new_empty(tokens, hidden), x.new_empty(tokens, hidden)
+    x, residual = _rows(x), _rows(residual)
+    gate_fields: tuple[int, ...] = (0,) * 13
+    if gate is not None:
+        gate = _rows(gate)
+        gate_fields = *_token_rows(x), *_token_rows(gate), 0, 1, tokens, width, width
+    places, middle = (0, 0, 0), 0
+    if shared:
+        shared_w13, shared_w2, strength = shared
+        strength = strength.contiguous()
+        places, middle = (shared_w13.data_ptr(), shared_w2.data_ptr(), strength.data_ptr()), shared_w2.shape[1]
+    num_experts = w13.shape[0]
+    _block_kernel()(
+        *gate_fields,
+        *_linear(x.data_ptr(), x.stride(0), x, out_proj, out_bias, out_packed, 0),
+        *_norm(residual, residual, norm_weight, total.data_ptr(), eps),
+        *_linear(0, 0, x, router, router_bias, router_packed, 0),
+        *(0, 0, 0, 0, 0, 0, tokens, num_experts, top_k, renormalize),
+        *(0, w13.data_ptr(), w2.data_ptr(), 0, 0, 0, *places, out.data_ptr()),
+        *(DTYPES[x.dtype], 0, tokens, top_k, num_experts, hidden, w2.shape[2], middle, packed),
+    )
+    return out, total
+
+
+def _empty_total(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x.new_empty(0 if residual is None else x.shape[0], x.shape[1])
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _token_rows(x: Tensor) -> tuple[int, int, int, int]:
+    """The fields of ``Rows`` for [T, D]."""
+    return x.data_ptr(), DTYPES[x.dtype], 0, x.stride(0)
+
+
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, total: int, eps: float) -> tuple[int | float, ...]:
+    """The fields of ``RmsNorm``, whose result is the next operation's."""
+    residual_rows = (0, 0, 0, 0) if residual is None else _token_rows(residual)
+    return *_token_rows(x), *residual_rows, *floats(weight), 0, total, 1, *x.shape, eps
+
+
+def _linear(
+    x: int, x_token: int, tokens: Tensor, weight: Tensor, bias: Tensor | None, packed: bool, out: int
+) -> tuple[int, ...]:
+    """The fields of ``Linear`` of as many rows, in the same dtype, as ``tokens``."""
+    places = (x, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out)
+    return *places, DTYPES[weight.dtype], x_token, tokens.shape[0], *weight.shape, packed
+
+
+_linears_kernel = cache(lambda: packed_function("qnext_norm_linears", "15qd10q10q"))
+_heads_kernel = cache(lambda: packed_function("qnext_norm_heads", "15qd10q22qd"))
+_block_kernel = cache(lambda: packed_function("qnext_linear_norm_experts", "13q10q15qd10q10q19q"))

@@ -1,0 +1,239 @@
+"""The calls before and behind a token mixer, against their parts one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qnext_kernels import (
+    ExpertsWeights,
+    LinearWeight,
+    experts,
+    force_backend,
+    linear,
+    linear_norm_experts,
+    norm_heads,
+    norm_linears,
+    pack_experts_,
+    pack_weight_,
+    qk_norm_rope_gate,
+    rms_norm,
+    sigmoid_gate,
+    topk_softmax,
+)
+from qnext_kernels.decoder_layer import native
+from tests.kernels.kernel_inputs import DTYPES, assert_close, same_bits
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, ROTARY, POSITIONS = 72, 4, 2, 16, 8, 50
+EXPERTS, TOP_K, MIDDLE, SHARED_MIDDLE, EPS = 9, 3, 24, 20, 1e-6
+QKV = 2 * (HEADS + KV_HEADS) * HEAD_DIM
+TOKENS = [0, 1, 3, 17]
+NAMES = ("norm_linears", "norm_heads", "linear_norm_experts")
+
+
+def weight(*shape: int, dtype: torch.dtype) -> Tensor:
+    return (torch.randn(shape) * shape[-1] ** -0.5).to(dtype)
+
+
+def projection(rows: int, k: int, dtype: torch.dtype, *, bias: bool = False) -> LinearWeight:
+    return LinearWeight(weight(rows, k, dtype=dtype), torch.randn(rows).to(dtype) if bias else None)
+
+
+def normed_tokens(tokens: int, dtype: torch.dtype, *, residual: bool) -> dict[str, Any]:
+    # Of rows wider than those that are read, as a slice of a projection has them.
+    x = torch.randn(tokens, HIDDEN + 8).to(dtype)[:, :HIDDEN]
+    total = torch.randn(tokens, HIDDEN).to(dtype) if residual else None
+    return {"x": x, "residual": total, "norm_weight": torch.randn(HIDDEN) * 0.1, "eps": EPS}
+
+
+def of_linears(tokens: int, dtype: torch.dtype, *, residual: bool = True, bias: bool = False) -> dict[str, Any]:
+    both = {"first": projection(200, HIDDEN, dtype, bias=bias), "second": projection(8, HIDDEN, dtype)}
+    return normed_tokens(tokens, dtype, residual=residual) | both
+
+
+def of_heads(tokens: int, dtype: torch.dtype, *, residual: bool = True, bias: bool = False) -> dict[str, Any]:
+    return normed_tokens(tokens, dtype, residual=residual) | {
+        "qkv": projection(QKV, HIDDEN, dtype, bias=bias),
+        "positions": torch.randint(0, POSITIONS, (tokens,)),
+        "q_weight": torch.randn(HEAD_DIM).to(dtype) * 0.1,
+        "k_weight": torch.randn(HEAD_DIM).to(dtype) * 0.1,
+        "cos_sin": torch.randn(POSITIONS, ROTARY),
+        "num_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
+    }
+
+
+def of_experts(tokens: int, dtype: torch.dtype, *, residual: bool = True, bias: bool = False) -> dict[str, Any]:
+    """``residual`` False: without an output gate and a shared expert."""
+    width = HEADS * HEAD_DIM
+    shared = None
+    if residual:
+        w13, w2 = weight(2 * SHARED_MIDDLE, HIDDEN, dtype=dtype), weight(HIDDEN, SHARED_MIDDLE, dtype=dtype)
+        shared = w13, w2, weight(HIDDEN, dtype=dtype)
+    w13, w2 = weight(EXPERTS, 2 * MIDDLE, HIDDEN, dtype=dtype), weight(EXPERTS, HIDDEN, MIDDLE, dtype=dtype)
+    return {
+        "x": torch.randn(tokens, width).to(dtype),
+        "gate": torch.randn(tokens, width).to(dtype) if residual else None,
+        "out_proj": projection(HIDDEN, width, dtype, bias=bias),
+        "residual": torch.randn(tokens, HIDDEN).to(dtype),
+        "norm_weight": torch.randn(HIDDEN) * 0.1,
+        "eps": EPS,
+        "router": projection(EXPERTS, HIDDEN, dtype),
+        "moe": ExpertsWeights(w13, w2, False, shared),
+        "top_k": TOP_K,
+        "renormalize": residual,
+    }
+
+
+CALLS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
+    "norm_linears": (norm_linears, of_linears),
+    "norm_heads": (norm_heads, of_heads),
+    "linear_norm_experts": (linear_norm_experts, of_experts),
+}
+
+
+def one_by_one(name: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The parts, called as the model would."""
+    given = dict(arguments)
+    if name == "linear_norm_experts":
+        x, gate, moe = given["x"], given["gate"], given["moe"]
+        projected = linear(x if gate is None else sigmoid_gate(x, gate), *given["out_proj"])
+        normed, total = rms_norm(projected, given["norm_weight"], EPS, given["residual"])
+        choice = topk_softmax(linear(normed, *given["router"]), given["top_k"], given["renormalize"])
+        return experts(normed, moe.w13, moe.w2, *choice, moe.packed, moe.shared), total
+    normed, total = rms_norm(given.pop("x"), given.pop("norm_weight"), given.pop("eps"), given.pop("residual"))
+    if name == "norm_linears":
+        return linear(normed, *given["first"]), linear(normed, *given["second"]), total
+    return (*qk_norm_rope_gate(linear(normed, *given.pop("qkv")), eps=EPS, **given), total)
+
+
+def packed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With all weights packed in place."""
+    given = dict(arguments)
+    for name, value in given.items():
+        if isinstance(value, LinearWeight):
+            given[name] = value._replace(packed=pack_weight_(value.weight))
+            assert given[name].packed
+        elif isinstance(value, ExpertsWeights):
+            shared = None if value.shared is None else value.shared[:2]
+            given[name] = value._replace(packed=pack_experts_(value.w13, value.w2, shared))
+            assert given[name].packed
+    return given
+
+
+def all_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+    return len(ours) == len(theirs) and all(map(same_bits, ours, theirs))
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("the parts are called one by one")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", NAMES)
+def test_one_call_has_the_bits_of_its_parts(
+    name: str, tokens: int, dtype: torch.dtype, residual: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, inputs = CALLS[name]
+    arguments = inputs(tokens, dtype, residual=residual, bias=bias)
+    theirs = one_by_one(name, arguments)
+    for part in ("linear", "rms_norm", "experts", "qk_norm_rope_gate"):
+        monkeypatch.setattr(f"qnext_kernels.decoder_layer.{part}", refuse)
+    assert all_same(call(**arguments), theirs)
+    assert all_same(call(**packed(arguments)), theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_agree_with_float64(name: str, dtype: torch.dtype) -> None:
+    call, inputs = CALLS[name]
+    # Every expert is chosen: which one a rounding would change is not asked here.
+    arguments = inputs(5, dtype) | ({"top_k": EXPERTS} if name == "linear_norm_experts" else {})
+    with force_backend("reference"):
+        truth = call(**in_float64(arguments))
+    # Sums of HIDDEN in each of up to three products behind each other, and up to six results that are rounded between.
+    for ours, exact in zip(call(**arguments), truth, strict=True):
+        assert ours.dtype == dtype
+        assert_close(ours, exact, {torch.float32: 6 * HIDDEN, dtype: 12})
+
+
+def in_float64(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: in_float64(each) for name, each in value.items()}
+    if isinstance(value, LinearWeight | ExpertsWeights):
+        return type(value)(*map(in_float64, value))
+    return tuple(map(in_float64, value)) if isinstance(value, tuple) else value
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("name", NAMES)
+def test_bits_do_not_depend_on_threads_or_on_the_batch(name: str) -> None:
+    call, inputs = CALLS[name]
+    arguments = inputs(600, torch.bfloat16)
+    whole = call(**arguments)
+    torch.set_num_threads(1)
+    assert all_same(call(**arguments), whole)
+    rows = slice(7, 9)
+    part = {key: value[rows] if key in PER_TOKEN and value is not None else value for key, value in arguments.items()}
+    assert all_same(call(**part), tuple(result[rows] for result in whole))
+
+
+PER_TOKEN = ("x", "residual", "gate", "positions")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_kernel_does_not_read_is_computed_by_the_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, inputs = CALLS[name]
+    arguments = inputs(3, torch.float32)
+    arguments["norm_weight"] = arguments["norm_weight"].double()
+    theirs = one_by_one(name, arguments)
+    monkeypatch.setattr(native, name, refuse)
+    assert all_same(call(**arguments), theirs)
+    with force_backend("cpu"):
+        assert all_same(call(**inputs_with(arguments, torch.float32)), one_by_one(name, arguments))
+
+
+def inputs_with(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return arguments | {"norm_weight": arguments["norm_weight"].to(dtype)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_compile_sees_one_operator(name: str) -> None:
+    call, inputs = CALLS[name]
+    arguments = inputs(3, torch.bfloat16)
+    seen = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        seen.extend(str(node.target) for node in graph.graph.nodes if str(node.target).startswith("qnext."))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend=backend, fullgraph=True)
+    assert all_same(compiled(**arguments), call(**arguments))
+    assert seen == [f"qnext.{name}.default"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("norm_linears", {"residual": torch.zeros(3, HIDDEN + 1)}, "residual: expected shape"),
+        ("norm_linears", {"first": LinearWeight(torch.zeros(4, HIDDEN - 8))}, "weight: expected shape"),
+        ("norm_heads", {"positions": torch.tensor([0, 1])}, "positions: expected shape"),
+        ("norm_heads", {"positions": torch.tensor([0, POSITIONS, 1])}, "positions: expected indices within"),
+        ("linear_norm_experts", {"residual": torch.zeros(2, HIDDEN)}, "residual: expected shape"),
+        ("linear_norm_experts", {"top_k": EXPERTS + 1}, "top_k: expected"),
+    ],
+)
+def test_bad_arguments_are_named(name: str, change: dict[str, Any], message: str) -> None:
+    call, inputs = CALLS[name]
+    with pytest.raises((ValueError, IndexError), match=message):
+        call(**(inputs(3, torch.float32) | change))
