@@ -16,7 +16,12 @@ from qnext_kernels.decoder_layer import (
 )
 from qnext_kernels.dispatch import OPERATIONS, explain, force_backend, selected_backends, without_kernels
 from qnext_kernels.gated_attention import qk_norm_rope_gate, sigmoid_gate
-from qnext_kernels.gated_delta_net import gated_delta_net_decode, gated_delta_net_prefill, gated_delta_net_verify
+from qnext_kernels.gated_delta_net import (
+    gated_delta_net_decode,
+    gated_delta_net_prefill,
+    gated_delta_net_verify,
+    prepare_layer,
+)
 from qnext_kernels.gated_delta_rule import (
     gated_delta_rule_decode,
     gated_delta_rule_prefill,
@@ -64,6 +69,7 @@ __all__ = [
     "pack_experts_fp8_",
     "pack_weight_",
     "paged_attention",
+    "prepare_layer",
     "qk_norm_rope_gate",
     "rms_norm",
     "selected_backends",

@@ -6,12 +6,18 @@ Source: Gated Delta Networks (arXiv 2412.06464), transformers' ``Qwen3NextGatedD
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qnext_kernels import gated_delta_net_decode, gated_delta_net_prefill, gated_delta_net_verify, norm_linears
+from qnext_kernels import (
+    gated_delta_net_decode,
+    gated_delta_net_prefill,
+    gated_delta_net_verify,
+    norm_linears,
+    prepare_layer,
+)
 from qnext_plugins.model.config import Qwen3NextConfig
 from qnext_plugins.model.norm import RMSNorm
 from qnext_plugins.model.port import Engine
@@ -130,6 +136,50 @@ def gated_delta_net_core(
         else:
             out[segment.tokens] = _run(segment, (qkvz, ba), weights, eps, pools)
     return out
+
+
+class GatedDeltaNetCore:
+    """:func:`gated_delta_net_core` of one layer, step by step: on a CPU what stays is looked at once.
+
+    Args:
+        eps: of the output norm.
+    """
+
+    def __init__(self, eps: float) -> None:
+        self._eps = eps
+        self._prepared: Any = None
+
+    def __call__(
+        self,
+        qkvz: Tensor,
+        ba: Tensor,
+        weights: CoreWeights,
+        pools: StatePools,
+        batch: RecurrentBatch,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As the function."""
+        segment = batch.verify or batch.decode
+        if qkvz.is_cpu and segment is not None and _alone(segment, batch, qkvz.shape[0]):
+            of = (qkvz, ba, weights, pools.conv, pools.recurrent)
+            if self._prepared is None or not self._prepared.is_of(*of):
+                self._prepared = prepare_layer(*of[:3], self._eps, *of[3:])
+            if self._prepared is not None:
+                if isinstance(segment, Segment):
+                    return self._prepared.decode(qkvz, ba, segment.slots, out)
+                where = (segment.query_start_loc, segment.num_accepted_tokens)
+                return self._prepared.verify(qkvz, ba, segment.slots, *where, out)
+        return gated_delta_net_core(qkvz, ba, weights, self._eps, pools, batch, out)
+
+
+def _alone(segment: Segment | VerifySegment, batch: RecurrentBatch, num_tokens: int) -> bool:
+    """Whether a decode, or a verify without step pools, is all of a batch of so many tokens."""
+    if batch.prefill is not None or (batch.verify is not None and batch.decode is not None):
+        return False
+    if isinstance(segment, VerifySegment) and segment.step_rows is not None:
+        return False
+    tokens = segment.tokens
+    return isinstance(tokens, slice) and not tokens.start and tokens.stop in (None, num_tokens)
 
 
 def _count(tokens: TokenIndex, num_tokens: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qnext_kernels import ExpertsWeights, LinearWeight
 from qnext_plugins.model import MLP, CoreWeights, Qwen3NextConfig
+from qnext_plugins.model.gated_delta_net import GatedDeltaNetCore
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_plugins.packed_methods import experts_weights, linear_weight
 from qnext_sglang import sglang_api as api
@@ -197,7 +198,7 @@ class RecurrentState(nn.Module):
             head_k_dim=config.linear_key_head_dim,
             head_v_dim=config.linear_value_head_dim,
         )
-        self.attn.qnext_eps = config.rms_norm_eps
+        self.attn.qnext_core = GatedDeltaNetCore(config.rms_norm_eps)
 
     def forward(self, qkvz: Tensor, ba: Tensor, weights: CoreWeights) -> Tensor:
         # Detached: as parameters they would be registered, and loaded, a second time.

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from qnext_plugins.model import RecurrentBatch, Segment, StatePools, VerifySegment
-from qnext_plugins.model.gated_delta_net import gated_delta_net_core
 from qnext_sglang import sglang_api as api
 
 
@@ -63,7 +62,7 @@ class GatedDeltaNetBackend(api.MambaAttnBackendBase):
         pools = StatePools(cache.conv[0], cache.temporal)
         if self.batch.verify is not None:
             pools.conv_steps, pools.recurrent_steps = cache.intermediate_conv_window[0], cache.intermediate_ssm
-        out = gated_delta_net_core(mixed_qkv, a, layer.qnext_weights, layer.qnext_eps, pools, self.batch)
+        out = layer.qnext_core(mixed_qkv, a, layer.qnext_weights, pools, self.batch)
         return out.view(1, out.shape[0], layer.num_v_heads, layer.head_v_dim)
 
     def _recurrent_batch(self, forward_batch: api.ForwardBatch, mode: Any) -> RecurrentBatch:

@@ -25,7 +25,7 @@ from qnext_kernels import (
     gated_rms_norm,
 )
 from qnext_kernels.dispatch import BackendError, deterministic
-from qnext_kernels.gated_delta_net import _one_kernel, native
+from qnext_kernels.gated_delta_net import _one_kernel, _run_native, native
 from tests.kernels import delta_net_runs as runs_of
 from tests.kernels.delta_net_runs import (
     EPS,
@@ -250,7 +250,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_native_result(tokens: int) 
 @pytest.mark.parametrize(
     ("backends", "changed", "serves"),
     [
-        ("native", {}, native.run_native),
+        ("native", {}, _run_native),
         ("native", {"A_log": torch.Tensor.half}, None),
         ("native", {"state": lambda state: state.transpose(2, 3)}, None),
         ("native,gated_norm=cpu", {}, None),

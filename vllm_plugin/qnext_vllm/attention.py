@@ -14,6 +14,9 @@ from qnext_vllm import vllm_api as api
 class QnextAttentionImpl(api.CPUAttentionBackendImpl):
     """The cache is vLLM's: [blocks, kv_heads, block_size, 2·head_dim]."""
 
+    _cache: Tensor | None = None
+    _views: tuple[Tensor, Tensor]
+
     def forward(
         self,
         layer: Any,
@@ -28,17 +31,21 @@ class QnextAttentionImpl(api.CPUAttentionBackendImpl):
     ) -> Tensor:
         if attn_metadata is None:  # vLLM measures memory without a cache
             return output
-        tokens = attn_metadata.num_actual_tokens
-        caches = keys_and_values(kv_cache)
-        store_kv(key[:tokens], value[:tokens], *caches, attn_metadata.slot_mapping[:tokens])
-        output[:tokens] = paged_attention(
-            query[:tokens],
-            *caches,
+        tokens, slots, out = attn_metadata.num_actual_tokens, attn_metadata.slot_mapping, output
+        if tokens != query.shape[0]:  # behind them is padding
+            query, key, value, slots, out = (x[:tokens] for x in (query, key, value, slots, output))
+        if kv_cache is not self._cache:
+            self._cache, self._views = kv_cache, keys_and_values(kv_cache)
+        store_kv(key, value, *self._views, slots)
+        paged_attention(
+            query,
+            *self._views,
             attn_metadata.block_table,
             attn_metadata.seq_lens,
             attn_metadata.query_start_loc,
             self.scale,
             causal=attn_metadata.causal,
+            out=out,
         )
         return output
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qnext_plugins.model import CoreWeights, Qwen3NextConfig, RecurrentBatch, Segment, StatePools, VerifySegment
-from qnext_plugins.model.gated_delta_net import gated_delta_net_core
+from qnext_plugins.model.gated_delta_net import GatedDeltaNetCore
 from qnext_vllm import vllm_api as api
 
 
@@ -95,7 +95,7 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
 
     def __init__(self, config: Qwen3NextConfig, vllm_config: api.VllmConfig, *, prefix: str) -> None:
         super().__init__()
-        self.prefix, self._eps = prefix, config.rms_norm_eps
+        self.prefix, self._core = prefix, GatedDeltaNetCore(config.rms_norm_eps)
         self._shapes, self._dtypes = state_shapes(config, vllm_config), state_dtypes(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
@@ -128,7 +128,7 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
         conv_state, state = self.kv_cache
         if not api.is_conv_state_dim_first():
             conv_state = conv_state.transpose(1, 2)
-        gated_delta_net_core(qkvz, ba, weights, self._eps, StatePools(conv_state, state), batch, out)
+        self._core(qkvz, ba, weights, StatePools(conv_state, state), batch, out)
 
 
 def batch_of(context: api.ForwardContext, metadata: api.GDNAttentionMetadata) -> RecurrentBatch:

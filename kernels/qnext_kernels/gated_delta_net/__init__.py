@@ -23,7 +23,7 @@ The pools are those of ``causal_conv1d`` and ``gated_delta_rule``, whose promise
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -31,11 +31,12 @@ from qnext_kernels import causal_conv1d, gated_delta_rule, gated_norm
 from qnext_kernels.causal_conv1d.grouping import ungrouped
 from qnext_kernels.checks import expect_destination
 from qnext_kernels.gated_delta_net import native
-from qnext_kernels.gated_delta_net.checks import Steps, check_decode, check_prefill, check_verify
+from qnext_kernels.gated_delta_net.checks import Steps, check_decode, check_layer, check_prefill, check_verify
+from qnext_kernels.gated_delta_net.prepared import PreparedLayer
 from qnext_kernels.gated_delta_net.split import split_convolved, split_projections
 from qnext_kernels.triton_support import TritonBackend
 
-__all__ = ["gated_delta_net_decode", "gated_delta_net_prefill", "gated_delta_net_verify"]
+__all__ = ["gated_delta_net_decode", "gated_delta_net_prefill", "gated_delta_net_verify", "prepare_layer"]
 
 PARTS = (causal_conv1d.operation, gated_delta_rule.operation, gated_norm.operation)
 
@@ -179,6 +180,29 @@ def gated_delta_net_verify(
     return _normalise(o, z, norm_weight, eps, out)
 
 
+def prepare_layer(
+    qkvz: Tensor, ba: Tensor, weights: Sequence[Tensor], eps: float, conv_state: Tensor, state: Tensor
+) -> PreparedLayer | None:
+    """One layer's calls of the kernel that runs all three operations, where that is one in C++; else None.
+
+    Args:
+        qkvz, ba: [T, H · (2 K + 2 G V)] and [T, H · 2 G], as the projections make them.
+        weights: conv_weight, A_log, dt_bias and norm_weight; see the module.
+        eps, conv_state, state: see the module.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
+    _, value_heads, value_dim, key_dim = state.shape
+    key_heads = (qkvz.shape[1] - 2 * value_heads * value_dim) // (2 * key_dim)
+    by_head = [x.unflatten(1, (key_heads, -1)) for x in (qkvz, ba)]
+    layer = tuple(weights)
+    check_layer(*by_head, *layer, conv_state, state)
+    if _one_kernel(*by_head, layer, conv_state, state) is not _run_native:
+        return None
+    return PreparedLayer(qkvz, ba, key_heads, layer, eps, conv_state, state)
+
+
 def _check_out(out: Tensor | None, qkvz: Tensor, state: Tensor) -> None:
     if out is not None:
         expect_destination("out", out, (qkvz.shape[0], state.shape[1] * state.shape[2]), qkvz.dtype)
@@ -203,9 +227,35 @@ def _one_kernel(
     """What runs all three operations at once, where one backend serves them and has a kernel for these tensors."""
     serving = [part.select(qkvz.device, qkvz.dtype) for part in PARTS]
     if all(backend.name == "native" for backend in serving):
-        return native.run_native if native.reads(ba, layer, conv_state, state, steps) else None
+        return _run_native if native.reads(ba, layer, conv_state, state, steps) else None
     if all(isinstance(backend, TritonBackend) for backend in serving):
         from qnext_kernels.gated_delta_net.triton_fused import run_fused
 
         return run_fused
     return None
+
+
+def _run_native(
+    qkvz: Tensor,
+    ba: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    conv_state: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor | None = None,
+    accepted: Tensor | None = None,
+    steps: Steps | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    layer = native.NativeLayer(conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state)
+    if qkvz.stride(2) != 1:
+        qkvz = qkvz.contiguous()
+    if out is None:
+        out = qkvz.new_empty(qkvz.shape[0], state.shape[1] * state.shape[2])
+    projections = (qkvz, qkvz.stride()[:2], ba, ba.stride(), qkvz.shape[1])
+    layer.run(*projections, slots, query_start_loc, accepted, steps, out)
+    return out

@@ -33,7 +33,7 @@ def check_decode(
     slots: Tensor,
 ) -> None:
     """Raise unless the arguments of a decode fit."""
-    _check_layer(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state)
+    check_layer(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state)
     expect_shape("slots", slots, (qkvz.shape[0],))
     expect_indices("slots", slots, -1, min(state.shape[0], conv_state.shape[0]))
 
@@ -54,7 +54,7 @@ def check_prefill(
     snapshot_lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Raise unless the arguments of a prefill fit; return slots and lengths of snapshots, None where there are none."""
-    _check_layer(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state)
+    check_layer(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state)
     num_sequences = expect_query_start_loc(query_start_loc, qkvz.shape[0])
     expect_shape("slots", slots, (num_sequences,))
     num_slots = min(state.shape[0], conv_state.shape[0])
@@ -82,7 +82,7 @@ def check_verify(
     pools: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> Steps | None:
     """Raise unless the arguments of a verify fit; return the step pools, None where there are none."""
-    _check_layer(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state)
+    check_layer(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state)
     num_sequences = expect_query_start_loc(query_start_loc, qkvz.shape[0])
     expect_shape("slots", slots, (num_sequences, None))
     expect_indices("slots", slots, -1, state.shape[0])
@@ -97,7 +97,7 @@ def check_verify(
     return steps
 
 
-def _check_layer(
+def check_layer(
     qkvz: Tensor,
     ba: Tensor,
     conv_weight: Tensor,
@@ -107,6 +107,7 @@ def _check_layer(
     conv_state: Tensor,
     state: Tensor,
 ) -> None:
+    """Raise unless projections, weights and pools fit each other."""
     expect_shape("state", state, (None, None, None, None))
     _, value_heads, value_dim, key_dim = state.shape
     expect_shape("qkvz", qkvz, (None, None, None))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from qnext_kernels.gated_delta_net.checks import Steps
@@ -14,7 +13,7 @@ from qnext_kernels.rows import floats, indices, packed_function
 
 _DECODE = (0, 0, 0, 0)
 """The fields ``query_start_loc`` and ``accepted`` of ``GatedDeltaNet`` in the C++ file."""
-_NO_STEPS = (0,) * 11
+_NO_STEPS: tuple[int, ...] = (0,) * 11
 """Those from ``conv_steps`` to ``step_rows``."""
 
 
@@ -25,63 +24,88 @@ def reads(ba: Tensor, layer: tuple[Tensor, ...], conv_state: Tensor, state: Tens
     return reads_pool(state) and (steps is None or reads_steps(steps[1]))
 
 
-def run_native(
-    qkvz: Tensor,
-    ba: Tensor,
-    conv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    conv_state: Tensor,
-    state: Tensor,
-    slots: Tensor,
-    query_start_loc: Tensor | None = None,
-    accepted: Tensor | None = None,
-    steps: Steps | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Call ``qnext_gated_delta_net``: a verify given ``query_start_loc`` and ``accepted``, else a decode.
+class NativeLayer:
+    """What does not change between the calls of a layer, packed once.
 
     Args:
-        qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state, slots [N, columns], query_start_loc,
-            accepted: of the public functions.
-        steps: the step pools of the convolution and of the rule, and their rows.
-        out: [T, HV · V], contiguous, where the result is written, if anywhere.
-
-    Returns:
-        [T, HV · V] in the dtype of ``qkvz``.
+        conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state: of the public functions, which have checked them
+            and ``reads`` too.
     """
-    if qkvz.stride(2) != 1:
-        qkvz = qkvz.contiguous()
-    weights = conv_weight.contiguous(), A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous()
-    slots = slots.contiguous()
-    sequences = _DECODE
-    if query_start_loc is not None and accepted is not None:
-        query_start_loc, accepted = query_start_loc.contiguous(), accepted.contiguous()
-        sequences = *indices(query_start_loc), *indices(accepted)
-    step_fields: tuple[int, ...] = _NO_STEPS
-    if steps is not None:
-        conv_pool, pool, step_rows = steps[0], steps[1], steps[2].contiguous()
-        row, step, channel, column = conv_pool.stride()
-        step_fields = conv_pool.data_ptr(), row, channel, column, step
-        step_fields += pool.data_ptr(), DTYPES[pool.dtype], *pool.stride()[:2], *indices(step_rows)
-    num_tokens, key_heads, _ = qkvz.shape
-    _, value_heads, value_dim, key_dim = state.shape
-    if out is None:
-        out = torch.empty(num_tokens, value_heads * value_dim, dtype=qkvz.dtype)
-    _kernel()(
-        *(qkvz.data_ptr(), DTYPES[qkvz.dtype], *qkvz.stride()[:2], *floats(ba), *ba.stride()),
-        *(field for weight in weights for field in floats(weight)),
-        *(conv_state.data_ptr(), *conv_state.stride(), DTYPES[conv_state.dtype]),
-        *(state.data_ptr(), DTYPES[state.dtype], state.stride(0)),
-        *(*indices(slots), slots.shape[1]),
-        *sequences,
-        *step_fields,
-        *(out.data_ptr(), num_tokens, slots.shape[0], key_heads, value_heads, key_dim, value_dim),
-        *(conv_weight.shape[1], query_start_loc is not None, eps),
-    )
-    return out
+
+    def __init__(
+        self,
+        conv_weight: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        conv_state: Tensor,
+        state: Tensor,
+    ) -> None:
+        self._tensors = tuple(weight.contiguous() for weight in (conv_weight, A_log, dt_bias, norm_weight))
+        self._eps = eps
+        slots, value_heads, value_dim, key_dim = state.shape
+        self._pools = (
+            *(field for weight in self._tensors for field in floats(weight)),
+            *(conv_state.data_ptr(), *conv_state.stride(), DTYPES[conv_state.dtype]),
+            *(state.data_ptr(), DTYPES[state.dtype], state.stride(0)),
+        )
+        self._heads, self._slots = (value_heads, key_dim, value_dim), (slots, conv_state.shape[0])
+        self._width, self._windows = conv_weight.shape[1], conv_state.shape[2] - conv_weight.shape[1] + 2
+
+    def run(
+        self,
+        qkvz: Tensor,
+        qkvz_strides: tuple[int, int],
+        ba: Tensor,
+        ba_strides: tuple[int, int, int],
+        key_heads: int,
+        slots: Tensor,
+        query_start_loc: Tensor | None,
+        accepted: Tensor | None,
+        steps: Steps | None,
+        out: Tensor,
+    ) -> bool:
+        """Call ``qnext_gated_delta_net``: a verify given ``query_start_loc`` and ``accepted``, else a decode.
+
+        Args:
+            qkvz, qkvz_strides: of the public functions, unit stride along the last axis; between tokens and key heads.
+            ba, ba_strides: of the public functions; between tokens, key heads and elements.
+            key_heads: in ``qkvz``.
+            slots: [N, columns].
+            query_start_loc, accepted: of the public functions.
+            steps: the step pools of the convolution and of the rule, and their rows.
+            out: [T, HV · V], contiguous, written.
+
+        Returns:
+            False, having written nothing, where an index is out of range.
+        """
+        slots = slots.contiguous()
+        count, columns = slots.shape
+        sequences, most_tokens = _DECODE, min(columns, self._windows)
+        most_accepted = most_tokens
+        if query_start_loc is not None and accepted is not None:
+            query_start_loc, accepted = query_start_loc.contiguous(), accepted.contiguous()
+            sequences = *indices(query_start_loc), *indices(accepted)
+        step_fields, rows = _NO_STEPS, 0
+        if steps is not None:
+            conv_pool, pool, step_rows = steps[0], steps[1], steps[2].contiguous()
+            row, step, channel, column = conv_pool.stride()
+            step_fields = conv_pool.data_ptr(), row, channel, column, step
+            step_fields += pool.data_ptr(), DTYPES[pool.dtype], *pool.stride()[:2], *indices(step_rows)
+            rows, most_tokens = min(conv_pool.shape[0], pool.shape[0]), conv_pool.shape[1]
+        value_heads, key_dim, value_dim = self._heads
+        return bool(
+            _kernel()(
+                *(qkvz.data_ptr(), DTYPES[qkvz.dtype], *qkvz_strides, *floats(ba), *ba_strides),
+                *self._pools,
+                *(*indices(slots), columns),
+                *sequences,
+                *step_fields,
+                *(out.data_ptr(), qkvz.shape[0], count, key_heads, value_heads, key_dim, value_dim, self._width),
+                *(query_start_loc is not None, *self._slots, rows, most_accepted, most_tokens, self._eps),
+            )
+        )
 
 
-_kernel = cache(lambda: packed_function("qnext_gated_delta_net", "52qd"))
+_kernel = cache(lambda: packed_function("qnext_gated_delta_net", "57qd"))

@@ -16,21 +16,20 @@ single slots [slots, KV, D] is one of block size 1 (``pool.unsqueeze(1)``), its 
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import torch
 from torch import Tensor
 
 from qnext_kernels.checks import (
+    INTEGERS,
+    expect_destination,
     expect_dtype,
     expect_floating,
     expect_indices,
-    expect_query_start_loc,
     expect_shape,
 )
-from qnext_kernels.dispatch import Operation
+from qnext_kernels.dispatch import Backend, Operation
+from qnext_kernels.paged_attention.checks import check_values
 from qnext_kernels.paged_attention.cpu import CpuBackend
-from qnext_kernels.paged_attention.native import PagedAttentionNative
+from qnext_kernels.paged_attention.native import PagedAttentionNative, reads
 from qnext_kernels.paged_attention.reference import ReferenceBackend
 
 operation = Operation("paged_attention", [PagedAttentionNative(), CpuBackend(), ReferenceBackend()])
@@ -46,6 +45,7 @@ def paged_attention(
     scale: float,
     gate: Tensor | None = None,
     causal: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of each sequence's new tokens, the last of its tokens in the cache.
 
@@ -60,9 +60,10 @@ def paged_attention(
         scale: of the scores.
         gate: [T, H, D] in the dtype of ``q``; the result is multiplied by its sigmoid.
         causal: a token reads no later ones.
+        out: [T, H, D] in the dtype of ``q``, contiguous, where the result is written; overlaps nothing else.
 
     Returns:
-        [T, H, D] in the dtype of ``q``, contiguous.
+        [T, H, D] in the dtype of ``q``, contiguous; ``out`` where it is given.
 
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit.
@@ -74,18 +75,26 @@ def paged_attention(
     num_blocks, block_size, num_kv_heads, _ = key_cache.shape
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"q: expected a multiple of {num_kv_heads} heads (the key-value heads), got {num_heads}")
-    num_sequences = expect_query_start_loc(query_start_loc, num_tokens)
+    expect_shape("query_start_loc", query_start_loc, (None,))
+    num_sequences = query_start_loc.shape[0] - 1
+    if num_sequences < 0:
+        raise ValueError("query_start_loc: expected at least one offset, got none")
     expect_shape("block_table", block_table, (num_sequences, None))
-    expect_dtype("block_table", block_table, (torch.int32, torch.int64))
     expect_shape("seq_lens", seq_lens, (num_sequences,))
-    expect_dtype("seq_lens", seq_lens, (torch.int32, torch.int64))
+    for name, index in (("block_table", block_table), ("seq_lens", seq_lens), ("query_start_loc", query_start_loc)):
+        expect_dtype(name, index, INTEGERS)
     if gate is not None:
         expect_shape("gate", gate, q.shape)
         expect_dtype("gate", gate, (q.dtype,))
-    if seq_lens.is_cpu and num_sequences:
-        _check_values(block_table, seq_lens, query_start_loc, num_blocks, block_size)
-    backend = operation.select(q.device, q.dtype)
-    return backend.attention(q, key_cache, value_cache, block_table, seq_lens, query_start_loc, scale, gate, causal)
+    if out is None:
+        out = q.new_empty(q.shape)
+    else:
+        expect_destination("out", out, q.shape, q.dtype)
+    backend, where = operation.select(q.device, q.dtype), (block_table, seq_lens, query_start_loc)
+    if not _native_reads(backend, key_cache, value_cache):
+        check_values(*where, num_tokens, num_blocks, block_size)
+    backend.attention(q, key_cache, value_cache, *where, scale, gate, causal, out)
+    return out
 
 
 def store_kv(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -108,26 +117,16 @@ def store_kv(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_
     if key_cache.shape[2] != k.shape[1]:
         raise ValueError(f"k: expected {key_cache.shape[2]} key-value heads, got {k.shape[1]}")
     expect_shape("slot_mapping", slot_mapping, (k.shape[0],))
-    expect_indices("slot_mapping", slot_mapping, -1, key_cache.shape[0] * key_cache.shape[1])
-    operation.select(k.device, k.dtype).store_kv(k, v, key_cache, value_cache, slot_mapping)
+    expect_dtype("slot_mapping", slot_mapping, INTEGERS)
+    backend = operation.select(k.device, k.dtype)
+    if not _native_reads(backend, key_cache, value_cache):
+        expect_indices("slot_mapping", slot_mapping, -1, key_cache.shape[0] * key_cache.shape[1])
+    backend.store_kv(k, v, key_cache, value_cache, slot_mapping)
 
 
-def _check_values(
-    block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor, num_blocks: int, block_size: int
-) -> None:
-    lengths, offsets = seq_lens.tolist(), query_start_loc.tolist()
-    most = block_table.shape[1] * block_size
-    for length, (start, end) in zip(lengths, pairwise(offsets), strict=True):
-        if not end - start <= length <= most:
-            raise ValueError(
-                f"seq_lens: expected at least the new tokens {query_start_loc.diff().tolist()} and at most {most} "
-                f"(what a row of block_table holds), got {lengths}"
-            )
-    used = block_table[:, : -(-max(lengths) // block_size)]
-    if len(lengths) > 1:
-        behind = torch.arange(used.shape[1]) * block_size >= seq_lens[:, None]
-        used = used.masked_fill(behind, 0)
-    expect_indices("block_table", used, 0, max(1, num_blocks))
+def _native_reads(backend: Backend, key_cache: Tensor, value_cache: Tensor) -> bool:
+    """Whether these caches are read by the C++ kernel, which checks the values of its indices itself."""
+    return isinstance(backend, PagedAttentionNative) and reads(key_cache, value_cache)
 
 
 def _check_caches(key_cache: Tensor, value_cache: Tensor, head_dim: int, dtype: torch.dtype) -> None:

@@ -31,10 +31,10 @@ class CpuBackend(Backend):
         scale: float,
         gate: Tensor | None,
         causal: bool,
-    ) -> Tensor:
+        out: Tensor,
+    ) -> None:
         refuse_if_deterministic("paged_attention", "PyTorch's attention")
         dtype = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_empty(q.shape)
         offsets = query_start_loc.tolist()
         for n, length in enumerate(seq_lens.tolist()):
             start, end = offsets[n : n + 2]
@@ -58,7 +58,6 @@ class CpuBackend(Backend):
                     enable_gqa=True,
                 )[0].transpose(0, 1)
                 out[tokens] = o if gate is None else o * sigmoid(gate[tokens].to(dtype))
-        return out
 
     def store_kv(self, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
         tokens = (slot_mapping >= 0).nonzero().squeeze(1)

@@ -31,10 +31,10 @@ class ReferenceBackend(Backend):
         scale: float,
         gate: Tensor | None,
         causal: bool,
-    ) -> Tensor:
+        out: Tensor,
+    ) -> None:
         dtype = torch.promote_types(q.dtype, torch.float32)
         group = q.shape[1] // key_cache.shape[2]
-        out = q.new_empty(q.shape)
         for n, (length, blocks) in enumerate(zip(seq_lens.tolist(), block_table, strict=True)):
             start, end = query_start_loc[n : n + 2].tolist()
             keys, values = (
@@ -46,7 +46,6 @@ class ReferenceBackend(Backend):
                 weights = torch.softmax(scale * (keys[:seen] * q[t].to(dtype)).sum(dim=-1), dim=0)
                 o = (weights[:, :, None] * values[:seen]).sum(dim=0)
                 out[t] = o if gate is None else o * sigmoid(gate[t].to(dtype))
-        return out
 
     def store_kv(self, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
         block_size = key_cache.shape[1]
