@@ -4,29 +4,6 @@
 
 namespace qnext {
 
-// Before Gated DeltaNet: its two projections of the normalised x + residual. What one operation leaves to the next is null.
-struct NormLinears {
-    RmsNorm norm;
-    Linear first, second;
-};
-
-// Before attention: heads of the normalised x + residual.
-struct NormHeads {
-    RmsNorm norm;
-    Linear qkv;
-    QkNormRopeGate heads;
-};
-
-// Behind the mixer: its output gated, where it has a gate, and projected; then the experts of the normalised sum.
-struct LinearNormExperts {
-    SigmoidGate gate;  // without x: none
-    Linear out;
-    RmsNorm norm;
-    Linear router;
-    TopkSoftmax choice;
-    Experts experts;
-};
-
 namespace {
 
 // Contiguous rows of a dtype that one operation writes and the next reads.
@@ -104,17 +81,16 @@ void experts(const LinearNormExperts& p) {
 }  // namespace
 }  // namespace qnext
 
-extern "C" __attribute__((visibility("default"))) void qnext_norm_linears(const qnext::NormLinears* p) {
+extern "C" void qnext_norm_linears(const qnext::NormLinears* p) {
     const qnext::Between normed = qnext::normalise(p->norm);
     qnext::project(p->first, normed);
     qnext::project(p->second, normed);
 }
 
-// Returns false where a position lies outside of the table; then no result is complete.
-extern "C" __attribute__((visibility("default"))) bool qnext_norm_heads(const qnext::NormHeads* p) {
+extern "C" bool qnext_norm_heads(const qnext::NormHeads* p) {
     return qnext::heads(*p);
 }
 
-extern "C" __attribute__((visibility("default"))) void qnext_linear_norm_experts(const qnext::LinearNormExperts* p) {
+extern "C" void qnext_linear_norm_experts(const qnext::LinearNormExperts* p) {
     qnext::experts(*p);
 }

@@ -57,6 +57,72 @@ struct Experts {
     int64_t choices() const { return top_k + (shared_w13 != nullptr); }
 };
 
+struct PagedAttention {
+    const void *q, *gate, *keys, *values;  // gate: or none
+    void* out;                             // [tokens, heads, head_dim], contiguous
+    int64_t dtype;
+    int64_t q_token, q_head, gate_token, gate_head;  // strides
+    int64_t key_block, key_slot, key_head, value_block, value_slot, value_head;
+    Indices block_table;
+    int64_t table_row;
+    Indices seq_lens, query_start_loc;
+    int64_t sequences, heads, kv_heads, head_dim, block_size, causal;
+    int64_t tokens, blocks, table_width;
+    double scale;
+
+    // Whether offsets, lengths and the blocks that are read lie within what they point into.
+    bool in_range() const {
+        for (int64_t n = 0; n < sequences; ++n) {
+            const int64_t start = query_start_loc[n], end = query_start_loc[n + 1], length = seq_lens[n];
+            if (start > end || end - start > length || length > table_width * block_size) return false;
+            for (int64_t i = 0; i * block_size < length; ++i) {
+                const int64_t block = block_table[n * table_row + i];
+                if (block < 0 || block >= blocks) return false;
+            }
+        }
+        return query_start_loc[0] == 0 && query_start_loc[sequences] == tokens;
+    }
+};
+
+struct StoreKv {
+    const void *k, *v;
+    void *keys, *values;
+    int64_t element_bytes;
+    int64_t k_token, k_head, v_token, v_head;
+    int64_t key_block, key_slot, key_head, value_block, value_slot, value_head;
+    Indices slots;
+    int64_t tokens, kv_heads, head_dim, block_size, blocks;
+
+    bool in_range() const {
+        for (int64_t t = 0; t < tokens; ++t)
+            if (slots[t] < -1 || slots[t] >= blocks * block_size) return false;
+        return true;
+    }
+};
+
+// Before Gated DeltaNet: its two projections of the normalised x + residual. What one operation leaves to the next is null.
+struct NormLinears {
+    RmsNorm norm;
+    Linear first, second;
+};
+
+// Before attention: heads of the normalised x + residual.
+struct NormHeads {
+    RmsNorm norm;
+    Linear qkv;
+    QkNormRopeGate heads;
+};
+
+// Behind the mixer: its output gated, where it has a gate, and projected; then the experts of the normalised sum.
+struct LinearNormExperts {
+    SigmoidGate gate;  // without x: none
+    Linear out;
+    RmsNorm norm;
+    Linear router;
+    TopkSoftmax choice;
+    Experts experts;
+};
+
 }  // namespace qnext
 
 extern "C" {
@@ -68,4 +134,11 @@ __attribute__((visibility("default"))) void qnext_linear(const qnext::Linear* p)
 __attribute__((visibility("default"))) void qnext_topk_softmax(const qnext::TopkSoftmax* p);
 // Returns false, having written nothing, where an id is no expert.
 __attribute__((visibility("default"))) bool qnext_experts(const qnext::Experts* p);
+// Both return false, having written nothing, where an index is out of range.
+__attribute__((visibility("default"))) bool qnext_paged_attention(const qnext::PagedAttention* p);
+__attribute__((visibility("default"))) bool qnext_store_kv(const qnext::StoreKv* p);
+__attribute__((visibility("default"))) void qnext_norm_linears(const qnext::NormLinears* p);
+// Returns false where a position lies outside of the table; then no result is complete.
+__attribute__((visibility("default"))) bool qnext_norm_heads(const qnext::NormHeads* p);
+__attribute__((visibility("default"))) void qnext_linear_norm_experts(const qnext::LinearNormExperts* p);
 }

@@ -7,49 +7,6 @@
 
 namespace qnext {
 
-struct GatedDeltaNet {
-    const void* qkvz;  // [tokens, key heads, 2 key dim + 2 group * value dim], unit stride along the last
-    int64_t dtype, x_token, x_head;
-    Floats ba;  // [tokens, key heads, 2 group]
-    int64_t ba_token, ba_head, ba_column;
-    Floats conv_weight, A_log, dt_bias, norm_weight;  // contiguous
-    ConvPool conv_state;
-    int64_t conv_dtype;
-    void* state;
-    int64_t state_dtype, state_slot;
-    Indices slots;  // [sequences, slot_columns], contiguous; the convolution's are those of column 0
-    int64_t slot_columns;
-    Indices query_start_loc, accepted;  // verify
-    ConvPool conv_steps;                // verify into step pools
-    int64_t conv_steps_step;
-    void* steps;
-    int64_t steps_dtype, steps_row, steps_step;
-    Indices step_rows;
-    void* out;  // [tokens, value heads, value dim], contiguous
-    int64_t tokens, sequences, key_heads, value_heads, key_dim, value_dim, width;
-    int64_t is_verify;
-    int64_t state_slots, conv_slots, steps_rows, most_accepted, most_tokens;  // how many there are, a sequence has at most
-    double eps;
-
-    // Whether slots, offsets, accepted tokens and rows lie within what they point into.
-    bool in_range() const {
-        int64_t end = 0;
-        for (int64_t n = 0; n < sequences; ++n) {
-            for (int64_t c = 0; c < slot_columns; ++c) {
-                const int64_t slot = slots[n * slot_columns + c];
-                if (slot < -1 || slot >= state_slots || (c == 0 && slot >= conv_slots)) return false;
-            }
-            if (!is_verify) continue;
-            const int64_t start = query_start_loc[n];
-            const bool follows = start == end && query_start_loc[n + 1] >= start;
-            end = query_start_loc[n + 1];
-            if (!follows || end - start > most_tokens || accepted[n] < 1 || accepted[n] > most_accepted) return false;
-            if (step_rows.data && (step_rows[n] < -1 || step_rows[n] >= steps_rows)) return false;
-        }
-        return is_verify ? end == tokens : sequences == tokens;
-    }
-};
-
 namespace {
 
 template <class T>
@@ -107,8 +64,7 @@ void norm(const GatedDeltaNet& p, const W* weight) {
 }  // namespace
 }  // namespace qnext
 
-// Returns false, having written nothing, where an index is out of range.
-extern "C" __attribute__((visibility("default"))) bool qnext_gated_delta_net(const qnext::GatedDeltaNet* p) {
+extern "C" bool qnext_gated_delta_net(const qnext::GatedDeltaNet* p) {
     using namespace qnext;
     if (!p->in_range()) return false;
     const int64_t channels = 2 * p->key_heads * p->key_dim + p->value_heads * p->value_dim;

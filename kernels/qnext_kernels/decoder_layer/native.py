@@ -145,11 +145,13 @@ def norm_linears(
     """As the public function's, on what :func:`reads_norm` and :func:`reads_linear` allow; the sum is empty without one."""
     arguments = (x, residual, norm_weight, eps, first, first_bias, first_packed, second, second_bias, second_packed)
     one, other, total = _empty_linears(*arguments)
-    x, residual = _rows(x), None if residual is None else _rows(residual)
+    tokens = x.shape[0]
+    x, residual = unit_rows(x), None if residual is None else unit_rows(residual)
+    added = NO_ROWS if residual is None else _token_rows(residual)
     _linears_kernel()(
-        *_norm(x, residual, norm_weight, total.data_ptr(), eps),
-        *_linear(0, 0, x, first, first_bias, first_packed, one.data_ptr()),
-        *_linear(0, 0, x, second, second_bias, second_packed, other.data_ptr()),
+        *norm_fields(_token_rows(x), added, norm_weight, total.data_ptr(), tokens, eps),
+        *linear_fields(first, first_bias, first_packed, tokens, one.data_ptr()),
+        *linear_fields(second, second_bias, second_packed, tokens, other.data_ptr()),
     )
     return one, other, total
 
@@ -195,15 +197,17 @@ def norm_heads(
     norm, linear = (x, residual, norm_weight, eps), (qkv, qkv_bias, qkv_packed)
     results = _empty_heads(*norm, *linear, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads)
     q, k, v, gate, total = (result.data_ptr() for result in results)
-    x, residual = _rows(x), None if residual is None else _rows(residual)
+    tokens = x.shape[0]
+    x, residual = unit_rows(x), None if residual is None else unit_rows(residual)
+    added = NO_ROWS if residual is None else _token_rows(residual)
     cos_sin, (table, table_dtype, _, table_stride) = rows(cos_sin)
     q_weight, k_weight, positions = q_weight.contiguous(), k_weight.contiguous(), positions.contiguous()
     if not _heads_kernel()(
-        *_norm(x, residual, norm_weight, total, eps),
-        *_linear(0, 0, x, *linear, 0),
+        *norm_fields(_token_rows(x), added, norm_weight, total, tokens, eps),
+        *linear_fields(*linear, tokens),
         *(0, DTYPES[x.dtype], qkv.shape[0], positions.data_ptr(), positions.dtype == torch.int64),
         *(*floats(q_weight), *floats(k_weight), table, table_dtype, table_stride, q, k, v, gate),
-        *(x.shape[0], num_heads, num_kv_heads, q_weight.shape[0], cos_sin.shape[1], cos_sin.shape[0], eps),
+        *(tokens, num_heads, num_kv_heads, q_weight.shape[0], cos_sin.shape[1], cos_sin.shape[0], eps),
     ):
         expect_indices("positions", positions, 0, cos_sin.shape[0])
     return results
@@ -255,25 +259,20 @@ def linear_norm_experts(
     """As the public function's, on what :func:`reads_block` allows."""
     (tokens, width), hidden = x.shape, out_proj.shape[0]
     out, total = x.new_empty(tokens, hidden), x.new_empty(tokens, hidden)
-    x, residual = _rows(x), _rows(residual)
+    x, residual = unit_rows(x), unit_rows(residual)
     gate_fields: tuple[int, ...] = (0,) * 13
     if gate is not None:
-        gate = _rows(gate)
+        gate = unit_rows(gate)
         gate_fields = *_token_rows(x), *_token_rows(gate), 0, 1, tokens, width, width
-    places, middle = (0, 0, 0), 0
     if shared:
-        shared_w13, shared_w2, strength = shared
-        strength = strength.contiguous()
-        places, middle = (shared_w13.data_ptr(), shared_w2.data_ptr(), strength.data_ptr()), shared_w2.shape[1]
-    num_experts = w13.shape[0]
+        shared = [*shared[:2], shared[2].contiguous()]
     _block_kernel()(
         *gate_fields,
-        *_linear(x.data_ptr(), x.stride(0), x, out_proj, out_bias, out_packed, 0),
-        *_norm(residual, residual, norm_weight, total.data_ptr(), eps),
-        *_linear(0, 0, x, router, router_bias, router_packed, 0),
-        *(0, 0, 0, 0, 0, 0, tokens, num_experts, top_k, renormalize),
-        *(0, w13.data_ptr(), w2.data_ptr(), 0, 0, 0, *places, out.data_ptr()),
-        *(DTYPES[x.dtype], 0, tokens, top_k, num_experts, hidden, w2.shape[2], middle, packed),
+        *linear_fields(out_proj, out_bias, out_packed, tokens, 0, x.data_ptr(), x.stride(0)),
+        *norm_fields(NO_ROWS, _token_rows(residual), norm_weight, total.data_ptr(), tokens, eps),
+        *linear_fields(router, router_bias, router_packed, tokens),
+        *choice_fields(tokens, w13.shape[0], top_k, renormalize),
+        *experts_fields(w13, w2, packed, shared, top_k, tokens, out.data_ptr()),
     )
     return out, total
 
@@ -282,7 +281,8 @@ def _empty_total(x: Tensor, residual: Tensor | None) -> Tensor:
     return x.new_empty(0 if residual is None else x.shape[0], x.shape[1])
 
 
-def _rows(x: Tensor) -> Tensor:
+def unit_rows(x: Tensor) -> Tensor:
+    """[T, D] with unit stride along D."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -291,20 +291,43 @@ def _token_rows(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), DTYPES[x.dtype], 0, x.stride(0)
 
 
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, total: int, eps: float) -> tuple[int | float, ...]:
-    """The fields of ``RmsNorm``, whose result is the next operation's."""
-    residual_rows = (0, 0, 0, 0) if residual is None else _token_rows(residual)
-    return *_token_rows(x), *residual_rows, *floats(weight), 0, total, 1, *x.shape, eps
+def norm_fields(
+    x: tuple[int, ...], residual: tuple[int, ...], weight: Tensor, total: int, tokens: int, eps: float
+) -> tuple[float, ...]:
+    """Those of ``RmsNorm``, whose result is the next operation's; ``x`` and ``residual`` are those of ``Rows``."""
+    return *x, *residual, *floats(weight), 0, total, 1, tokens, weight.shape[0], eps
 
 
-def _linear(
-    x: int, x_token: int, tokens: Tensor, weight: Tensor, bias: Tensor | None, packed: bool, out: int
+def linear_fields(
+    weight: Tensor, bias: Tensor | None, packed: bool, tokens: int, out: int = 0, x: int = 0, x_token: int = 0
 ) -> tuple[int, ...]:
-    """The fields of ``Linear`` of as many rows, in the same dtype, as ``tokens``."""
+    """Those of ``Linear``; what it reads or writes is the neighbouring operation's where it is 0."""
     places = (x, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out)
-    return *places, DTYPES[weight.dtype], x_token, tokens.shape[0], *weight.shape, packed
+    return *places, DTYPES[weight.dtype], x_token, tokens, *weight.shape, packed
 
 
-_linears_kernel = cache(lambda: packed_function("qnext_norm_linears", "15qd10q10q"))
-_heads_kernel = cache(lambda: packed_function("qnext_norm_heads", "15qd10q22qd"))
-_block_kernel = cache(lambda: packed_function("qnext_linear_norm_experts", "13q10q15qd10q10q19q"))
+def choice_fields(tokens: int, num_experts: int, top_k: int, renormalize: bool) -> tuple[int, ...]:
+    """Those of ``TopkSoftmax``, which reads and writes the neighbouring operations'."""
+    return 0, 0, 0, 0, 0, 0, tokens, num_experts, top_k, renormalize
+
+
+def experts_fields(
+    w13: Tensor, w2: Tensor, packed: bool, shared: Sequence[Tensor], top_k: int, tokens: int, out: int = 0
+) -> tuple[int, ...]:
+    """Those of ``Experts``, which reads the neighbouring operations'; the shared expert's gate is contiguous."""
+    places, middle = (0, 0, 0), 0
+    if shared:
+        shared_w13, shared_w2, strength = shared
+        places, middle = (shared_w13.data_ptr(), shared_w2.data_ptr(), strength.data_ptr()), shared_w2.shape[1]
+    num_experts, hidden, width = w2.shape
+    sizes = (DTYPES[w13.dtype], 0, tokens, top_k, num_experts, hidden, width, middle, packed)
+    return 0, w13.data_ptr(), w2.data_ptr(), 0, 0, 0, *places, out, *sizes
+
+
+NO_ROWS = (0, 0, 0, 0)
+NORM, LINEAR, HEADS, CHOICE, EXPERTS, GATE = "15qd", "10q", "22qd", "10q", "19q", "13q"
+"""The structs' fields, as in :mod:`struct`."""
+BLOCK = GATE + LINEAR + NORM + LINEAR + CHOICE + EXPERTS
+_linears_kernel = cache(lambda: packed_function("qnext_norm_linears", NORM + LINEAR + LINEAR))
+_heads_kernel = cache(lambda: packed_function("qnext_norm_heads", NORM + LINEAR + HEADS))
+_block_kernel = cache(lambda: packed_function("qnext_linear_norm_experts", BLOCK))

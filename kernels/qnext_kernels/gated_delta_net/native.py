@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from qnext_kernels.gated_delta_net.checks import Steps
@@ -42,16 +43,28 @@ class NativeLayer:
         conv_state: Tensor,
         state: Tensor,
     ) -> None:
-        self._tensors = tuple(weight.contiguous() for weight in (conv_weight, A_log, dt_bias, norm_weight))
+        self.tensors = tuple(weight.contiguous() for weight in (conv_weight, A_log, dt_bias, norm_weight))
         self._eps = eps
         slots, value_heads, value_dim, key_dim = state.shape
         self._pools = (
-            *(field for weight in self._tensors for field in floats(weight)),
+            *(field for weight in self.tensors for field in floats(weight)),
             *(conv_state.data_ptr(), *conv_state.stride(), DTYPES[conv_state.dtype]),
             *(state.data_ptr(), DTYPES[state.dtype], state.stride(0)),
         )
         self._heads, self._slots = (value_heads, key_dim, value_dim), (slots, conv_state.shape[0])
         self._width, self._windows = conv_weight.shape[1], conv_state.shape[2] - conv_weight.shape[1] + 2
+
+    def fields(
+        self, dtype: torch.dtype, qkvz_head: int, ba_dtype: torch.dtype, ba_head: int, key_heads: int
+    ) -> tuple[float, ...]:
+        """Those of ``GatedDeltaNet`` without tokens and sequences: a step fills them in, from contiguous projections."""
+        value_heads, key_dim, value_dim = self._heads
+        return (
+            *(0, DTYPES[dtype], 0, qkvz_head, 0, DTYPES[ba_dtype], 0, ba_head, 1),
+            *(*self._pools, 0, 0, 0, *_DECODE, *_NO_STEPS),
+            *(0, 0, 0, key_heads, value_heads, key_dim, value_dim, self._width),
+            *(False, *self._slots, 0, 0, 0, self._eps),
+        )
 
     def run(
         self,
@@ -108,4 +121,6 @@ class NativeLayer:
         )
 
 
-_kernel = cache(lambda: packed_function("qnext_gated_delta_net", "57qd"))
+GATED_DELTA_NET = "57qd"
+"""The struct's fields, as in :mod:`struct`."""
+_kernel = cache(lambda: packed_function("qnext_gated_delta_net", GATED_DELTA_NET))

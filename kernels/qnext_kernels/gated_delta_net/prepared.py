@@ -52,6 +52,17 @@ class PreparedLayer:
             and conv_state.stride() == self._layer[-2].stride()
         )
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the kernel reads and writes."""
+        return (*self._native.tensors, *self._layer[-2:])
+
+    def fields(self) -> tuple[float, ...]:
+        """Those of the kernel's struct without tokens and sequences, for projections that are contiguous."""
+        (qkvz_dtype, ba_dtype), heads = self._dtypes, self._key_heads
+        qkvz_head, ba_head = (width // heads for width in self._widths)
+        return self._native.fields(qkvz_dtype, qkvz_head, ba_dtype, ba_head, heads)
+
     def decode(self, qkvz: Tensor, ba: Tensor, slots: Tensor, out: Tensor | None) -> Tensor:
         """:func:`qnext_kernels.gated_delta_net_decode` of projections [T, ...] in two dimensions."""
         expect_shape("slots", slots, (qkvz.shape[0],))

@@ -76,5 +76,7 @@ def reads(key_cache: Tensor, value_cache: Tensor) -> bool:
     return key_cache.stride()[-1] == 1 and value_cache.stride()[-1] == 1
 
 
-_attention = cache(lambda: packed_function("qnext_paged_attention", "32qd"))
-_store_kv = cache(lambda: packed_function("qnext_store_kv", "22q"))
+PAGED_ATTENTION, STORE_KV = "32qd", "22q"
+"""The structs' fields, as in :mod:`struct`."""
+_attention = cache(lambda: packed_function("qnext_paged_attention", PAGED_ATTENTION))
+_store_kv = cache(lambda: packed_function("qnext_store_kv", STORE_KV))
