@@ -26,10 +26,24 @@ from qnext_kernels import (
 from qnext_plugins.model import MLP
 
 
+_changes = 0
+
+
+def weights_version() -> int:
+    """A number that rises whenever weights of an engine are loaded or laid out anew."""
+    return _changes
+
+
+def _changed() -> None:
+    global _changes
+    _changes += 1
+
+
 class PackedLinear:
     """Goes before an engine's unquantized method: creating and loading the weights stays the engine's."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        _changed()
         layer.packed = layer.packed or (layer.packable and pack_weight_(layer.weight.data))
 
     def unpack(self, layer: Any) -> None:
@@ -57,6 +71,7 @@ class PackedExperts:
         return up, down, gate[0]
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        _changed()
         layer.packed = layer.packed or pack_experts_(*self._weights(layer))
 
     def unpack(self, layer: Any) -> None:
@@ -185,6 +200,7 @@ def unpacked_weights(model: nn.Module) -> Iterator[None]:
     memory in their place before, and processes each layer that it has filled.
     """
     loaded = []
+    _changed()
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)
         if isinstance(method, PackedLinear | PackedExperts | Fp8Experts) and layer.packed:

@@ -159,8 +159,8 @@ class GatedDeltaNetCore:
         out: Tensor | None = None,
     ) -> Tensor:
         """As the function."""
-        segment = batch.verify or batch.decode
-        if qkvz.is_cpu and segment is not None and _alone(segment, batch, qkvz.shape[0]):
+        segment = only_segment(batch, qkvz.shape[0]) if qkvz.is_cpu else None
+        if segment is not None:
             of = (qkvz, ba, weights, pools.conv, pools.recurrent)
             if self._prepared is None or not self._prepared.is_of(*of):
                 self._prepared = prepare_layer(*of[:3], self._eps, *of[3:])
@@ -172,14 +172,16 @@ class GatedDeltaNetCore:
         return gated_delta_net_core(qkvz, ba, weights, self._eps, pools, batch, out)
 
 
-def _alone(segment: Segment | VerifySegment, batch: RecurrentBatch, num_tokens: int) -> bool:
-    """Whether a decode, or a verify without step pools, is all of a batch of so many tokens."""
-    if batch.prefill is not None or (batch.verify is not None and batch.decode is not None):
-        return False
+def only_segment(batch: RecurrentBatch, num_tokens: int) -> Segment | VerifySegment | None:
+    """The decode, or the verify without step pools, that is all of a batch of so many tokens; or None."""
+    segment = batch.verify or batch.decode
+    if segment is None or batch.prefill is not None or (batch.verify is not None and batch.decode is not None):
+        return None
     if isinstance(segment, VerifySegment) and segment.step_rows is not None:
-        return False
+        return None
     tokens = segment.tokens
-    return isinstance(tokens, slice) and not tokens.start and tokens.stop in (None, num_tokens)
+    everything = isinstance(tokens, slice) and not tokens.start and tokens.stop in (None, num_tokens)
+    return segment if everything else None
 
 
 def _count(tokens: TokenIndex, num_tokens: int) -> int:
@@ -241,8 +243,11 @@ class GatedDeltaNet(nn.Module):
         else:
             hidden_states, residual = norm(hidden_states, residual)
             qkvz, ba = self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
-        weights = CoreWeights(self.conv1d.weight.squeeze(1), self.A_log, self.dt_bias, self.norm.weight)
-        return self.core(qkvz, ba, weights), residual
+        return self.core(qkvz, ba, self.core_weights()), residual
+
+    def core_weights(self) -> CoreWeights:
+        """What the recurrent core takes besides the projections."""
+        return CoreWeights(self.conv1d.weight.squeeze(1), self.A_log, self.dt_bias, self.norm.weight)
 
 
 class ShortConvolution(nn.Module):

@@ -125,10 +125,13 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
 
     def run(self, batch: RecurrentBatch, qkvz: Tensor, ba: Tensor, weights: CoreWeights, out: Tensor) -> None:
         """Run this batch on this layer's slots; ``out`` [T, HV · V] is written."""
+        self._core(qkvz, ba, weights, StatePools(*self.pools), batch, out)
+
+    @property
+    def pools(self) -> tuple[Tensor, Tensor]:
+        """States of the convolution [slots, channels, state_len] and of the rule [slots, HV, V, K]."""
         conv_state, state = self.kv_cache
-        if not api.is_conv_state_dim_first():
-            conv_state = conv_state.transpose(1, 2)
-        self._core(qkvz, ba, weights, StatePools(conv_state, state), batch, out)
+        return conv_state if api.is_conv_state_dim_first() else conv_state.transpose(1, 2), state
 
 
 def batch_of(context: api.ForwardContext, metadata: api.GDNAttentionMetadata) -> RecurrentBatch:

@@ -22,6 +22,7 @@ from qnext_plugins.model import (
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_plugins.packed_methods import unpacked_weights
 from qnext_vllm import vllm_api as api
+from qnext_vllm.decoder_stack import DecoderLayers, stacks_layers
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.gated_delta_net import state_dtypes, state_shapes
 from qnext_vllm.linear import on_our_kernel
@@ -103,6 +104,10 @@ class Qwen3NextModel(nn.Module, api.EagleModelMixin):
         self.start_layer, self.end_layer, self.layers = api.make_layers(
             config.num_hidden_layers, make_layer, prefix=f"{prefix}.layers"
         )
+        stage = self.layers[self.start_layer : self.end_layer]
+        self._stack = None
+        if stacks_layers(vllm_config) and len(stage):
+            self._stack = DecoderLayers(stage, self._one_by_one, engine, vllm_config, api.maybe_prefix(prefix, "stack"))
         last = api.get_pp_group().is_last_rank
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else api.PPMissingLayer()
         self.make_empty_intermediate_tensors = api.make_empty_intermediate_tensors_factory(
@@ -126,13 +131,24 @@ class Qwen3NextModel(nn.Module, api.EagleModelMixin):
             assert intermediate_tensors is not None
             hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
         auxiliary = self._maybe_add_hidden_state([], 0, hidden_states, residual)  # type: ignore[operator]
-        for n, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), start=self.start_layer):
-            hidden_states, residual = layer(hidden_states, residual, positions)
-            self._maybe_add_hidden_state(auxiliary, n + 1, hidden_states, residual)  # type: ignore[operator]
+        if self._stack is not None and not self.aux_hidden_state_layers:
+            hidden_states, residual = self._stack(hidden_states, residual, positions)
+        else:
+            hidden_states, residual = self._one_by_one(hidden_states, residual, positions, auxiliary)
         if not api.get_pp_group().is_last_rank:
             return api.IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
         hidden_states, _ = self.norm(hidden_states, residual)
         return (hidden_states, auxiliary) if auxiliary else hidden_states
+
+    def _one_by_one(
+        self, hidden_states: Tensor, residual: Tensor | None, positions: Tensor, auxiliary: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layers, and into ``auxiliary`` what drafts want to see of them."""
+        for n, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), start=self.start_layer):
+            hidden_states, residual = layer(hidden_states, residual, positions)
+            if auxiliary is not None:
+                self._maybe_add_hidden_state(auxiliary, n + 1, hidden_states, residual)  # type: ignore[operator]
+        return hidden_states, residual
 
 
 class Qwen3NextForCausalLM(
