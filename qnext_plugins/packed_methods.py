@@ -174,11 +174,11 @@ def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable
     return layer
 
 
-def linear_weight(layer: Any) -> LinearWeight | None:
-    """What a linear of an engine multiplies with on this rank alone; None where that is not all that it does."""
+def linear_weight(layer: Any, ranks: int) -> LinearWeight | None:
+    """What a linear of an engine on so many ranks multiplies with on this one; None where that is not all that it does."""
     if not isinstance(getattr(layer, "quant_method", None), PackedLinear):
         return None
-    if getattr(layer, "reduce_results", False) and layer.tp_size > 1:
+    if ranks > 1 and getattr(layer, "reduce_results", False):
         return None
     return LinearWeight(getattr(layer, "plain_weight", layer.weight), layer.bias, layer.packed)
 

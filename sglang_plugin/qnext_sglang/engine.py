@@ -117,7 +117,7 @@ class SglangEngine:
         return SparseExperts(config, shared_expert, **options)
 
     def linear_weight(self, linear: nn.Module) -> LinearWeight | None:
-        return linear_weight(linear)
+        return linear_weight(linear, self.tensor_parallel_size)
 
     def experts_weights(self, experts: SparseExperts) -> ExpertsWeights | None:
         return experts_weights(experts) if experts.ours_alone else None

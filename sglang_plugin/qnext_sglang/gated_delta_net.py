@@ -48,10 +48,14 @@ class GatedDeltaNetBackend(api.MambaAttnBackendBase):
 
     def forward_decode(self, layer: Any = None, forward_batch: Any = None, **inputs: Any) -> Tensor:
         out = self._run(layer, **inputs)
-        cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
-        slots = self.forward_metadata.mamba_cache_indices
-        self._track_mamba_state_decode(forward_batch, cache.conv[0], cache.temporal, slots, layer.layer_id)
+        self.track(layer.layer_id, forward_batch)
         return out
+
+    def track(self, layer_id: int, forward_batch: Any) -> None:
+        """Keep the states behind a decode where SGLang's prefix cache is to have them."""
+        cache = self.req_to_token_pool.mamba2_layer_cache(layer_id)
+        slots = self.forward_metadata.mamba_cache_indices
+        self._track_mamba_state_decode(forward_batch, cache.conv[0], cache.temporal, slots, layer_id)
 
     def forward_extend(self, layer: Any = None, forward_batch: Any = None, **inputs: Any) -> Tensor:
         return self._run(layer, **inputs)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from sglang.srt.platforms import current_platform
-from sglang.srt.runtime_context import get_server_args
+from sglang.srt.runtime_context import get_parallel, get_server_args
 from transformers import PretrainedConfig
 
 import qnext_plugins
@@ -113,6 +113,12 @@ def checkpoint_folder() -> Path | None:
     """The folder whose safetensors files are about to be loaded, or None if it is something else."""
     server_args = get_server_args()
     return Path(server_args.model_path) if server_args.load_format in ("auto", "safetensors") else None
+
+
+def stacks_layers() -> bool:
+    """Whether the layers of a decode step may run as one call: on a CPU, on one rank, and with no one listening in."""
+    server_args = get_server_args()
+    return _on_plain_cpu() and get_parallel().tp_size == 1 and not server_args.enable_hierarchical_cache
 
 
 def _install_hooks() -> None:

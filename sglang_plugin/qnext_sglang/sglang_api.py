@@ -34,6 +34,7 @@ from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_parallel, get_server_args
 from sglang.srt.utils import add_prefix, get_bool_env_var
@@ -67,6 +68,7 @@ __all__ = [
     "add_prefix",
     "build_verify_intermediate_state_indices",
     "default_weight_loader",
+    "get_attn_backend",
     "get_bool_env_var",
     "get_moe_runner_backend",
     "get_parallel",

@@ -14,6 +14,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 from torch import Tensor
 
 from qnext_plugins.model import CoreWeights
+from qnext_plugins.model.gated_delta_net import GatedDeltaNetCore
 from qnext_sglang.cpu.attention import CpuAttentionBackend
 from qnext_sglang.cpu.gated_delta_net import CpuGatedDeltaNetBackend, CpuHybridBackend
 
@@ -49,7 +50,7 @@ def layer(layer_id: int = 2) -> SimpleNamespace:
         layer_id=layer_id,
         num_v_heads=VALUE_HEADS,
         head_v_dim=HEAD_DIM,
-        qnext_eps=1e-6,
+        qnext_core=GatedDeltaNetCore(1e-6),
         qnext_weights=CoreWeights(
             torch.randn(CHANNELS, KERNEL_SIZE, generator=random),
             torch.rand(VALUE_HEADS, generator=random),

@@ -165,11 +165,11 @@ OBJECTS: list[tuple[str, str, set[str] | None]] = [
     ("ModelRegistry", "models.registry._ModelRegistry", None),
 ]
 # Attributes of them that are ours.
-OURS = {"is_qnext", "qnext_batch", "qnext_best", "qnext_config", "qnext_eps", "qnext_weights"}
+OURS = {"is_qnext", "qnext_batch", "qnext_best", "qnext_config", "qnext_core", "qnext_weights"}
 
 # Our classes under SGLang's, and the methods that they add.
 CLASSES: dict[type, set[str]] = {
-    GatedDeltaNetBackend: {"_run", "_recurrent_batch"},
+    GatedDeltaNetBackend: {"_run", "_recurrent_batch", "track"},
     gated_delta_net.CpuGatedDeltaNetBackend: set(),
     gated_delta_net.CpuHybridBackend: set(),
     platform.CpuPlatform: set(),

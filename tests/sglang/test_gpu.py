@@ -505,7 +505,7 @@ def real_layer() -> RadixLinearAttention:
         head_k_dim=runs.HEAD_DIM,
         head_v_dim=runs.HEAD_DIM,
     )
-    layer.qnext_eps, layer.qnext_weights = runs.layer().qnext_eps, runs.layer().qnext_weights
+    layer.qnext_core, layer.qnext_weights = runs.layer().qnext_core, runs.layer().qnext_weights
     return layer
 
 

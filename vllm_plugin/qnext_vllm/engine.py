@@ -104,7 +104,7 @@ class VllmEngine:
         )
 
     def linear_weight(self, linear: nn.Module) -> LinearWeight | None:
-        return linear_weight(linear)
+        return linear_weight(linear, self.tensor_parallel_size)
 
     def experts_weights(self, experts: nn.Module) -> ExpertsWeights | None:
         return experts_weights(experts.routed_experts) if ours_alone(experts, self.vllm_config) else None

@@ -47,7 +47,7 @@ class CpuAttentionBackend(AttentionBackend):
         super().__init__()
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
-        self._batch: Batch | None = None
+        self.batch: Batch | None = None
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Find each sequence's tokens and the cache slots of its keys, once for all layers."""
@@ -62,7 +62,7 @@ class CpuAttentionBackend(AttentionBackend):
         tokens = int(ends[-1]) if len(ends) else 0
         seq_lens = positions[ends - 1] + 1
         slots = self.req_to_token_pool.req_to_token[requests, : int(seq_lens.max()) if tokens else 0]
-        self._batch = Batch(slots, seq_lens, torch.nn.functional.pad(ends, (1, 0)), tokens)
+        self.batch = Batch(slots, seq_lens, torch.nn.functional.pad(ends, (1, 0)), tokens)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -86,7 +86,7 @@ class CpuAttentionBackend(AttentionBackend):
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.zeros_like(q)
-        batch = self._batch
+        batch = self.batch
         if batch is not None and batch.tokens:
             keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)[:, None]
             values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)[:, None]

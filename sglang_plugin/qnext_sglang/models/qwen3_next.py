@@ -23,7 +23,7 @@ from qnext_sglang import sglang_api as api
 from qnext_sglang.engine import SglangEngine
 from qnext_sglang.linear import on_our_kernel
 from qnext_sglang.loading import load_parameters, read_config
-from qnext_sglang.serving import announce, checkpoint_folder, in_tree_class
+from qnext_sglang.serving import announce, checkpoint_folder, in_tree_class, stacks_layers
 
 
 class ServedModel(nn.Module):
@@ -109,11 +109,22 @@ class Qwen3NextModel(nn.Module):
             for n, kind in enumerate(config.layer_types)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._stack: Any = None
+        if stacks_layers():
+            from qnext_sglang.cpu.decoder_stack import DecoderLayers
 
-    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+            self._stack = DecoderLayers(list(self.layers), engine)
+
+    def forward(self, hidden_states: Tensor, positions: Tensor, forward_batch: api.ForwardBatch) -> Tensor:
+        behind = None
+        if self._stack is not None:
+            behind = self._stack.run(hidden_states, positions, forward_batch)
         residual = None
-        for layer in self.layers:
-            hidden_states, residual = layer(hidden_states, residual, positions)
+        if behind is not None:
+            hidden_states, residual = behind
+        else:
+            for layer in self.layers:
+                hidden_states, residual = layer(hidden_states, residual, positions)
         return self.norm(hidden_states, residual)[0]
 
 
@@ -142,7 +153,7 @@ class Qwen3NextForCausalLM(ServedModel):
         hidden_states = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if not forward_batch.forward_mode.is_idle():
             with self.engine.batch.of(forward_batch):
-                hidden_states = self.model(hidden_states, positions)
+                hidden_states = self.model(hidden_states, positions, forward_batch)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
