@@ -26,24 +26,28 @@ from qnext_kernels import (
 from qnext_plugins.model import MLP
 
 
-_changes = 0
+class _Version:
+    """Rises whenever weights of an engine are loaded or laid out anew."""
+
+    number = 0
+
+    def rise(self) -> None:
+        self.number += 1
+
+
+_version = _Version()
 
 
 def weights_version() -> int:
     """A number that rises whenever weights of an engine are loaded or laid out anew."""
-    return _changes
-
-
-def _changed() -> None:
-    global _changes
-    _changes += 1
+    return _version.number
 
 
 class PackedLinear:
     """Goes before an engine's unquantized method: creating and loading the weights stays the engine's."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        _changed()
+        _version.rise()
         layer.packed = layer.packed or (layer.packable and pack_weight_(layer.weight.data))
 
     def unpack(self, layer: Any) -> None:
@@ -71,7 +75,7 @@ class PackedExperts:
         return up, down, gate[0]
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        _changed()
+        _version.rise()
         layer.packed = layer.packed or pack_experts_(*self._weights(layer))
 
     def unpack(self, layer: Any) -> None:
@@ -175,7 +179,7 @@ def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable
 
 
 def linear_weight(layer: Any, ranks: int) -> LinearWeight | None:
-    """What a linear of an engine on so many ranks multiplies with on this one; None where that is not all that it does."""
+    """What a linear of an engine multiplies with, one of so many ranks; None where that is not all that it does."""
     if not isinstance(getattr(layer, "quant_method", None), PackedLinear):
         return None
     if ranks > 1 and getattr(layer, "reduce_results", False):
@@ -200,7 +204,7 @@ def unpacked_weights(model: nn.Module) -> Iterator[None]:
     memory in their place before, and processes each layer that it has filled.
     """
     loaded = []
-    _changed()
+    _version.rise()
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)
         if isinstance(method, PackedLinear | PackedExperts | Fp8Experts) and layer.packed:

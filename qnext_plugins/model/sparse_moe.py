@@ -69,6 +69,6 @@ class SparseMoe(nn.Module):
         return self.experts(hidden_states, self.gate(hidden_states))
 
     def weights(self) -> tuple[LinearWeight, ExpertsWeights, int, bool] | None:
-        """Router, experts, experts a token and whether their weights are normalised: all that one call needs, or None."""
+        """Router, experts, experts a token and whether their weights are normalised, for one call; or None."""
         router, experts = self._engine.linear_weight(self.gate), self._engine.experts_weights(self.experts)
         return None if router is None or experts is None else (router, experts, *self._routing)

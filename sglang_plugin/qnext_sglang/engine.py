@@ -119,7 +119,7 @@ class SglangEngine:
     def linear_weight(self, linear: nn.Module) -> LinearWeight | None:
         return linear_weight(linear, self.tensor_parallel_size)
 
-    def experts_weights(self, experts: SparseExperts) -> ExpertsWeights | None:
+    def experts_weights(self, experts: Any) -> ExpertsWeights | None:
         return experts_weights(experts) if experts.ours_alone else None
 
     @cached_property

@@ -198,10 +198,11 @@ def test_layers_that_the_kernel_does_not_read_are_not_stacked() -> None:
     assert stackable(layers, EPS)
     with force_backend("native,moe=cpu"):
         assert not stackable(layers, EPS)
+    strided = torch.zeros(BLOCKS, BLOCK_SIZE, KV_HEADS, 2 * HEAD_DIM)[..., ::2]
     for change in (
         {"norm": layers[0].norm.double()},
         {"mixer": delta_net(torch.float32, torch.float16)},
-        {"mixer": attention(torch.float32)._replace(key_cache=torch.zeros(BLOCKS, BLOCK_SIZE, KV_HEADS, 2 * HEAD_DIM)[..., ::2])},
+        {"mixer": attention(torch.float32)._replace(key_cache=strided)},
         {"out_proj": projection(HIDDEN, 8, torch.float32)},
         {"router": projection(EXPERTS + 1, HIDDEN, torch.float32)},
         {"top_k": EXPERTS + TOP_K},

@@ -25,7 +25,7 @@ from qnext_kernels import (
     gated_rms_norm,
 )
 from qnext_kernels.dispatch import BackendError, deterministic
-from qnext_kernels.gated_delta_net import _one_kernel, _run_native, native
+from qnext_kernels.gated_delta_net import _one_kernel, _run_native
 from tests.kernels import delta_net_runs as runs_of
 from tests.kernels.delta_net_runs import (
     EPS,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -106,7 +108,7 @@ class VllmEngine:
     def linear_weight(self, linear: nn.Module) -> LinearWeight | None:
         return linear_weight(linear, self.tensor_parallel_size)
 
-    def experts_weights(self, experts: nn.Module) -> ExpertsWeights | None:
+    def experts_weights(self, experts: Any) -> ExpertsWeights | None:
         return experts_weights(experts.routed_experts) if ours_alone(experts, self.vllm_config) else None
 
     def _linear(self, prefix: str, *, bias: bool = False) -> dict:

@@ -104,10 +104,11 @@ class Qwen3NextModel(nn.Module, api.EagleModelMixin):
         self.start_layer, self.end_layer, self.layers = api.make_layers(
             config.num_hidden_layers, make_layer, prefix=f"{prefix}.layers"
         )
-        stage = self.layers[self.start_layer : self.end_layer]
+        stage: list[Any] = list(self.layers[self.start_layer : self.end_layer])
         self._stack = None
-        if stacks_layers(vllm_config) and len(stage):
-            self._stack = DecoderLayers(stage, self._one_by_one, engine, vllm_config, api.maybe_prefix(prefix, "stack"))
+        if stacks_layers(vllm_config) and stage:
+            name = api.maybe_prefix(prefix, "stack")
+            self._stack = DecoderLayers(stage, self._one_by_one, engine, vllm_config, name)
         last = api.get_pp_group().is_last_rank
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else api.PPMissingLayer()
         self.make_empty_intermediate_tensors = api.make_empty_intermediate_tensors_factory(
@@ -142,12 +143,13 @@ class Qwen3NextModel(nn.Module, api.EagleModelMixin):
 
     def _one_by_one(
         self, hidden_states: Tensor, residual: Tensor | None, positions: Tensor, auxiliary: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         """The layers, and into ``auxiliary`` what drafts want to see of them."""
         for n, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), start=self.start_layer):
             hidden_states, residual = layer(hidden_states, residual, positions)
             if auxiliary is not None:
                 self._maybe_add_hidden_state(auxiliary, n + 1, hidden_states, residual)  # type: ignore[operator]
+        assert residual is not None, "a stage has layers"
         return hidden_states, residual
 
 

@@ -4,8 +4,8 @@
     q, k, v, g   = qk_norm_rope_gate of a linear of RMSNorm(x + residual)    before attention
     out          = experts of RMSNorm(residual + linear(x · sigmoid(g)))     behind either
 
-At a decode step an operation takes less time than it takes to call it, its code and its arguments having left the caches
-meanwhile. Where C++ serves all of a call's parts, it runs them in one; otherwise they are called one after the other, and
+At a decode step a small operation takes less time than it takes to call it, since what calls it has left the caches
+meanwhile. Where C++ serves all parts of a call, it runs them in one; otherwise they are called one after the other, and
 raise what they raise. Either way the bits are the same.
 """
 
@@ -61,10 +61,13 @@ def norm_linears(
     Raises:
         ValueError, TypeError: a shape or dtype does not fit.
     """
-    if native.serves(x, "rms_norm", "linear") and native.reads_norm(x, residual, norm_weight):
-        if all(native.reads_linear(weight, x.shape[1], x.dtype) for weight in (first, second)):
-            one, other, total = native.norm_linears(x, residual, norm_weight, eps, *first, *second)
-            return one, other, x if residual is None else total
+    if (
+        native.serves(x, "rms_norm", "linear")
+        and native.reads_norm(x, residual, norm_weight)
+        and all(native.reads_linear(weight, x.shape[1], x.dtype) for weight in (first, second))
+    ):
+        one, other, total = native.norm_linears(x, residual, norm_weight, eps, *first, *second)
+        return one, other, x if residual is None else total
     normed, total = rms_norm(x, norm_weight, eps, residual)
     return linear(normed, *first), linear(normed, *second), total
 
@@ -101,7 +104,10 @@ def norm_heads(
     if native.serves(x, "rms_norm", "linear", "gated_attention"):
         reads = native.reads_norm(x, residual, norm_weight) and native.reads_linear(qkv, x.shape[1], x.dtype)
         if reads and native.reads_heads(x.shape[0], qkv.weight.shape[0], *heads):
-            q, k, v, gate, total = native.norm_heads(x, residual, norm_weight, eps, *qkv, *heads)
+            norm, linear_weight = (x, residual, norm_weight, eps), (qkv.weight, qkv.bias, qkv.packed)
+            q, k, v, gate, total = native.norm_heads(
+                *norm, *linear_weight, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads
+            )
             return q, k, v, gate, x if residual is None else total
     normed, total = rms_norm(x, norm_weight, eps, residual)
     return (*qk_norm_rope_gate(linear(normed, *qkv), *heads, eps), total)
@@ -137,13 +143,14 @@ def linear_norm_experts(
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
-    if native.serves(x, "gated_attention", "linear", "rms_norm", "moe"):
-        if native.reads_block(x, gate, out_proj, residual, norm_weight, router, moe, top_k):
-            block = (moe.w13, moe.w2, moe.packed, () if moe.shared is None else moe.shared)
-            return native.linear_norm_experts(
-                x, gate, *out_proj, residual, norm_weight, eps, *router, *block, top_k, renormalize
-            )
+    parts = ("gated_attention", "linear", "rms_norm", "moe")
+    block = (x, gate, out_proj, residual, norm_weight, router, moe, top_k)
+    if native.serves(x, *parts) and native.reads_block(*block):
+        shared: tuple[Tensor, ...] = () if moe.shared is None else moe.shared
+        before = (x, gate, out_proj.weight, out_proj.bias, out_proj.packed, residual, norm_weight, eps)
+        routing = (router.weight, router.bias, router.packed)
+        return native.linear_norm_experts(*before, *routing, moe.w13, moe.w2, moe.packed, shared, top_k, renormalize)
     gated = x if gate is None else sigmoid_gate(x, gate)
     normed, total = rms_norm(linear(gated, *out_proj), norm_weight, eps, residual)
-    weights, ids = topk_softmax(linear(normed, *router), top_k, renormalize)
-    return experts(normed, moe.w13, moe.w2, weights, ids, moe.packed, moe.shared), total
+    choice = topk_softmax(linear(normed, *router), top_k, renormalize)
+    return experts(normed, moe.w13, moe.w2, *choice, moe.packed, moe.shared), total

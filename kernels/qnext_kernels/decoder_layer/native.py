@@ -42,9 +42,7 @@ def reads_linear(linear: LinearWeight, k: int, dtype: torch.dtype) -> bool:
     """Whether a linear of tokens [T, k] of ``dtype`` fits them and the kernel."""
     weight, bias, _ = linear
     fits = weight.dim() == 2 and weight.shape[1] == k and weight.dtype == dtype and weight.is_contiguous()
-    return fits and (
-        bias is None or (bias.shape == weight.shape[:1] and bias.dtype == dtype and bias.is_contiguous())
-    )
+    return fits and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == dtype and bias.is_contiguous()))
 
 
 def reads_heads(
@@ -142,7 +140,7 @@ def norm_linears(
     second_bias: Tensor | None,
     second_packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the public function's, on what :func:`reads_norm` and :func:`reads_linear` allow; the sum is empty without one."""
+    """The public function on what the functions above allow; without a residual, the sum is empty."""
     arguments = (x, residual, norm_weight, eps, first, first_bias, first_packed, second, second_bias, second_packed)
     one, other, total = _empty_linears(*arguments)
     tokens = x.shape[0]
@@ -193,7 +191,7 @@ def norm_heads(
     num_heads: int,
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As the public function's, on what the functions above allow; the sum is empty without a residual."""
+    """The public function on what the functions above allow; without a residual, the sum is empty."""
     norm, linear = (x, residual, norm_weight, eps), (qkv, qkv_bias, qkv_packed)
     results = _empty_heads(*norm, *linear, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads)
     q, k, v, gate, total = (result.data_ptr() for result in results)
@@ -256,7 +254,7 @@ def linear_norm_experts(
     top_k: int,
     renormalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As the public function's, on what :func:`reads_block` allows."""
+    """The public function on what :func:`reads_block` allows."""
     (tokens, width), hidden = x.shape, out_proj.shape[0]
     out, total = x.new_empty(tokens, hidden), x.new_empty(tokens, hidden)
     x, residual = unit_rows(x), unit_rows(residual)

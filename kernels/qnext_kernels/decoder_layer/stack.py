@@ -1,7 +1,7 @@
 """All decoder layers of a step without prefills in one call of C++ (``csrc/decoder_stack.cpp``).
 
-A layer's weights, pools and caches are checked and packed once, which is what a call from Python spends its time on. The
-layers are those of the calls that the model makes otherwise, so the bits are theirs.
+A layer's weights, pools and caches are checked and packed once, on which calls from Python spend their time. The layers
+are those of the calls that the model makes otherwise, so the bits are theirs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class StackedLayer(NamedTuple):
 
 
 class DeltaNetStep(NamedTuple):
-    """What the sequences of a step have in the pools of a group of layers: a verify, or a decode without the last two."""
+    """What the sequences of a step have in the pools of a group of layers; a decode has only slots, a verify all."""
 
     slots: Tensor
     """[N, S] int32 or int64; −1 is skipped."""
@@ -99,9 +99,10 @@ class DecoderStack:
         self._kept: list[Tensor] = []
         packed = b"".join(map(self._pack, layers))
         self._memory = ctypes.create_string_buffer(packed, len(packed))
-        kinds = [isinstance(layer.mixer, AttentionMixer) for layer in layers]
-        groups = {kind: {layer.group for layer, its in zip(layers, kinds, strict=True) if its == kind} for kind in kinds}
-        self._groups = [max(groups.get(kind, {-1})) + 1 for kind in (False, True)]
+        self._groups = [
+            1 + max((layer.group for layer in layers if isinstance(layer.mixer, kind)), default=-1)
+            for kind in (DeltaNetMixer, AttentionMixer)
+        ]
         self._windows = min(
             (
                 layer.mixer.conv_state.shape[2] - layer.mixer.weights[0].shape[1] + 2
@@ -188,17 +189,17 @@ class DecoderStack:
         for layer in self._layers:
             mixer = layer.mixer
             if isinstance(mixer, DeltaNetMixer):
-                slots, offsets, accepted = delta_nets[layer.group]
+                slots, starts, accepted = delta_nets[layer.group]
                 expect_indices("slots", slots, -1, min(mixer.state.shape[0], mixer.conv_state.shape[0]))
-                if offsets is not None and accepted is not None:
-                    expect_query_start_loc(offsets, len(positions))
+                if starts is not None and accepted is not None:
+                    expect_query_start_loc(starts, len(positions))
                     expect_indices("num_accepted_tokens", accepted, 1, min(slots.shape[1], self._windows) + 1)
                 continue
             expect_indices("positions", positions, 0, mixer.cos_sin.shape[0])
-            slot_mapping, *where = attentions[layer.group]
+            slot_mapping, table, lengths, offsets = attentions[layer.group]
             blocks, block_size = mixer.key_cache.shape[:2]
             expect_indices("slot_mapping", slot_mapping, -1, blocks * block_size)
-            check_values(*where, len(positions), blocks, block_size)
+            check_values(table, lengths, offsets, len(positions), blocks, block_size)
         raise IndexError("query_start_loc: expected fewer tokens a sequence than slots and convolution windows")
 
     def _pack(self, layer: StackedLayer) -> bytes:
@@ -282,16 +283,16 @@ def _fits(layer: StackedLayer, dtype: torch.dtype, eps: float) -> bool:
 
 
 def _prepared(mixer: DeltaNetMixer, eps: float) -> PreparedLayer | None:
-    rows_of = (torch.empty(0, linear.weight.shape[0], dtype=linear.weight.dtype) for linear in (mixer.qkvz, mixer.ba))
-    return prepare_layer(*rows_of, mixer.weights, eps, mixer.conv_state, mixer.state)
+    qkvz, ba = (linear.weight.new_empty(0, linear.weight.shape[0]) for linear in (mixer.qkvz, mixer.ba))
+    return prepare_layer(qkvz, ba, mixer.weights, eps, mixer.conv_state, mixer.state)
 
 
 def _fields(layout: str) -> int:
     return struct.calcsize(layout) // 8
 
 
-def _address(memory: bytes) -> int | None:
-    return ctypes.cast(memory, ctypes.c_void_p).value
+def _address(memory: bytes) -> int:
+    return ctypes.cast(ctypes.c_char_p(memory), ctypes.c_void_p).value or 0
 
 
 _DELTA_NET = native.NORM + native.LINEAR + native.LINEAR + GATED_DELTA_NET

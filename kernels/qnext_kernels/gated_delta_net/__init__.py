@@ -23,7 +23,7 @@ The pools are those of ``causal_conv1d`` and ``gated_delta_rule``, whose promise
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -32,7 +32,7 @@ from qnext_kernels.causal_conv1d.grouping import ungrouped
 from qnext_kernels.checks import expect_destination
 from qnext_kernels.gated_delta_net import native
 from qnext_kernels.gated_delta_net.checks import Steps, check_decode, check_layer, check_prefill, check_verify
-from qnext_kernels.gated_delta_net.prepared import PreparedLayer
+from qnext_kernels.gated_delta_net.prepared import LayerWeights, PreparedLayer
 from qnext_kernels.gated_delta_net.split import split_convolved, split_projections
 from qnext_kernels.triton_support import TritonBackend
 
@@ -181,7 +181,7 @@ def gated_delta_net_verify(
 
 
 def prepare_layer(
-    qkvz: Tensor, ba: Tensor, weights: Sequence[Tensor], eps: float, conv_state: Tensor, state: Tensor
+    qkvz: Tensor, ba: Tensor, weights: LayerWeights, eps: float, conv_state: Tensor, state: Tensor
 ) -> PreparedLayer | None:
     """One layer's calls of the kernel that runs all three operations, where that is one in C++; else None.
 
@@ -195,12 +195,11 @@ def prepare_layer(
     """
     _, value_heads, value_dim, key_dim = state.shape
     key_heads = (qkvz.shape[1] - 2 * value_heads * value_dim) // (2 * key_dim)
-    by_head = [x.unflatten(1, (key_heads, -1)) for x in (qkvz, ba)]
-    layer = tuple(weights)
-    check_layer(*by_head, *layer, conv_state, state)
-    if _one_kernel(*by_head, layer, conv_state, state) is not _run_native:
+    by_head = qkvz.unflatten(1, (key_heads, -1)), ba.unflatten(1, (key_heads, -1))
+    check_layer(*by_head, *weights, conv_state, state)
+    if _one_kernel(*by_head, weights, conv_state, state) is not _run_native:
         return None
-    return PreparedLayer(qkvz, ba, key_heads, layer, eps, conv_state, state)
+    return PreparedLayer(qkvz, ba, key_heads, weights, eps, conv_state, state)
 
 
 def _check_out(out: Tensor | None, qkvz: Tensor, state: Tensor) -> None:
@@ -256,6 +255,7 @@ def _run_native(
         qkvz = qkvz.contiguous()
     if out is None:
         out = qkvz.new_empty(qkvz.shape[0], state.shape[1] * state.shape[2])
-    projections = (qkvz, qkvz.stride()[:2], ba, ba.stride(), qkvz.shape[1])
-    layer.run(*projections, slots, query_start_loc, accepted, steps, out)
+    (token, head, _), of_ba = qkvz.stride(), ba.stride()
+    ba_strides = (of_ba[0], of_ba[1], of_ba[2])
+    layer.run(qkvz, (token, head), ba, ba_strides, qkvz.shape[1], slots, query_start_loc, accepted, steps, out)
     return out

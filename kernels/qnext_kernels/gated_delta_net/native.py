@@ -29,8 +29,8 @@ class NativeLayer:
     """What does not change between the calls of a layer, packed once.
 
     Args:
-        conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state: of the public functions, which have checked them
-            and ``reads`` too.
+        conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state: of the public functions, checked there and
+            allowed by ``reads``.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class NativeLayer:
     def fields(
         self, dtype: torch.dtype, qkvz_head: int, ba_dtype: torch.dtype, ba_head: int, key_heads: int
     ) -> tuple[float, ...]:
-        """Those of ``GatedDeltaNet`` without tokens and sequences: a step fills them in, from contiguous projections."""
+        """Those of ``GatedDeltaNet`` without tokens and sequences, for projections that are contiguous."""
         value_heads, key_dim, value_dim = self._heads
         return (
             *(0, DTYPES[dtype], 0, qkvz_head, 0, DTYPES[ba_dtype], 0, ba_head, 1),

@@ -6,13 +6,14 @@ checked once; the indices of each call are checked by the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from qnext_kernels.checks import INTEGERS, expect_destination, expect_dtype, expect_shape
 from qnext_kernels.gated_delta_net.checks import check_decode, check_verify
 from qnext_kernels.gated_delta_net.native import NativeLayer
+
+LayerWeights = tuple[Tensor, Tensor, Tensor, Tensor]
+"""conv_weight, A_log, dt_bias and norm_weight."""
 
 
 class PreparedLayer:
@@ -21,9 +22,7 @@ class PreparedLayer:
     Args:
         qkvz: [T, H · (2 K + 2 G V)], ba: [T, H · 2 G], of the calls to come: their dtypes and widths matter.
         key_heads: H.
-        weights: conv_weight, A_log, dt_bias and norm_weight of the module.
-        eps: of the output norm.
-        conv_state, state: pools of the module, which the kernel reads.
+        weights, eps, conv_state, state: of the module; the kernel reads them.
     """
 
     def __init__(
@@ -31,7 +30,7 @@ class PreparedLayer:
         qkvz: Tensor,
         ba: Tensor,
         key_heads: int,
-        weights: Sequence[Tensor],
+        weights: LayerWeights,
         eps: float,
         conv_state: Tensor,
         state: Tensor,
@@ -42,7 +41,7 @@ class PreparedLayer:
         self._addresses = [tensor.data_ptr() for tensor in self._layer]
         self._out_width = state.shape[1] * state.shape[2]
 
-    def is_of(self, qkvz: Tensor, ba: Tensor, weights: Sequence[Tensor], conv_state: Tensor, state: Tensor) -> bool:
+    def is_of(self, qkvz: Tensor, ba: Tensor, weights: LayerWeights, conv_state: Tensor, state: Tensor) -> bool:
         """Whether it was made for these weights, pools and widths."""
         return (
             [tensor.data_ptr() for tensor in (*weights, conv_state, state)] == self._addresses
@@ -68,7 +67,8 @@ class PreparedLayer:
         expect_shape("slots", slots, (qkvz.shape[0],))
         out = self._out(qkvz, out)
         if not self._run(qkvz, ba, slots[:, None], None, None, out):
-            check_decode(*self._by_head(qkvz, ba), *self._layer, slots)
+            by_head = self._by_head(qkvz, ba)
+            check_decode(*by_head, *self._layer, slots)
         return out
 
     def verify(
@@ -87,7 +87,8 @@ class PreparedLayer:
         expect_shape("slots", slots, (count, None))
         expect_shape("num_accepted_tokens", num_accepted_tokens, (count,))
         if not self._run(qkvz, ba, *where, out):
-            check_verify(*self._by_head(qkvz, ba), *self._layer, *where, (None, None, None))
+            by_head = self._by_head(qkvz, ba)
+            check_verify(*by_head, *self._layer, *where, (None, None, None))
         return out
 
     def _out(self, qkvz: Tensor, out: Tensor | None) -> Tensor:

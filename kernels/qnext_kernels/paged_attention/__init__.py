@@ -16,6 +16,7 @@ single slots [slots, KV, D] is one of block size 1 (``pool.unsqueeze(1)``), its 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qnext_kernels.checks import (

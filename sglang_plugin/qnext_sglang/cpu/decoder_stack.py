@@ -27,13 +27,16 @@ class DecoderLayers:
 
     def __init__(self, layers: Sequence[DecoderLayer], engine: Engine) -> None:
         self._layers, self._engine = layers, engine
+        self._states: list[Any] = [
+            layer.self_attn.attn if layer.layer_type == FULL_ATTENTION else layer.linear_attn.core for layer in layers
+        ]
         self._stack: DecoderStack | None = None
         self._made_of: tuple[int, ...] = ()
 
     def run(self, hidden_states: Tensor, positions: Tensor, forward_batch: Any) -> tuple[Tensor, Tensor] | None:
-        """Map hidden states [T, hidden] to those behind the last layer and the residual; None where modules have to run.
+        """Map hidden states [T, hidden] to those behind the last layer and the residual; None where modules must run.
 
-        They have to in a prefill, and in a verify, whose states go to SGLang's step pools.
+        They must in a prefill, and in a verify, whose states go to SGLang's step pools.
         """
         backend = api.get_attn_backend()
         if not forward_batch.forward_mode.is_decode() or not isinstance(backend, CpuHybridBackend):
@@ -47,9 +50,9 @@ class DecoderLayers:
         where = AttentionStep(forward_batch.out_cache_loc, full.slots, full.seq_lens, full.query_start_loc)
         out = stack.run(hidden_states, None, positions, [net], [where])
         if forward_batch.mamba_track_mask is not None:
-            for layer in self._layers:
+            for layer, state in zip(self._layers, self._states, strict=True):
                 if layer.layer_type != FULL_ATTENTION:
-                    linear.track(layer.linear_attn.core.attn.layer_id, forward_batch)
+                    linear.track(state.attn.layer_id, forward_batch)
         return out
 
     def _stacked(self, backend: CpuHybridBackend) -> DecoderStack | None:
@@ -63,13 +66,12 @@ class DecoderLayers:
 
     def _make(self, tokens: Any, requests: Any) -> DecoderStack | None:
         caches = []
-        for layer in self._layers:
+        for layer, state in zip(self._layers, self._states, strict=True):
             if layer.layer_type == FULL_ATTENTION:
-                attention = layer.self_attn.attn.attn
+                keys, values = tokens.get_key_buffer(state.attn.layer_id), tokens.get_value_buffer(state.attn.layer_id)
                 # Blocks of one slot.
-                keys, values = tokens.get_key_buffer(attention.layer_id), tokens.get_value_buffer(attention.layer_id)
-                caches.append(LayerCache(0, (keys[:, None], values[:, None]), attention.scaling))
+                caches.append(LayerCache(0, (keys[:, None], values[:, None]), state.attn.scaling))
             else:
-                states = requests.mamba2_layer_cache(layer.linear_attn.core.attn.layer_id)
+                states = requests.mamba2_layer_cache(state.attn.layer_id)
                 caches.append(LayerCache(0, (states.conv[0], states.temporal)))
         return stack_layers(self._layers, self._engine, caches)

@@ -113,7 +113,7 @@ class Qwen3NextModel(nn.Module):
         if stacks_layers():
             from qnext_sglang.cpu.decoder_stack import DecoderLayers
 
-            self._stack = DecoderLayers(list(self.layers), engine)
+            self._stack = DecoderLayers(list(self.layers), engine)  # type: ignore[arg-type]
 
     def forward(self, hidden_states: Tensor, positions: Tensor, forward_batch: api.ForwardBatch) -> Tensor:
         behind = None
