@@ -22,6 +22,10 @@ from qnext_plugins.model.port import Engine
 from qnext_plugins.model.sparse_moe import SparseMoe
 
 
+STACKED = "qnext-plugins: in a step without prefills, %d decoder layers are one call"
+"""What an engine logs."""
+
+
 @dataclass(frozen=True)
 class LayerCache:
     """What an engine keeps of sequences for one layer."""

@@ -11,8 +11,9 @@ from torch import Tensor
 from qnext_kernels.decoder_layer.stack import AttentionStep, DecoderStack, DeltaNetStep
 from qnext_plugins.model import DecoderLayer, Engine
 from qnext_plugins.model.config import FULL_ATTENTION
-from qnext_plugins.model.decoder_stack import LayerCache, delta_net_step, stack_layers
+from qnext_plugins.model.decoder_stack import STACKED, LayerCache, delta_net_step, stack_layers
 from qnext_plugins.packed_methods import weights_version
+from qnext_vllm import logger
 from qnext_vllm import vllm_api as api
 from qnext_vllm.attention import QnextAttentionBackend, keys_and_values
 from qnext_vllm.gated_delta_net import batch_of
@@ -79,6 +80,8 @@ class DecoderLayers:
         if made_of != self._made_of:
             self._kept = caches
             self._stack, self._made_of = self._make(metadata), made_of
+            if self._stack is not None:
+                logger.info(STACKED, len(self._layers))
         return self._stack
 
     def _make(self, metadata: dict[str, Any]) -> DecoderStack | None:
