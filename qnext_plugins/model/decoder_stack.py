@@ -21,7 +21,6 @@ from qnext_plugins.model.gated_delta_net import RecurrentBatch, Segment, only_se
 from qnext_plugins.model.port import Engine
 from qnext_plugins.model.sparse_moe import SparseMoe
 
-
 STACKED = "qnext-plugins: in a step without prefills, %d decoder layers are one call"
 """What an engine logs."""
 
