@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qnext_kernels import experts, topk_softmax
+from qnext_kernels import ExpertsWeights, LinearWeight, experts, topk_softmax
 from qnext_plugins.model import CoreWeights, DecoderLayer, Qwen3NextConfig, RecurrentBatch, RMSNorm, Segment, StatePools
 from qnext_plugins.model.gated_delta_net import gated_delta_net_core
 
@@ -62,21 +62,24 @@ class PlainExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(count, hidden, size))
         self.routing = (config.num_experts_per_tok, config.norm_topk_prob)
         # Held in a tuple: the shared expert is a child of the block.
-        self._shared_expert = (shared_expert,)
+        self.shared_expert = (shared_expert,)
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
         out = experts(hidden_states, self.w13, self.w2, *topk_softmax(router_logits, *self.routing))
-        shared_expert = self._shared_expert[0]
+        shared_expert = self.shared_expert[0]
         return out if shared_expert is None else out + shared_expert(hidden_states)
 
 
 class PlainEngine:
-    """Implements :class:`qnext_plugins.model.Engine` on one rank."""
+    """Implements :class:`qnext_plugins.model.Engine` on one rank.
+
+    ``gives_weights``: the kernels take its linears and experts along in calls of several operations.
+    """
 
     tensor_parallel_size = 1
 
-    def __init__(self, cos_sin: Tensor) -> None:
-        self._cos_sin = cos_sin
+    def __init__(self, cos_sin: Tensor, *, gives_weights: bool = False) -> None:
+        self._cos_sin, self._gives_weights = cos_sin, gives_weights
 
     def column_linear(self, input_size: int, output_size: int, *, prefix: str) -> nn.Module:
         return nn.Linear(input_size, output_size, bias=False)
@@ -114,19 +117,25 @@ class PlainEngine:
     def experts(self, config: Qwen3NextConfig, shared_expert: nn.Module | None, *, prefix: str) -> PlainExperts:
         return PlainExperts(config, shared_expert)
 
-    def linear_weight(self, linear: nn.Module) -> None:
-        return None
+    def linear_weight(self, linear: nn.Linear) -> LinearWeight | None:
+        return LinearWeight(linear.weight, linear.bias) if self._gives_weights else None
 
-    def experts_weights(self, experts: nn.Module) -> None:
-        return None
+    def experts_weights(self, experts: PlainExperts) -> ExpertsWeights | None:
+        if not self._gives_weights:
+            return None
+        shared = experts.shared_expert[0]
+        if shared is not None:
+            up, down, gate = shared.linears()
+            shared = up.weight, down.weight, gate.weight[0]
+        return ExpertsWeights(experts.w13, experts.w2, False, shared)
 
 
 class PlainModel(nn.Module):
     """Embedding, the shared layers, final norm and head, for one sequence that may come in pieces."""
 
-    def __init__(self, config: Qwen3NextConfig, cos_sin: Tensor) -> None:
+    def __init__(self, config: Qwen3NextConfig, cos_sin: Tensor, *, gives_weights: bool = False) -> None:
         super().__init__()
-        engine = PlainEngine(cos_sin)
+        engine = PlainEngine(cos_sin, gives_weights=gives_weights)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, engine, layer_type, sparse=config.is_sparse(n), prefix=f"model.layers.{n}")

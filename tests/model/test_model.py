@@ -25,7 +25,7 @@ from qnext_plugins.model import (
     StatePools,
     VerifySegment,
 )
-from qnext_plugins.model.gated_delta_net import gated_delta_net_core
+from qnext_plugins.model.gated_delta_net import GatedDeltaNetCore, gated_delta_net_core
 from tests.model.plain_engine import PlainEngine, PlainModel, stacked
 from tests.model.transformers_models import (
     GROUP_OF_THREE,
@@ -41,8 +41,9 @@ VARIANTS = [pytest.param(GROUP_OF_TWO, id="groups of two"), pytest.param(GROUP_O
 LENGTHS = (1, 63, 64, 65, 130)
 
 
-def plain_copy(model: Qwen3NextForCausalLM) -> PlainModel:
-    plain = PlainModel(Qwen3NextConfig.from_hf(model.config), rotary_table(model.config))
+def plain_copy(model: Qwen3NextForCausalLM, *, gives_weights: bool = False) -> PlainModel:
+    config = Qwen3NextConfig.from_hf(model.config)
+    plain = PlainModel(config, rotary_table(model.config), gives_weights=gives_weights)
     plain.load_state_dict(stacked(model.state_dict()))
     return plain
 
@@ -51,19 +52,21 @@ def assert_logits(actual: Tensor, model: Qwen3NextForCausalLM, tokens: Tensor) -
     assert_as_close_as_rounding(actual, model, lambda referee: referee(tokens[None], use_cache=False).logits[0])
 
 
+@pytest.mark.parametrize("gives_weights", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_transformers(variant: dict[str, Any]) -> None:
+def test_logits_are_those_of_transformers(variant: dict[str, Any], gives_weights: bool) -> None:
     model = small_model(small_config(**variant))
     for length in LENGTHS:
         tokens = torch.randint(model.config.vocab_size, (length,))
-        assert_logits(plain_copy(model)(tokens), model, tokens)
+        assert_logits(plain_copy(model, gives_weights=gives_weights)(tokens), model, tokens)
 
 
-def test_logits_with_every_second_layer_dense_are_those_of_transformers() -> None:
+@pytest.mark.parametrize("gives_weights", [False, True])
+def test_logits_with_every_second_layer_dense_are_those_of_transformers(gives_weights: bool) -> None:
     config = small_config(decoder_sparse_step=2, mlp_only_layers=[])
     model, tokens = small_model(config), torch.arange(20)
     assert {type(layer.mlp).__name__ for layer in model.model.layers} == {"Qwen3NextMLP", "Qwen3NextSparseMoeBlock"}
-    assert_logits(plain_copy(model)(tokens), model, tokens)
+    assert_logits(plain_copy(model, gives_weights=gives_weights)(tokens), model, tokens)
 
 
 @pytest.mark.parametrize("prompt", [1, 3, 60, 64, 65])
@@ -171,3 +174,44 @@ def test_core_gives_each_segment_of_a_mixed_batch_what_it_gets_alone() -> None:
     assert torch.equal(out, mixed[0])
     for pool, before in zip(mixed[1:], (conv_state, state), strict=True):
         assert torch.equal(pool[9:], before[9:])
+
+
+def test_core_that_is_called_again_notices_other_weights_pools_and_widths() -> None:
+    torch.manual_seed(0)
+    core, width, columns = GatedDeltaNetCore(1e-6), 4, torch.tensor([[0, 1], [3, 2]])
+
+    def layer(heads: int, dim: int) -> tuple[CoreWeights, StatePools]:
+        channels = 4 * dim + heads * dim
+        weights = (torch.randn(channels, width), torch.randn(heads), torch.randn(heads), torch.randn(dim))
+        return CoreWeights(*weights), StatePools(torch.randn(4, channels, width), torch.randn(4, heads, dim, dim))
+
+    first, second = layer(4, 8), layer(4, 8)
+    for weights, pools in (first, first, (second[0], first[1]), second, layer(4, 16), layer(2, 8)):
+        _, heads, dim, _ = pools.recurrent.shape
+        for verify in (False, True):
+            tokens = 3 if verify else 2
+            inputs = (torch.randn(tokens, 4 * dim + 2 * heads * dim), torch.randn(tokens, 2 * heads))
+            batch = RecurrentBatch(decode=Segment(slice(0, 2), columns[:, 0]))
+            if verify:
+                where = torch.tensor([0, 2, 3]), torch.tensor([1, 2])
+                batch = RecurrentBatch(verify=VerifySegment(slice(None), columns, *where))
+            copies = StatePools(pools.conv.clone(), pools.recurrent.clone())
+            expected = gated_delta_net_core(*inputs, weights, 1e-6, copies, batch)
+            assert torch.equal(core(*inputs, weights, pools, batch), expected)
+            assert torch.equal(pools.conv, copies.conv)
+            assert torch.equal(pools.recurrent, copies.recurrent)
+
+
+def test_core_that_is_called_again_names_bad_indices() -> None:
+    heads, dim, width = 2, 8, 4
+    channels = 4 * dim + heads * dim
+    weights = CoreWeights(torch.randn(channels, width), torch.randn(heads), torch.randn(heads), torch.randn(dim))
+    pools = StatePools(torch.zeros(4, channels, width), torch.zeros(4, heads, dim, dim))
+    inputs, core = (torch.randn(2, channels + heads * dim), torch.randn(2, 2 * heads)), GatedDeltaNetCore(1e-6)
+    with pytest.raises(IndexError, match=r"^slots: expected indices within"):
+        core(*inputs, weights, pools, RecurrentBatch(decode=Segment(slice(0, 2), torch.tensor([0, 4]))))
+    columns, starts = torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1, 2])
+    verify = VerifySegment(slice(0, 2), columns, starts, torch.tensor([1, 3]))
+    with pytest.raises(IndexError, match=r"^num_accepted_tokens: expected indices within"):
+        core(*inputs, weights, pools, RecurrentBatch(verify=verify))
+    assert not pools.recurrent.any()
