@@ -70,5 +70,7 @@ class SparseMoe(nn.Module):
 
     def weights(self) -> tuple[LinearWeight, ExpertsWeights, int, bool] | None:
         """Router, experts, experts a token and whether their weights are normalised, for one call; or None."""
-        router, experts = self._engine.linear_weight(self.gate), self._engine.experts_weights(self.experts)
-        return None if router is None or experts is None else (router, experts, *self._routing)
+        if (router := self._engine.linear_weight(self.gate)) is None:
+            return None
+        experts = self._engine.experts_weights(self.experts)
+        return None if experts is None else (router, experts, *self._routing)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext_kernels.decoder_layer.stack import AttentionStep, DecoderStack, DeltaNetStep
+from qnext_kernels.decoder_layer.stack import AttentionStep, DecoderStack
 from qnext_plugins.model import DecoderLayer, Engine
 from qnext_plugins.model.config import FULL_ATTENTION
 from qnext_plugins.model.decoder_stack import STACKED, LayerCache, delta_net_step, stack_layers
@@ -54,7 +54,9 @@ class DecoderLayers:
         ]
         self._names = [getattr(state, "layer_name", None) or state.prefix for state in self._states]
         self._stack: DecoderStack | None = None
-        self._made_of: tuple[Any, ...] = ()
+        self._groups: tuple[list[str], list[str]] = ([], [])
+        self._made_of: tuple[int, ...] = ()
+        self._kept: list[Any] = []
         self.name = name
         vllm_config.compilation_config.static_forward_context[name] = self
 
@@ -64,10 +66,11 @@ class DecoderLayers:
 
     def run(self, hidden_states: Tensor, residual: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The operator's implementation."""
-        context = api.get_forward_context()
-        if isinstance(metadata := context.attn_metadata, dict) and (stack := self._stacked(metadata)) is not None:
-            tokens = hidden_states.shape[0]
-            nets = [self._net_step(context, metadata[name], tokens) for name in self._groups[0]]
+        context, tokens = api.get_forward_context(), hidden_states.shape[0]
+        metadata = context.attn_metadata
+        # A profiling run has none.
+        if isinstance(metadata, dict) and self._names[0] in metadata and (stack := self._stacked(metadata)) is not None:
+            nets = [delta_net_step(batch_of(context, metadata[name]), tokens) for name in self._groups[0]]
             attentions = [_attention_step(metadata[name], tokens) for name in self._groups[1]]
             if None not in nets and None not in attentions:
                 return stack.run(hidden_states, residual, positions, nets, attentions)  # type: ignore[arg-type]
@@ -101,10 +104,6 @@ class DecoderLayers:
                 caches.append(LayerCache(group, state.pools))
         self._groups = groups
         return stack_layers(self._layers, self._engine, caches)
-
-    @staticmethod
-    def _net_step(context: api.ForwardContext, metadata: Any, tokens: int) -> DeltaNetStep | None:
-        return delta_net_step(batch_of(context, metadata), tokens)
 
 
 def _attention_step(metadata: Any, tokens: int) -> AttentionStep | None:

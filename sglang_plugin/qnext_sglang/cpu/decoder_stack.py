@@ -33,6 +33,7 @@ class DecoderLayers:
         ]
         self._stack: DecoderStack | None = None
         self._made_of: tuple[int, ...] = ()
+        self._kept: tuple[Any, ...] = ()
 
     def run(self, hidden_states: Tensor, positions: Tensor, forward_batch: Any) -> tuple[Tensor, Tensor] | None:
         """Map hidden states [T, hidden] to those behind the last layer and the residual; None where modules must run.
