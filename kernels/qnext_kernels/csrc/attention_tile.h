@@ -102,26 +102,64 @@ __attribute__((always_inline)) inline void store_sums(const Vec (&x)[kKeys][R], 
 
 #endif
 
+// Rows of keys and values that are read later, fetched in step with the operations: a processor does not foresee these
+// rows, waiting for memory would come on top of the operations, and of lines that are asked for faster than memory delivers
+// them some are dropped.
+template <class T>
+struct Ahead {
+    const T *const *rows, *const *last;
+    int64_t bytes;        // of a row
+    int64_t beside_dots;  // times four lines in a call of `dots`
+    const char *at, *end;
+    void begin(const T* const* from) {
+        rows = from;
+        at = reinterpret_cast<const char*>(*rows);
+        end = at + bytes;
+    }
+    void four_lines() {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) _mm_prefetch(at + 64 * i, _MM_HINT_T0);
+        at += 4 * 64;
+        if (at >= end) begin(rows + (rows < last));
+    }
+};
+
+// After so many values in kPair columns of kRows results come four lines; in a call of `dots` then as many as make a
+// constant number of operations a line: 12 for 8 queries of bfloat16 with AVX-512.
+template <class T>
+constexpr int kStretch = Vec::size == 16 ? (sizeof(T) == 2 ? 3 : 2) : (sizeof(T) == 2 ? 16 : 8);
+
+template <class T>
+int64_t fetches_beside_dots(int64_t bytes, int64_t group) {
+    const int64_t lines = (bytes + 63) / 64, calls = (group + kRows - 1) / kRows;
+    const int64_t share = std::is_same_v<typename Scores<T>::Element, bfloat16> ? 3 : 2;  // of the operations: one of so many
+    return std::max<int64_t>(1, (2 * kKeys * lines + 2 * share * calls) / (4 * share * calls));
+}
+
 // The products of R queries [R, width] with min(kKeys, count) keys, times `scale`, to kRows neighbouring floats for each
-// key; where there are fewer keys, the last one's again. Not inlined, as below.
+// key; where there are fewer keys, the last one's again. rows: the first key, its value, the second key, its value … Not
+// inlined, as below.
 template <int R, class Q, class T>
-__attribute__((noinline)) void dots(const Q* q, int64_t width, const T* const* keys, int64_t count, Vec scale, float* out,
-                                    int64_t lanes) {
+__attribute__((noinline)) void dots(const Q* q, int64_t width, const T* const* rows, int64_t count, Vec scale, float* out,
+                                    int64_t lanes, Ahead<T>* ahead) {
     constexpr bool direct = std::is_same_v<Q, bfloat16>;
-    const T* rows[kKeys];
+    const T* keys[kKeys];
     Vec total[kKeys][R];
 #pragma GCC unroll 8
     for (int k = 0; k < kKeys; ++k) {
-        rows[k] = keys[std::min<int64_t>(k, count - 1)];
+        keys[k] = rows[2 * std::min<int64_t>(k, count - 1)];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) total[k][r] = Vec::zero();
+    }
+    if (ahead) {
+        for (int64_t n = 0; n < ahead->beside_dots; ++n) ahead->four_lines();
     }
     for (int64_t i = 0; i < width; i += kPair) {
 #pragma GCC unroll 2
         for (int half = 0; half < (direct ? 1 : 2); ++half) {
             Vec key[kKeys];
 #pragma GCC unroll 8
-            for (int k = 0; k < kKeys; ++k) key[k] = held(direct ? load_raw(rows[k] + i) : load_half(rows[k] + i, half));
+            for (int k = 0; k < kKeys; ++k) key[k] = held(direct ? load_raw(keys[k] + i) : load_half(keys[k] + i, half));
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const Vec x = held(direct ? load_raw(q + r * width + i) : load_half(q + r * width + i, half));
@@ -133,29 +171,13 @@ __attribute__((noinline)) void dots(const Q* q, int64_t width, const T* const* k
     store_sums<R>(total, scale, out, lanes);
 }
 
-// Keys and values that are read after those that are computed on: a processor does not foresee them, and waiting for
-// memory would come on top of the operations.
-template <class T>
-struct Ahead {
-    const T *const *keys, *const *values;
-    int64_t bytes;       // a row
-    int64_t token, end;  // of both
-    void fetch() {
-        if (token >= end) return;
-        const char *key = reinterpret_cast<const char*>(keys[token]), *value = reinterpret_cast<const char*>(values[token]);
-        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(key + i, _MM_HINT_T0);
-        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(value + i, _MM_HINT_T0);
-        ++token;
-    }
-};
-
 // kPair columns of R results [R, width]: times their factors, plus the values of `count` keys times their weights [count,
-// lanes]. A token ahead, if there is one, is fetched every `stretch` keys. Not inlined: the compiler would keep addresses
-// of the loops around in registers of vectors, from where they come only after all additions before.
+// lanes]. rows: as above. Not inlined: the compiler would keep addresses of the loops around in registers of vectors, from where they come
+// only after all additions before.
 template <int R, class T>
 __attribute__((noinline)) void add_weighted(const float* weights, int64_t lanes, const float* factors,
-                                            const T* const* values, int64_t count, int64_t column, float* out,
-                                            int64_t width, Ahead<T>* ahead, int64_t stretch) {
+                                            const T* const* rows, int64_t count, int64_t column, float* out,
+                                            int64_t width, Ahead<T>* ahead) {
     Vec x[R], y[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -163,19 +185,24 @@ __attribute__((noinline)) void add_weighted(const float* weights, int64_t lanes,
         x[r] = Vec::load(out + r * width + column) * factor;
         y[r] = Vec::load(out + r * width + column + Vec::size) * factor;
     }
-    for (int64_t j = 0; j < count;) {
-        if (ahead) ahead->fetch();
-        for (const int64_t end = std::min(j + stretch, count); j < end; ++j, weights += lanes) {
-            const Pair v = load_pair(values[j] + column);
-            const Vec first = held(v.first), second = held(v.second);
+    const auto add = [&](int64_t j) __attribute__((always_inline)) {
+        const Pair v = load_pair(rows[2 * j + 1] + column);
+        const Vec first = held(v.first), second = held(v.second);
+        const float* const w = weights + j * lanes;
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                const Vec w = Vec::fill(weights[r]);
-                x[r] = fma(w, first, x[r]);
-                y[r] = fma(w, second, y[r]);
-            }
+        for (int r = 0; r < R; ++r) {
+            const Vec weight = Vec::fill(w[r]);
+            x[r] = fma(weight, first, x[r]);
+            y[r] = fma(weight, second, y[r]);
         }
+    };
+    int64_t j = 0;
+    for (; j + kStretch<T> <= count; j += kStretch<T>) {
+        if (ahead) ahead->four_lines();
+#pragma GCC unroll 4
+        for (int k = 0; k < kStretch<T>; ++k) add(j + k);
     }
+    for (; j < count; ++j) add(j);
     // Addresses are computed again, for the same reason.
     asm("" : "+r"(out), "+r"(width));
 #pragma GCC unroll 8

@@ -27,7 +27,7 @@ constexpr int64_t kBlock = 48;
 constexpr int64_t kPartition = 576;
 // Queries, of all heads of a group, that meet a block together: the more, the more often what is fetched is used.
 constexpr int64_t kTileRows = 64, kMostTileRows = 256;
-constexpr int64_t kKeysAtOnce = 24;  // that meet all queries of a tile before the next ones
+constexpr int kSoftened = 4;             // vectors of scores at once
 
 // A vector of lanes; where they fill half of it, twice.
 inline Vec load_lanes(const float* p, int64_t times) {
@@ -105,9 +105,11 @@ class Worker {
     Worker(const PagedAttention& p, const Shape& s)
         : p(p), s(s), queries(scratch<Element>(s.tokens * s.group * s.width)),
           weights(scratch<float>(s.tokens * kBlock * s.lanes)), factors(scratch<float>(s.tokens * s.lanes)),
-          key_copy(scratch<T>(kBlock * s.width)), value_copy(scratch<T>(kBlock * s.width)),
+          copy(scratch<T>(2 * kBlock * s.width)),
           part_memory(scratch<float>(Softmax::floats(s, s.tokens))), memory(scratch<float>(Softmax::floats(s, s.tokens))) {
         std::fill_n(weights.get(), s.tokens * kBlock * s.lanes, 0.0f);
+        ahead.bytes = p.head_dim * int64_t(sizeof(T));
+        ahead.beside_dots = fetches_beside_dots<T>(ahead.bytes, s.group);
     }
 
     // `next`: what this thread computes then, of which some is fetched; none or nothing where that is not known.
@@ -163,31 +165,32 @@ class Worker {
         to.clear();
         find(part, total, 0);
         find(next, after, total);
-        ahead = {key_rows, value_rows, p.head_dim * int64_t(sizeof(T)), std::min(kBlock, total), 0};
+        rows[2 * (total + after)] = copy.get();
+        ahead.last = rows + 2 * (total + after);
+        ahead.rows = rows;
         for (int64_t done = 0; done < total; done += kBlock) {
             const int64_t count = std::min(kBlock, total - done), start = part.begin() + done;
-            const T *const *keys = key_rows + done, *const *values = value_rows + done;
-            ahead.end = std::min(done + 2 * kBlock, total + after);
-            if (s.width != p.head_dim) {
-                keys = pad(keys, count, key_copy.get(), copied_keys);
-                values = pad(values, count, value_copy.get(), copied_values);
-            }
+            const T* const* from = rows + 2 * done;
+            const T* const* const later = rows + 2 * std::min(done + kBlock, total);
+            if (ahead.rows < later || done + kBlock < total) ahead.begin(later);
+            if (s.width != p.head_dim) from = pad(from, count);
             for (int64_t i = 0; i < t.tokens; ++i) seen[i] = std::clamp<int64_t>(keys_of(i) - start, 0, count);
-            score(keys, count);
+            score(from);
             for (int64_t i = 0; i < t.tokens; ++i) {
                 if (seen[i]) soften(i, to);
             }
-            weigh(values, to);
+            weigh(from, to);
         }
     }
 
-    // Rows with zeros behind their ends.
-    const T* const* pad(const T* const* rows, int64_t count, T* to, const T** padded) const {
-        for (int64_t j = 0; j < count; ++j, to += s.width) {
-            std::fill(std::copy_n(rows[j], p.head_dim, to), to + s.width, T{});
-            padded[j] = to;
+    // Keys and values with zeros behind their ends.
+    const T* const* pad(const T* const* from, int64_t count) {
+        T* to = copy.get();
+        for (int64_t j = 0; j < 2 * count; ++j, to += s.width) {
+            std::fill(std::copy_n(from[j], p.head_dim, to), to + s.width, T{});
+            padded_rows[j] = to;
         }
-        return padded;
+        return padded_rows;
     }
 
     // Where the first `count` keys and values of a partition lie.
@@ -202,53 +205,66 @@ class Worker {
                          slot * p.value_slot;
             const int64_t stop = std::min(end, at + p.block_size - slot);
             for (; at < stop; ++at, k += p.key_slot, v += p.value_slot) {
-                key_rows[at] = k;
-                value_rows[at] = v;
+                rows[2 * at] = k;
+                rows[2 * at + 1] = v;
             }
         }
     }
 
     float* weights_of(int64_t i) const { return weights.get() + i * kBlock * s.lanes; }
 
-    void score(const T* const* keys, int64_t count) {
-        const Vec scale = Vec::fill(float(p.scale));
-        for (int64_t from = 0; from < count; from += kKeysAtOnce) {
-            for (int64_t i = 0; i < t.tokens; ++i) {
-                const int64_t to = std::min(from + kKeysAtOnce, seen[i]);
-                for (int64_t j = from; j < to; j += kKeys) {
-                    if (i == 0 && j % (2 * kKeys) == 0) ahead.fetch();
-                    for (int64_t g = 0; g < s.group; g += kRows) {
-                        const Element* q = queries.get() + (i * s.group + g) * s.width;
-                        float* out = weights_of(i) + j * s.lanes + g;
-                        with_rows<kRows>(s.group - g, [&](auto rows) {
-                            dots<rows.value>(q, s.width, keys + j, to - j, scale, out, s.lanes);
-                        });
-                    }
+    void score(const T* const* from) {
+        const Vec scale = Vec::fill(float(p.scale * 1.4426950408889634));
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            for (int64_t j = 0; j < seen[i]; j += kKeys) {
+                for (int64_t g = 0; g < s.group; g += kRows) {
+                    const Element* q = queries.get() + (i * s.group + g) * s.width;
+                    float* out = weights_of(i) + j * s.lanes + g;
+                    with_rows<kRows>(s.group - g, [&](auto together) {
+                        dots<together.value>(q, s.width, from + 2 * j, seen[i] - j, scale, out, s.lanes,
+                                         i ? nullptr : &ahead);
+                    });
                 }
             }
         }
     }
 
-    // Scores of token i become weights, a query a lane; what was weighted by a smaller largest score gets a factor.
+    // Scores of token i, as exponents of 2, become weights, a query a lane; what was weighted by a smaller largest score gets
+    // a factor.
     void soften(int64_t i, const Softmax& to) {
-        const int64_t together = std::max<int64_t>(1, Vec::size / s.lanes), keys = seen[i];
+        const int64_t together = std::max<int64_t>(1, Vec::size / s.lanes), step = together * s.lanes;
         float* const scores = weights_of(i);
-        // Where two keys share a vector, none behind the last.
-        if (keys % together) std::fill_n(scores + keys * s.lanes, s.lanes, -std::numeric_limits<float>::infinity());
+        // Behind the last key are weights of 0, up to whole steps of kSoftened vectors.
+        const int64_t vectors = (seen[i] + kSoftened * together - 1) / (kSoftened * together) * kSoftened;
+        std::fill(scores + seen[i] * s.lanes, scores + vectors * step, -std::numeric_limits<float>::infinity());
         for (int64_t g = 0; g < s.lanes; g += Vec::size) {
             float *w = scores + g, *largest = to.largest + i * s.lanes + g, *total = to.total + i * s.lanes + g;
             const Vec before = load_lanes(largest, together);
-            Vec top = before;
-            for (int64_t j = 0; j < keys; j += together) top = max(top, Vec::load(w + j * s.lanes));
-            if (together == 2) top = max(top, swapped(top));
-            const Vec factor = exp(before - top);
-            Vec sum = Vec::zero();
-            for (int64_t j = 0; j < keys; j += together) {
-                const Vec e = exp(Vec::load(w + j * s.lanes) - top);
-                e.store(w + j * s.lanes);
-                sum = sum + e;
+            Vec tops[kSoftened], sums[kSoftened];
+            for (int k = 0; k < kSoftened; ++k) {
+                tops[k] = before;
+                sums[k] = Vec::zero();
             }
+            for (int64_t j = 0; j < vectors; j += kSoftened) {
+#pragma GCC unroll 4
+                for (int k = 0; k < kSoftened; ++k) tops[k] = max(tops[k], Vec::load(w + (j + k) * step));
+            }
+            Vec top = max(max(tops[0], tops[1]), max(tops[2], tops[3]));
+            if (together == 2) top = max(top, swapped(top));
+            for (int64_t j = 0; j < vectors; j += kSoftened) {
+                Vec e[kSoftened];
+#pragma GCC unroll 4
+                for (int k = 0; k < kSoftened; ++k) e[k] = Vec::load(w + (j + k) * step) - top;
+                exp2(e);
+#pragma GCC unroll 4
+                for (int k = 0; k < kSoftened; ++k) {
+                    e[k].store(w + (j + k) * step);
+                    sums[k] = sums[k] + e[k];
+                }
+            }
+            Vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
             if (together == 2) sum = sum + swapped(sum);
+            const Vec factor = exp2(before - top);
             sum = fma(load_lanes(total, together), factor, sum);
             store_lanes(top, largest, together);
             store_lanes(sum, total, together);
@@ -256,19 +272,16 @@ class Worker {
         }
     }
 
-    void weigh(const T* const* values, const Softmax& sums) {
-        // Three quarters of the next block are fetched here, as about three quarters of the time pass here.
-        const int64_t stretch = std::max<int64_t>(1, 5 * s.width / kPair / 4);
+    void weigh(const T* const* from, const Softmax& sums) {
         for (int64_t c = 0; c < s.width; c += kPair) {
             for (int64_t i = 0; i < t.tokens; ++i) {
                 if (!seen[i]) continue;
                 for (int64_t g = 0; g < s.group; g += kRows) {
                     float* out = sums.values + (i * s.group + g) * s.width;
                     const float* factor = factors.get() + i * s.lanes + g;
-                    Ahead<T>* const fetched = i == 0 && g == 0 ? &ahead : nullptr;
-                    with_rows<kRows>(s.group - g, [&](auto rows) {
-                        add_weighted<rows.value>(weights_of(i) + g, s.lanes, factor, values, seen[i], c, out, s.width,
-                                                 fetched, stretch);
+                    with_rows<kRows>(s.group - g, [&](auto results) {
+                        add_weighted<results.value>(weights_of(i) + g, s.lanes, factor, from, seen[i], c, out, s.width,
+                                                 i ? nullptr : &ahead);
                     });
                 }
             }
@@ -289,7 +302,7 @@ class Worker {
     void join_row(float largest, float total, const float* values, float& to_largest, float& to_total,
                   float* to_values) const {
         const float top = std::max(to_largest, largest);
-        const Vec old = exp(Vec::fill(to_largest - top)), added = exp(Vec::fill(largest - top));
+        const Vec old = exp2(Vec::fill(to_largest - top)), added = exp2(Vec::fill(largest - top));
         const Vec sum = fma(added, Vec::fill(total), old * Vec::fill(to_total));
         to_largest = top;
         float lanes[Vec::size];
@@ -325,11 +338,12 @@ class Worker {
     Tile t;
     Scratch<Element> queries;
     Scratch<float> weights, factors;
-    Scratch<T> key_copy, value_copy;
+    Scratch<T> copy;
     Scratch<float> part_memory, memory;
-    const T *key_rows[kPartition + kBlock], *value_rows[kPartition + kBlock];
+    // Of a partition and of the next block: key, value, key, value …, and behind them memory that no one waits for.
+    const T* rows[2 * (kPartition + kBlock) + 1];
+    const T* padded_rows[2 * kBlock];
     Ahead<T> ahead;
-    const T *copied_keys[kBlock], *copied_values[kBlock];
     int64_t seen[kMostTileRows];  // keys of the current block, by token
 };
 
