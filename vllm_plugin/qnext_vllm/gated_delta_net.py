@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qnext_kernels import use_huge_pages
 from qnext_plugins.model import CoreWeights, Qwen3NextConfig, RecurrentBatch, Segment, StatePools, VerifySegment
 from qnext_plugins.model.gated_delta_net import GatedDeltaNetCore
 from qnext_vllm import vllm_api as api
@@ -115,6 +116,11 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
 
     def get_state_dtype(self) -> tuple[torch.dtype, torch.dtype]:
         return self._dtypes
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """As vLLM does. On a CPU its memory, one for all layers, attention's too, goes onto huge pages."""
+        use_huge_pages(kv_cache)
+        super().bind_kv_cache(kv_cache)
 
     def forward(self, qkvz: Tensor, ba: Tensor, weights: CoreWeights) -> Tensor:
         _, (value_heads, value_dim, _) = self._shapes

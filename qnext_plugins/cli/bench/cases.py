@@ -170,6 +170,7 @@ class OurAttention:
         context, kv_heads, dim = key.shape
         blocks = -(-context // BLOCK_SIZE)
         cache = torch.zeros(blocks + 1, kv_heads, 2 * BLOCK_SIZE, dim, dtype=key.dtype)
+        qnext_kernels.use_huge_pages(cache)  # as vLLM's own is with us
         keys, values = (half.transpose(1, 2) for half in cache.chunk(2, dim=2))
         self.caches = keys, values
         slots = int32(torch.arange(BLOCK_SIZE, BLOCK_SIZE + context))
