@@ -108,8 +108,7 @@ __attribute__((always_inline)) inline void store_sums(const Vec (&x)[kKeys][R], 
 template <class T>
 struct Ahead {
     const T *const *rows, *const *last;
-    int64_t bytes;        // of a row
-    int64_t beside_dots;  // times four lines in a call of `dots`
+    int64_t bytes;  // of a row
     const char *at, *end;
     void begin(const T* const* from) {
         rows = from;
@@ -124,17 +123,12 @@ struct Ahead {
     }
 };
 
-// After so many values in kPair columns of kRows results come four lines; in a call of `dots` then as many as make a
-// constant number of operations a line: 12 for 8 queries of bfloat16 with AVX-512.
+// Four lines are fetched so many times in a call of `dots`, and after so many values in kPair columns of kRows results:
+// with 8 queries of 256 elements a line for 12 operations with AVX-512, for 32 without.
 template <class T>
-constexpr int kStretch = Vec::size == 16 ? (sizeof(T) == 2 ? 3 : 2) : (sizeof(T) == 2 ? 16 : 8);
-
+constexpr int kFetches = 3 * sizeof(T) / 2;
 template <class T>
-int64_t fetches_beside_dots(int64_t bytes, int64_t group) {
-    const int64_t lines = (bytes + 63) / 64, calls = (group + kRows - 1) / kRows;
-    const int64_t share = std::is_same_v<typename Scores<T>::Element, bfloat16> ? 3 : 2;  // of the operations: one of so many
-    return std::max<int64_t>(1, (2 * kKeys * lines + 2 * share * calls) / (4 * share * calls));
-}
+constexpr int kStretch = Vec::size == 16 ? 4 - sizeof(T) / 2 : 32 / sizeof(T);
 
 // The products of R queries [R, width] with min(kKeys, count) keys, times `scale`, to kRows neighbouring floats for each
 // key; where there are fewer keys, the last one's again. rows: the first key, its value, the second key, its value … Not
@@ -152,7 +146,10 @@ __attribute__((noinline)) void dots(const Q* q, int64_t width, const T* const* r
         for (int r = 0; r < R; ++r) total[k][r] = Vec::zero();
     }
     if (ahead) {
-        for (int64_t n = 0; n < ahead->beside_dots; ++n) ahead->four_lines();
+        Ahead<T> next = *ahead;
+#pragma GCC unroll 8
+        for (int n = 0; n < kFetches<T>; ++n) next.four_lines();
+        *ahead = next;
     }
     for (int64_t i = 0; i < width; i += kPair) {
 #pragma GCC unroll 2

@@ -109,7 +109,6 @@ class Worker {
           part_memory(scratch<float>(Softmax::floats(s, s.tokens))), memory(scratch<float>(Softmax::floats(s, s.tokens))) {
         std::fill_n(weights.get(), s.tokens * kBlock * s.lanes, 0.0f);
         ahead.bytes = p.head_dim * int64_t(sizeof(T));
-        ahead.beside_dots = fetches_beside_dots<T>(ahead.bytes, s.group);
     }
 
     // `next`: what this thread computes then, of which some is fetched; none or nothing where that is not known.
