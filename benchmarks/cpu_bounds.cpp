@@ -82,6 +82,30 @@ EXPORT void read_blocks(const float* data, int64_t blocks, int64_t size) {
     }
 }
 
+// As above, and beside each line of 64 bytes the arithmetic of attention's decode, whose results stay in registers: with 8
+// query heads a key-value head, 12 BF16 dot products or multiply-adds of 16 lanes, without dot products 32 of 8 lanes.
+EXPORT void multiply_blocks(const float* data, int64_t blocks, int64_t size) {
+    constexpr int count = width == 16 ? 12 : 8, times = width == 16 ? 1 : 2;
+    constexpr int64_t ahead = 4096;
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+        Vec sums[count];
+        for (Vec& sum : sums) sum = fill(0);
+        const Vec factor = fill(1e-3f);
+        const float* from = data + block * size;
+        for (int64_t i = 0; i < size; i += width) {
+            if (i % 16 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + i + ahead), _MM_HINT_T0);
+            const Vec x = load(from + i);
+#pragma GCC unroll 2
+            for (int time = 0; time < times; ++time) {
+#pragma GCC unroll 12
+                for (Vec& sum : sums) sum = multiply_add(x, factor, sum);
+            }
+        }
+        for (Vec& sum : sums) use(sum);
+    }
+}
+
 EXPORT void update_blocks(float* data, int64_t blocks, int64_t size) {
     const Vec one = fill(1);
 #pragma omp parallel for schedule(static)

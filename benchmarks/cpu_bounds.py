@@ -4,10 +4,10 @@
     python benchmarks/cpu_bounds.py [--threads 1,2] [--results FILE ...] [--csv FILE]
 
 Measures float32 multiply-adds and BF16 dot products that stay in registers, and memory moved as the operation must move
-it and no more (read; read and written in place; read once and written k times past the caches). A row's bound is the
-larger of its arithmetic and its memory alone, as if they overlapped without loss. ``--results`` takes CSVs of
-cpu_ops.py and cpu_slice.py of the same machine: then the table says how far ours is from the bound, and what ratio to
-vLLM a kernel at the bound would have.
+it and no more (read; read beside the multiply-adds of attention's decode; read and written in place; read once and
+written k times past the caches). A row's bound is the larger of its arithmetic and its memory alone, as if they
+overlapped without loss. ``--results`` takes CSVs of cpu_ops.py and cpu_slice.py of the same machine: then the table
+says how far ours is from the bound, and what ratio to vLLM a kernel at the bound would have.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def needs() -> Iterator[Need]:
         yield Need("attention prefill", f"T={tokens}", dots=half, float32=half)
     for context in s.contexts:
         half, cache = 2 * s.heads * s.head_dim * context, 4 * s.kv_heads * s.head_dim * context
-        yield Need("attention decode", f"B=1 context={context}", dots=half, float32=half, moved=cache)
+        shape = f"B=1 context={context}"
+        yield Need("attention decode", shape, dots=half, float32=half, moved=cache, pattern="read and multiply")
     # S k, S q and the rank-one update of S: three products of the state's size a token and head.
     a_token, state = 3 * 2 * STATE * s.value_heads, 4 * STATE * s.value_heads
     for tokens in s.prefills:
@@ -142,7 +143,11 @@ def measure(loops: ctypes.CDLL, threads: int) -> Rates:
     data, to = torch.ones(POOL // 4), torch.ones((1 + REAL.drafts) * POOL // 4)
     use_huge_pages(data, to)
     pointer, where = ctypes.c_void_p(data.data_ptr()), list[ctypes.c_void_p]()
-    rates = {"read": memory(loops.read_blocks, 1), "update": memory(loops.update_blocks, 2)}
+    rates = {
+        "read": memory(loops.read_blocks, 1),
+        "read and multiply": memory(loops.multiply_blocks, 1),
+        "update": memory(loops.update_blocks, 2),
+    }
     where = [ctypes.c_void_p(to.data_ptr())]
     for copies in (1, 1 + REAL.drafts):
         rates[f"copy to {copies}"] = memory(loops.copy_blocks, 1 + copies, copies)
