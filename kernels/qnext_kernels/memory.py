@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import sys
+import time
 from functools import cache
 
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20
+AT_ONCE = 64 * HUGE_PAGE
 MADV_COLLAPSE = 25  # of <linux/mman.h>, since Linux 6.1
 
 
-def use_huge_pages(*tensors: Tensor) -> None:
+def use_huge_pages(*tensors: Tensor, seconds: float = math.inf) -> None:
     """Ask Linux to back the memory of CPU tensors with huge pages: what is not written yet at once, the rest by a copy.
 
     Only whole huge pages inside a tensor's memory are asked for. Where the system does not have them, nothing changes.
 
     Args:
         tensors: any; those of other devices and those smaller than a huge page are left alone.
+        seconds: after which nothing more is copied; Linux may do so later.
     """
+    last = time.monotonic() + seconds
     for tensor in tensors:
         if tensor.device.type == "cpu":
             storage = tensor.untyped_storage()
             begin = -(-storage.data_ptr() // HUGE_PAGE) * HUGE_PAGE
             size = (storage.data_ptr() + storage.nbytes() - begin) // HUGE_PAGE * HUGE_PAGE
             if size > 0 and (madvise := _madvise()) is not None:
-                for advice in (mmap.MADV_HUGEPAGE, MADV_COLLAPSE):
-                    madvise(begin, size, advice)
+                madvise(begin, size, mmap.MADV_HUGEPAGE)
+                for part in range(begin, begin + size, AT_ONCE):
+                    if time.monotonic() > last:
+                        return
+                    madvise(part, min(AT_ONCE, begin + size - part), MADV_COLLAPSE)
 
 
 @cache

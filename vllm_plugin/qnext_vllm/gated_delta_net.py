@@ -81,6 +81,10 @@ def recurrent_batch(metadata: api.GDNAttentionMetadata) -> RecurrentBatch:
     return RecurrentBatch(prefill=prefill, verify=verify)
 
 
+SECONDS_FOR_HUGE_PAGES = 5.0
+"""Of an engine's start, at most."""
+
+
 class StateBackend(api.GDNAttentionBackend):
     """vLLM's, for the metadata that it builds; the arithmetic is ours."""
 
@@ -93,6 +97,7 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
     """Owns the slots of one layer; the shared model calls it as its recurrent core."""
 
     kv_cache: tuple[Tensor, Tensor]
+    _moved = 0  # the address of the memory that is on huge pages
 
     def __init__(self, config: Qwen3NextConfig, vllm_config: api.VllmConfig, *, prefix: str) -> None:
         super().__init__()
@@ -119,7 +124,11 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """As vLLM does. On a CPU its memory, one for all layers, attention's too, goes onto huge pages."""
-        use_huge_pages(kv_cache)
+        memory = kv_cache.untyped_storage().data_ptr()
+        if memory != GatedDeltaNetState._moved:
+            # vLLM has written it: it is copied, slowly where a virtual machine gets its memory only now.
+            use_huge_pages(kv_cache, seconds=SECONDS_FOR_HUGE_PAGES)
+            GatedDeltaNetState._moved = memory
         super().bind_kv_cache(kv_cache)
 
     def forward(self, qkvz: Tensor, ba: Tensor, weights: CoreWeights) -> Tensor:
