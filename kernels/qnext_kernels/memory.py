@@ -13,6 +13,8 @@ from torch import Tensor
 
 HUGE_PAGE = 2 << 20
 AT_ONCE = 64 * HUGE_PAGE
+SECONDS_FOR_HUGE_PAGES = 5.0
+"""Of an engine's start, at most, for moving its pools."""
 MADV_COLLAPSE = 25  # of <linux/mman.h>, since Linux 6.1
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qnext_kernels import use_huge_pages
+from qnext_kernels.memory import SECONDS_FOR_HUGE_PAGES
 from qnext_plugins.model import CoreWeights, Qwen3NextConfig, RecurrentBatch, Segment, StatePools, VerifySegment
 from qnext_plugins.model.gated_delta_net import GatedDeltaNetCore
 from qnext_vllm import vllm_api as api
@@ -79,10 +80,6 @@ def recurrent_batch(metadata: api.GDNAttentionMetadata) -> RecurrentBatch:
         metadata.has_initial_state,
     )
     return RecurrentBatch(prefill=prefill, verify=verify)
-
-
-SECONDS_FOR_HUGE_PAGES = 5.0
-"""Of an engine's start, at most."""
 
 
 class StateBackend(api.GDNAttentionBackend):

@@ -6,11 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
+from qnext_kernels import use_huge_pages
+from qnext_kernels.memory import SECONDS_FOR_HUGE_PAGES
 from qnext_sglang import sglang_api as api
 from qnext_sglang.gated_delta_net import GatedDeltaNetBackend
 
 
 class CpuGatedDeltaNetBackend(GatedDeltaNetBackend):
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__(model_runner)
+        states = self.req_to_token_pool.mamba_pool.mamba_cache
+        use_huge_pages(*states.conv, states.temporal, seconds=SECONDS_FOR_HUGE_PAGES)
+
     def _track_mamba_state_decode(
         self, forward_batch: Any, conv_states: Tensor, ssm_states: Tensor, cache_indices: Tensor, layer_id: Any = None
     ) -> None:
