@@ -65,25 +65,47 @@ Pair load_pair(const T* p) {
     return {load_half(p, 0), load_half(p, 1)};
 }
 
-// The columns of [kPair, 4], the rows in the order of a Pair's elements.
-inline void load_columns(const bfloat16* from, Pair (&columns)[4]) {
 #if defined(__AVX512F__)
-    // Of 16 rows in two vectors: their column 0, then their column 1.
-    alignas(64) static constexpr uint16_t order[kPair] = {0, 4, 8,  12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60,
-                                                          1, 5, 9,  13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61};
-    const __m512i odd = _mm512_set1_epi32(int(0xffff0000)), first = _mm512_load_si512(order);
+
+// Two rows of kPair elements as operands of dot products: of each column the upper element and then the lower, those of every
+// other four columns in one vector.
+struct Twos {
+    __m512i first, second;
+};
+
+inline Twos twos(__m512i upper, __m512i lower) {
+    return {_mm512_unpacklo_epi16(upper, lower), _mm512_unpackhi_epi16(upper, lower)};
+}
+
+// kPair sums of such dot products as bfloat16, in the order of the columns.
+inline __m512i in_order(Pair x) {
+    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7),
+                                    (__m512i)_mm512_cvtne2ps_pbh(x.second.v, x.first.v));
+}
+
+// [kPair, 4]: as the other operands, of each row its first two elements and its last two.
+inline void load_twos(const bfloat16* from, Twos& first, Twos& last) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 16, 18, 20, 22, 8, 10, 12, 14, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     __m512i x[4];
     for (int i = 0; i < 4; ++i) x[i] = _mm512_loadu_si512(from + i * kPair);
-    for (int c = 0; c < 4; c += 2) {
-        const __m512i two = _mm512_add_epi16(first, _mm512_set1_epi16(short(c)));
-        const __m512i low = _mm512_permutex2var_epi16(x[0], two, x[1]), high = _mm512_permutex2var_epi16(x[2], two, x[3]);
-        const __m512i column[] = {_mm512_shuffle_i64x2(low, high, 0x44), _mm512_shuffle_i64x2(low, high, 0xee)};
-        for (int i = 0; i < 2; ++i) {
-            columns[c + i].first.v = _mm512_castsi512_ps(_mm512_slli_epi32(column[i], 16));
-            columns[c + i].second.v = _mm512_castsi512_ps(_mm512_and_si512(column[i], odd));
-        }
+    for (Twos* to : {&first, &last}) {
+        const __m512i order = to == &first ? even : odd;
+        const __m512i low = _mm512_permutex2var_epi32(x[0], order, x[1]), high = _mm512_permutex2var_epi32(x[2], order, x[3]);
+        *to = {_mm512_shuffle_i64x2(low, high, 0x44), _mm512_shuffle_i64x2(low, high, 0xee)};
     }
+}
+
+// total + x[0] · weight[0] + x[1] · weight[1] of each channel.
+inline Pair dot(Twos x, Twos weight, Pair total) {
+    return {{_mm512_dpbf16_ps(total.first.v, (__m512bh)x.first, (__m512bh)weight.first)},
+            {_mm512_dpbf16_ps(total.second.v, (__m512bh)x.second, (__m512bh)weight.second)}};
+}
+
 #else
+
+// The columns of [kPair, 4], the rows in the order of a Pair's elements.
+inline void load_columns(const bfloat16* from, Pair (&columns)[4]) {
     // Two columns of an even row, or of an odd one, are 32 bits.
     const __m256i rows = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28), odd = _mm256_set1_epi32(int(0xffff0000));
     for (int half = 0; half < 2; ++half) {
@@ -95,8 +117,9 @@ inline void load_columns(const bfloat16* from, Pair (&columns)[4]) {
             high.v = _mm256_castsi256_ps(_mm256_and_si256(two, odd));
         }
     }
-#endif
 }
+
+#endif
 
 // Of a row of `size` elements, zeros behind its end.
 template <class T>

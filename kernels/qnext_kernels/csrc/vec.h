@@ -11,6 +11,9 @@
 #include <cstring>
 #include <type_traits>
 
+// Where a call would move vectors through memory.
+#define QNEXT_INLINE __attribute__((always_inline))
+
 namespace qnext {
 
 struct bfloat16 {
@@ -257,10 +260,56 @@ inline Vec softplus(Vec x) {
     return fma(fma(p, square, one), s + s, max(x, zero));
 }
 
+#if defined(__AVX512F__)
+
+// 2^(i/32), i from 0 to 31, times what makes 1 + r the best line for e^r.
+struct PowersOfTwo {
+    alignas(64) float of[32];
+    constexpr PowersOfTwo() : of() {
+        double power = 1.0 + 2.93e-5;
+        for (float& each : of) each = float(power), power *= 1.0218971486541166;
+    }
+};
+
+// SiLU of N vectors, step by step so that their steps overlap, with an error of at most 1e-4 of the result: rounding it to
+// bfloat16 is 20 times as much.
+template <int N>
+QNEXT_INLINE inline void silu_for_bfloat16(Vec (&x)[N]) {
+    static constexpr PowersOfTwo powers;
+    const __m512 bound = _mm512_set1_ps(104.0f), shift = _mm512_set1_ps(393216.0f), one = _mm512_set1_ps(1.0f);
+    const __m512 minus_log2_e = _mm512_set1_ps(-1.44269504f), minus_ln_2 = _mm512_set1_ps(-0.69314718f);
+    const __m512 low = _mm512_load_ps(powers.of), high = _mm512_load_ps(powers.of + 16);
+    __m512 r[N], n[N], p[N];
+    // e^-x = 2^n · e^r with |r| <= ln 2 / 64, where the sum with 2^18 · 1.5 leaves 5 bits behind the point of n; infinity at
+    // -104 and 0 at 104.
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) r[i] = _mm512_range_ps(x[i].v, bound, 0x2);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) p[i] = _mm512_fmadd_ps(r[i], minus_log2_e, shift);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) n[i] = _mm512_sub_ps(p[i], shift);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) p[i] = _mm512_permutex2var_ps(low, _mm512_castps_si512(p[i]), high);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) r[i] = _mm512_sub_ps(one, r[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) p[i] = _mm512_scalef_ps(p[i], n[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) r[i] = _mm512_fmadd_ps(n[i], minus_ln_2, r[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) p[i] = _mm512_fmadd_ps(p[i], r[i], one);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) p[i] = _mm512_rcp14_ps(p[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) x[i].v = _mm512_mul_ps(x[i].v, p[i]);
+}
+
+#else
+
 // SiLU of N vectors, step by step so that their steps overlap, with an error of at most 4e-6 of the result: rounding it to
 // bfloat16 is 500 times as much.
 template <int N>
-inline void silu_for_bfloat16(Vec (&x)[N]) {
+QNEXT_INLINE inline void silu_for_bfloat16(Vec (&x)[N]) {
     const Vec low = Vec::fill(-89.5f), high = Vec::fill(104.5f), one = Vec::fill(1.0f);
     const Vec minus_log2_e = Vec::fill(-1.44269504f);
     Vec n[N], r[N], p[N];
@@ -285,9 +334,11 @@ inline void silu_for_bfloat16(Vec (&x)[N]) {
     for (int i = 0; i < N; ++i) x[i] = x[i] / p[i];
 }
 
+#endif
+
 // SiLU of N vectors whose results are stored as T.
 template <class T, int N>
-inline void silu_for(Vec (&x)[N]) {
+QNEXT_INLINE inline void silu_for(Vec (&x)[N]) {
     if constexpr (std::is_same_v<T, bfloat16>) {
         silu_for_bfloat16(x);
     } else {
