@@ -6,6 +6,9 @@
 //   S' = γ_15 S + Σ_s e^(G_15 − G_s) d_s k_sᵀ
 // all in float32. An element of the state takes 51 multiply-adds a block where the recurrence takes 64 operations, and is
 // read twice and written once where the recurrence reads it 32 times.
+//
+// A vector has the same column of neighbouring rows, which never meet: so what a block computes within itself needs no sums
+// across a vector, and the state lies in tiles of a few rows, column by column.
 #pragma once
 
 #include <algorithm>
@@ -18,75 +21,86 @@ constexpr int kBlockTokens = 16;
 
 namespace delta {
 
-constexpr int kTokenVectors = kBlockTokens / Vec::size;  // of a row of 16 tokens
-constexpr int kDotRows = Vec::size == 16 ? 8 : 2;        // rows whose products with 32 tokens fill the registers
-// Rows and vectors of each that are updated together.
-constexpr int kUpdateRows = Vec::size == 16 ? 4 : 2;
-constexpr int kUpdateVectors = 4;
+constexpr int kTileVectors = 2;
+constexpr int kTileRows = kTileVectors * Vec::size;
+// Tokens whose products with a tile fill the registers, and columns of a tile that do.
+constexpr int kDotTokens = Vec::size == 16 ? 8 : 4;
+constexpr int kUpdateColumns = Vec::size == 16 ? 8 : 4;
 
-// products[r] = the products of R rows with the 16 keys, then with the 16 queries; kq [width, 32].
-template <int R>
-__attribute__((noinline)) void dots(const float* const* rows, int64_t width, const float* kq, float* products) {
-    constexpr int vectors = 2 * kTokenVectors;
-    Vec total[R][vectors];
+// products[t] [kTileRows] = Σ_i tokens[i][t] tile[i] for kDotTokens tokens; rows of `tile` lie `stride` apart, of `tokens`
+// 2 kBlockTokens, of `products` `to_next`.
+__attribute__((noinline)) inline void dots(const float* tile, int64_t stride, int64_t width, const float* tokens,
+                                           float* products, int64_t to_next) {
+    Vec total[kDotTokens][kTileVectors];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) total[r][v] = Vec::zero();
-    const float* from[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) from[r] = rows[r];
-    for (int64_t i = 0; i < width; ++i) {
-        Vec tokens[vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) tokens[v] = Vec::load(kq + i * 2 * kBlockTokens + v * Vec::size);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const Vec x = Vec::fill(from[r][i]);
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) total[r][v] = fma(x, tokens[v], total[r][v]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) total[r][v].store(products + r * 2 * kBlockTokens + v * Vec::size);
-}
-
-// rows[r] [V vectors] = decay rows[r] + Σ_s d[s][r] keys[s], for R rows.
-template <int R, int V>
-__attribute__((noinline)) void update(float* rows, int64_t width, float decay, const float* d, const float* keys) {
-    Vec x[R][V];
-    const Vec decays = Vec::fill(decay);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) x[r][v] = Vec::load(rows + r * width + v * Vec::size) * decays;
-    for (int s = 0; s < kBlockTokens; ++s) {
-        Vec weight[R];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) weight[r] = Vec::fill(d[s * Vec::size + r]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-            const Vec key = Vec::load(keys + s * width + v * Vec::size);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) x[r][v] = fma(weight[r], key, x[r][v]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) x[r][v].store(rows + r * width + v * Vec::size);
-}
-
-// tokens[t] = the products of Vec::size rows with token t; by_row: theirs with 32 tokens, of which the first 16 are taken.
-inline void by_token(const float* by_row, Vec (&tokens)[kBlockTokens]) {
+    for (int t = 0; t < kDotTokens; ++t)
 #pragma GCC unroll 2
-    for (int t = 0; t < kBlockTokens; t += Vec::size) {
-        Vec square[Vec::size];
-        for (int r = 0; r < Vec::size; ++r) square[r] = Vec::load(by_row + r * 2 * kBlockTokens + t);
-        transpose(square);
-        for (int r = 0; r < Vec::size; ++r) tokens[t + r] = square[r];
+        for (int v = 0; v < kTileVectors; ++v) total[t][v] = Vec::zero();
+    for (int64_t i = 0; i < width; ++i) {
+        Vec rows[kTileVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) rows[v] = Vec::load(tile + i * stride + v * Vec::size);
+#pragma GCC unroll 8
+        for (int t = 0; t < kDotTokens; ++t) {
+            const Vec x = Vec::fill(tokens[i * 2 * kBlockTokens + t]);
+#pragma GCC unroll 2
+            for (int v = 0; v < kTileVectors; ++v) total[t][v] = fma(x, rows[v], total[t][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kDotTokens; ++t)
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) total[t][v].store(products + t * to_next + v * Vec::size);
+}
+
+// tile[i] = decay tile[i] + Σ_s tokens[i][s] d[s] for kUpdateColumns columns; d [16, kTileRows].
+__attribute__((noinline)) inline void update(float* tile, float decay, const float* d, const float* tokens) {
+    Vec x[kUpdateColumns][kTileVectors];
+    const Vec decays = Vec::fill(decay);
+#pragma GCC unroll 8
+    for (int i = 0; i < kUpdateColumns; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) x[i][v] = Vec::load(tile + i * kTileRows + v * Vec::size) * decays;
+    for (int s = 0; s < kBlockTokens; ++s) {
+        Vec each[kTileVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) each[v] = Vec::load(d + s * kTileRows + v * Vec::size);
+#pragma GCC unroll 8
+        for (int i = 0; i < kUpdateColumns; ++i) {
+            const Vec key = Vec::fill(tokens[i * 2 * kBlockTokens + s]);
+#pragma GCC unroll 2
+            for (int v = 0; v < kTileVectors; ++v) x[i][v] = fma(key, each[v], x[i][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kUpdateColumns; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) x[i][v].store(tile + i * kTileRows + v * Vec::size);
+}
+
+// `count` rows [count, width], at most kTileRows, become a tile [width, kTileRows]; rows behind the last are zero.
+inline void to_tile(const float* rows, int64_t count, int64_t width, float* tile) {
+    for (int64_t i = 0; i < width; i += Vec::size) {
+        for (int64_t first = 0; first < kTileRows; first += Vec::size) {
+            Vec square[Vec::size];
+            for (int64_t r = 0; r < Vec::size; ++r)
+                square[r] = first + r < count ? Vec::load(rows + (first + r) * width + i) : Vec::zero();
+            transpose(square);
+            for (int64_t r = 0; r < Vec::size; ++r) square[r].store(tile + (i + r) * kTileRows + first);
+        }
+    }
+}
+
+// The reverse.
+inline void from_tile(const float* tile, int64_t count, int64_t width, float* rows) {
+    for (int64_t i = 0; i < width; i += Vec::size) {
+        for (int64_t first = 0; first < count; first += Vec::size) {
+            Vec square[Vec::size];
+            for (int64_t r = 0; r < Vec::size; ++r) square[r] = Vec::load(tile + (i + r) * kTileRows + first);
+            transpose(square);
+            for (int64_t r = 0; r < std::min<int64_t>(Vec::size, count - first); ++r)
+                square[r].store(rows + (first + r) * width + i);
+        }
     }
 }
 
@@ -99,7 +113,6 @@ class BlockKeys {
 
     // keys and queries [16, width]
     void prepare(const float* keys, const float* queries) {
-        this->keys = keys;
         for (int side = 0; side < 2; ++side) {
             const float* from = side ? queries : keys;
             for (int64_t i = 0; i < width; i += Vec::size) {
@@ -112,15 +125,13 @@ class BlockKeys {
                 }
             }
         }
-        for (int s = 0; s < kBlockTokens; s += delta::kDotRows) {
-            const float* rows[delta::kDotRows];
-            for (int r = 0; r < delta::kDotRows; ++r) rows[r] = keys + (s + r) * width;
-            delta::dots<delta::kDotRows>(rows, width, kq.get(), products[s]);
+        for (int s = 0; s < kBlockTokens; s += delta::kDotTokens) {
+            for (int t = 0; t < 2 * kBlockTokens; t += delta::kTileRows)
+                delta::dots(kq.get() + t, 2 * kBlockTokens, width, kq.get() + s, products[s] + t, 2 * kBlockTokens);
         }
     }
 
     const int64_t width;
-    const float* keys = nullptr;
     const Scratch<float> kq;  // [width, keys of 16 tokens and then queries]
     alignas(64) float products[kBlockTokens][2 * kBlockTokens];  // [s]: k_t·k_s, then q_t·k_s
 };
@@ -152,45 +163,54 @@ class DeltaBlock {
         }
     }
 
-    // `count` rows, at most Vec::size, of the state [count, width] in place. v and o: of these rows and the first token;
-    // those of the next lie v_token and o_token elements further.
-    template <class T>
-    void advance(float* rows, int64_t count, const T* v, int64_t v_token, T* o, int64_t o_token) {
-        alignas(64) float by_row[Vec::size * 2 * kBlockTokens];
-        const float* from[Vec::size];
-        for (int r = 0; r < Vec::size; ++r) from[r] = rows + std::min<int64_t>(r, count - 1) * width;
-        for (int r = 0; r < Vec::size; r += delta::kDotRows)
-            delta::dots<delta::kDotRows>(from + r, width, shared.kq.get(), by_row + r * 2 * kBlockTokens);
-        if (count == Vec::size)
-            solve(by_row, v, v_token, o, o_token, Whole());
-        else
-            solve(by_row, v, v_token, o, o_token, Part{count});
-        int64_t r = 0;
-        for (; r + delta::kUpdateRows <= count; r += delta::kUpdateRows) update<delta::kUpdateRows>(rows + r * width, r);
-        for (; r < count; ++r) update<1>(rows + r * width, r);
+    int64_t steps() const { return 2 * kBlockTokens / delta::kDotTokens + width / delta::kUpdateColumns; }
+
+    // `count` rows of the state, at most kTileRows, in their tile. v and o: of these rows and the first token; those of the
+    // next lie v_token and o_token elements further. between(): called steps() times on the way.
+    template <class T, class F>
+    void advance(float* tile, int64_t count, const T* v, int64_t v_token, T* o, int64_t o_token, F between) {
+        using namespace delta;
+        alignas(64) float products[2 * kBlockTokens * kTileRows];
+        const float* const kq = shared.kq.get();
+        for (int t = 0; t < 2 * kBlockTokens; t += kDotTokens) {
+            between();
+            dots(tile, kTileRows, width, kq + t, products + t * kTileRows, kTileRows);
+        }
+        for (int64_t first = 0; first < count; first += Vec::size) {
+            if (first + Vec::size <= count)
+                solve(products + first, weighted + first, v + first, v_token, o + first, o_token, Whole());
+            else
+                solve(products + first, weighted + first, v + first, v_token, o + first, o_token, Part{count - first});
+        }
+        for (int64_t i = 0; i < width; i += kUpdateColumns) {
+            between();
+            update(tile + i * kTileRows, decays[kBlockTokens - 1], weighted, kq + i * 2 * kBlockTokens);
+        }
     }
 
   private:
-    // d, weighted for the update, and o from the products with the state before the block.
+    // For a vector of rows d, weighted for the update, and o from the products with the state before the block.
     template <class T, class P>
-    void solve(const float* by_row, const T* v, int64_t v_token, T* o, int64_t o_token, P part) {
+    void solve(const float* products, float* weighted, const T* v, int64_t v_token, T* o, int64_t o_token, P part) {
+        using delta::kTileRows;
         alignas(64) float plain[kBlockTokens * Vec::size];
         Vec d[kBlockTokens], total[kBlockTokens];
-        delta::by_token(by_row, d);
 #pragma GCC unroll 16
-        for (int t = 0; t < kBlockTokens; ++t)
-            d[t] = fma(Vec::fill(minus_beta_decays[t]), d[t], Vec::fill(betas[t]) * load(v + t * v_token, part));
+        for (int t = 0; t < kBlockTokens; ++t) {
+            const Vec product = Vec::load(products + t * kTileRows);
+            d[t] = fma(Vec::fill(minus_beta_decays[t]), product, Vec::fill(betas[t]) * load(v + t * v_token, part));
+        }
 #pragma GCC unroll 16
         for (int s = 0; s < kBlockTokens; ++s)
 #pragma GCC unroll 16
             for (int t = s + 1; t < kBlockTokens; ++t) d[t] = fma(Vec::fill(minus_with_key[s][t]), d[s], d[t]);
         for (int t = 0; t < kBlockTokens; ++t) {
             d[t].store(plain + t * Vec::size);
-            (d[t] * Vec::fill(to_end[t])).store(weighted + t * Vec::size);
+            (d[t] * Vec::fill(to_end[t])).store(weighted + t * kTileRows);
         }
-        delta::by_token(by_row + kBlockTokens, total);
 #pragma GCC unroll 16
-        for (int t = 0; t < kBlockTokens; ++t) total[t] = Vec::fill(decays[t]) * total[t];
+        for (int t = 0; t < kBlockTokens; ++t)
+            total[t] = Vec::fill(decays[t]) * Vec::load(products + (kBlockTokens + t) * kTileRows);
 #pragma GCC unroll 16
         for (int s = 0; s < kBlockTokens; ++s) {
             const Vec each = Vec::load(plain + s * Vec::size);
@@ -200,23 +220,12 @@ class DeltaBlock {
         for (int t = 0; t < kBlockTokens; ++t) store(total[t], o + t * o_token, part);
     }
 
-    template <int R>
-    void update(float* rows, int64_t first) const {
-        using namespace delta;
-        int64_t i = 0;
-        const float decay = decays[kBlockTokens - 1];
-        const float* keys = shared.keys;
-        for (; i + kUpdateVectors * Vec::size <= width; i += kUpdateVectors * Vec::size)
-            delta::update<R, kUpdateVectors>(rows + i, width, decay, weighted + first, keys + i);
-        for (; i < width; i += Vec::size) delta::update<R, 1>(rows + i, width, decay, weighted + first, keys + i);
-    }
-
     const BlockKeys& shared;
     const int64_t width;
     // [s][t]: −β_t e^(G_t − G_s) k_t·k_s, and e^(G_t − G_s) q_t·k_s
     alignas(64) float minus_with_key[kBlockTokens][kBlockTokens], with_query[kBlockTokens][kBlockTokens];
     alignas(64) float decays[kBlockTokens], betas[kBlockTokens], minus_beta_decays[kBlockTokens], to_end[kBlockTokens];
-    alignas(64) float weighted[kBlockTokens * Vec::size];
+    alignas(64) float weighted[kBlockTokens * delta::kTileRows] = {};
 };
 
 }  // namespace qnext

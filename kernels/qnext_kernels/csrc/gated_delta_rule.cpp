@@ -8,14 +8,14 @@
 #include <algorithm>
 #include <vector>
 
-#include "delta_chunk.h"
-#include "delta_net.h"
+#include "delta_keys.h"
 
 namespace qnext {
 namespace {
 
-constexpr int kTile = kBlockTokens; // tokens whose keys and queries lie in the cache together; divides kChunk
-constexpr int kGroups = 8;          // groups of kRows that do so: their steps overlap, one group's would wait for each other
+using namespace delta;
+
+constexpr int kGroups = 8;          // groups of kRows that go through such a tile together: steps of one would wait for each other
 constexpr int kChunk = 64;          // where a split prefill would round the state
 constexpr int kRecurrentTokens = 4; // a last chunk of at most so many tokens rounds behind each, as decodes do
 constexpr int kVerifyGroups = 2;    // groups that a verify takes through all tokens before the next
@@ -68,98 +68,28 @@ inline void step(const float* src, float* dst, float* kept, int64_t stride, cons
     }
 }
 
-template <class T>
-void load_row(const T* from, int64_t size, float* to, int64_t width) {
-    int64_t i = 0;
-    for (; i + Vec::size <= size; i += Vec::size) Vec::load(from + i).store(to + i);
-    for (; i < size; ++i) to[i] = to_float(from[i]);
-    for (; i < width; ++i) to[i] = 0.0f;
+// Rows in whole tiles.
+inline int64_t tiled_rows(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+
+// Memory of this thread, which it keeps from call to call: the system would clear it anew each time.
+inline float* kept_floats(int64_t count) {
+    static thread_local Scratch<float> kept;
+    static thread_local int64_t size = 0;
+    if (size < count) kept = scratch<float>(size = count);
+    return kept.get();
 }
-
-template <class T>
-void store_row(const float* from, int64_t size, T* to) {
-    int64_t i = 0;
-    for (; i + Vec::size <= size; i += Vec::size) Vec::load(from + i).store(to + i);
-    for (; i < size; ++i) assign(to[i], from[i]);
-}
-
-// Divides [width] floats by their length (ε 1e-6) and multiplies them by `scale`.
-inline void normalise(float* x, int64_t width, float scale) {
-    Vec squares = Vec::zero();
-    for (int64_t i = 0; i < width; i += Vec::size) squares = fma(Vec::load(x + i), Vec::load(x + i), squares);
-    const Vec factor = Vec::fill(scale / std::sqrt(sum(squares) + 1e-6f));
-    for (int64_t i = 0; i < width; i += Vec::size) (Vec::load(x + i) * factor).store(x + i);
-}
-
-// What the value heads of a key head share: keys and queries of a tile of tokens. T: of the tokens.
-template <class T>
-class KeyTile {
-  public:
-    KeyTile(const DeltaRule& p, int64_t head)
-        : p(p), head(head), width(padded(p.key_dim)), keys(scratch<float>(kTile * width)),
-          queries(scratch<float>(kTile * width)) {}
-
-    void prepare(int64_t start, int64_t stop) {
-        // All are read before any is worked on: so many reads of memory overlap.
-        for (int64_t t = start; t < stop; ++t) {
-            load_row(key(t), p.key_dim, keys.get() + (t - start) * width, width);
-            load_row(query(t), p.key_dim, queries.get() + (t - start) * width, width);
-        }
-        for (int64_t i = 0; i < (stop - start) * width; i += width) {
-            normalise(keys.get() + i, width, 1.0f);
-            normalise(queries.get() + i, width, 1.0f / std::sqrt(float(p.key_dim)));
-        }
-    }
-
-    // What so many tokens need besides, to be run one by one.
-    void prepare_tokens(int64_t count) {
-        for (int64_t t = 0; t < count; ++t) {
-            const float *k = keys.get() + t * width, *q = queries.get() + t * width;
-            Vec product = Vec::zero();
-            for (int64_t i = 0; i < width; i += Vec::size) product = fma(Vec::load(k + i), Vec::load(q + i), product);
-            kq[t] = sum(product);
-        }
-    }
-
-    // What a whole tile needs besides, to be run at once.
-    const BlockKeys& prepare_block() {
-        if (!block) block = std::make_unique<BlockKeys>(width);
-        block->prepare(keys.get(), queries.get());
-        return *block;
-    }
-
-    void fetch(int64_t start, int64_t stop) const {
-        for (int64_t t = start; t < stop; ++t) {
-            fetch_lines(key(t), p.key_dim);
-            fetch_lines(query(t), p.key_dim);
-        }
-    }
-
-    // Will be read: such rows lie too far apart for a processor to foresee it.
-    static void fetch_lines(const T* from, int64_t size) {
-        for (int64_t i = 0; i < size; i += 64 / sizeof(T))
-            _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
-    }
-
-    const DeltaRule& p;
-    const int64_t head, width;
-    const Scratch<float> keys, queries;  // [kTile, width]
-    float kq[kTile];
-
-  private:
-    const T* key(int64_t t) const { return static_cast<const T*>(p.k) + t * p.k_token + head * p.k_head; }
-    const T* query(int64_t t) const { return static_cast<const T*>(p.q) + t * p.q_token + head * p.q_head; }
-
-    std::unique_ptr<BlockKeys> block;
-};
 
 // Rows `first` to `last` of one value head of one sequence. S: of the state, P: of the step pool.
 template <class T, class S, class P>
 class Head {
   public:
-    Head(const KeyTile<T>& tile, int64_t sequence, int64_t head, int64_t first, int64_t last)
-        : p(tile.p), tile(tile), n(sequence), head(head), first(first), rows(last - first), width(tile.width),
-          row_groups((rows + kRows - 1) / kRows), state(scratch<float>(row_groups * kRows * width)) {}
+    // The heads of a tile are [of_tile, of_tile + in_tile).
+    // tiles: for tiled_rows(last - first) rows.
+    Head(const KeyTile<T>& tile, int64_t sequence, int64_t head, int64_t of_tile, int64_t in_tile, int64_t first, int64_t last,
+         float* tiles)
+        : p(tile.p), tile(tile), n(sequence), head(head), place_in_tile(head - of_tile), in_tile(in_tile), first(first),
+          rows(last - first), width(tile.width),
+          row_groups((rows + kRows - 1) / kRows), state(scratch<float>(row_groups * kRows * width)), tiles(tiles) {}
 
     // Before the tokens [begin, end), from the state in `slot`.
     void begin_prefill(int64_t begin, int64_t end, int64_t slot, bool starts_at_zero) {
@@ -171,28 +101,35 @@ class Head {
         snapshot_at = snapshot ? begin + p.snapshot_lengths[n] : -1;
         direct = in_place<S>() && begin < end;
         current = direct ? reinterpret_cast<float*>(own) : state.get();
-        if (starts_at_zero)
+        in_tiles = starts_at_zero && !p.recurrent && end - begin >= kBlockTokens;
+        if (in_tiles) std::fill_n(tiles, tiled_rows(rows) * width, 0.0f);
+        if (starts_at_zero && !(in_tiles && direct))
             std::fill_n(current, row_groups * kRows * width, 0.0f);
-        else if (!direct)
+        else if (!starts_at_zero && !direct)
             load(own);
     }
 
     // Tokens [start, stop), which the tile holds; all at once with `block`.
     void prefill(int64_t start, int64_t stop, const BlockKeys* block) {
-        if (start == snapshot_at) store(current, snapshot);
+        if (start == snapshot_at) {
+            leave_tiles();
+            store(current, snapshot);
+        }
         const int64_t chunk = begin + (start - begin) / kChunk * kChunk;
         const bool rounds = std::min(chunk + kChunk, end) - chunk <= kRecurrentTokens;
         prepare(start, stop);
-        for (int64_t t = stop; t < std::min(stop + kTile, end); ++t) KeyTile<T>::fetch_lines(value(t), rows);
-        if (block)
+        if (block) {
             advance_block(start, *block);
-        else
+        } else {
+            leave_tiles();
             advance_tokens(start, stop, rounds);
+        }
         if (stop == end || (stop - begin) % kChunk == 0)
-            for (int64_t g = 0; g < row_groups; ++g) round<S>(g);
+            in_tiles ? round<S>(tiles, tiled_rows(rows)) : round<S>(state.get(), row_groups * kRows);
     }
 
-    void end_prefill() const {
+    void end_prefill() {
+        leave_tiles();
         if (end == snapshot_at) store(current, snapshot);
         if (!direct && begin < end) store(current, own);
     }
@@ -213,7 +150,7 @@ class Head {
         for (int64_t t = start; t < stop; ++t) {
             for (int64_t g = 0; g < row_groups; ++g) {
                 advance<true, To::kCache>(g, t, t - start, current, state.get(), nullptr);
-                p.steps ? round<P>(g) : round<S>(g);
+                p.steps ? round_group<P>(g) : round_group<S>(g);
             }
             current = state.get();
             if (P* step = step_place(t - begin)) store(state.get(), step);
@@ -237,25 +174,57 @@ class Head {
     }
 
     void advance_tokens(int64_t start, int64_t stop, bool rounds) {
+        auto [values, keys] = fetches(stop, (row_groups + kGroups - 1) / kGroups);
         for (int64_t first_group = 0; first_group < row_groups; first_group += kGroups) {
+            fetch(values, keys);
             for (int64_t t = start; t < stop; ++t) {
                 for (int64_t g = first_group; g < std::min(first_group + kGroups, row_groups); ++g) {
                     advance<true, To::kCache>(g, t, t - start, current, current, nullptr);
-                    if (rounds) round<S>(g);
+                    if (rounds) round_group<S>(g);
                 }
             }
         }
     }
 
-    // All tokens of a tile at once.
+    // Of the tile of tokens that begins at `start`: whose values this head fetches, and whose keys and queries.
+    std::pair<Spread, Spread> fetches(int64_t start, int64_t steps) const {
+        const int64_t count = std::clamp<int64_t>(end - start, 0, kTile);
+        const int64_t from = count * place_in_tile / in_tile, to = count * (place_in_tile + 1) / in_tile;
+        return {{start, count, steps}, {start + from, to - from, steps}};
+    }
+
+    QNEXT_INLINE void fetch(Spread& values, Spread& keys) const {
+        values.step([&](int64_t t) QNEXT_INLINE { KeyTile<T>::fetch_lines(value(t), rows); });
+        keys.step([&](int64_t t) QNEXT_INLINE { tile.fetch(t); });
+    }
+
+    // All tokens of a tile of tokens at once.
     void advance_block(int64_t start, const BlockKeys& shared) {
         if (!block) block = std::make_unique<DeltaBlock>(shared);
-        block->prepare(log_decay, beta);
-        const int64_t o_token = p.value_heads * p.value_dim;
-        for (int64_t row = 0; row < rows; row += Vec::size) {
-            const int64_t count = std::min<int64_t>(Vec::size, rows - row);
-            block->advance(current + row * width, count, value(start) + row, p.v_token, out(start) + row, o_token);
+        if (!in_tiles) {
+            for_tiles([&](int64_t row, int64_t count, float* tile) { to_tile(current + row * width, count, width, tile); });
+            in_tiles = true;
         }
+        block->prepare(log_decay, beta);
+        auto [values, keys] = fetches(start + kTile, tiled_rows(rows) / kTileRows * block->steps());
+        const int64_t o_token = p.value_heads * p.value_dim;
+        for_tiles([&](int64_t row, int64_t count, float* tile) {
+            block->advance(tile, count, value(start) + row, p.v_token, out(start) + row, o_token,
+                           [&]() QNEXT_INLINE { fetch(values, keys); });
+        });
+    }
+
+    // The state is in `current` again.
+    void leave_tiles() {
+        if (in_tiles)
+            for_tiles([&](int64_t row, int64_t count, float* tile) { from_tile(tile, count, width, current + row * width); });
+        in_tiles = false;
+    }
+
+    template <class F>
+    void for_tiles(F f) const {
+        for (int64_t row = 0; row < rows; row += kTileRows)
+            f(row, std::min<int64_t>(kTileRows, rows - row), tiles + row * width);
     }
 
     // All tokens of a few rows before the next rows: moving memory overlaps with the work.
@@ -325,16 +294,21 @@ class Head {
         for (int64_t r = 0; r < rows; ++r) store_row(from + r * width, p.key_dim, to + r * p.key_dim);
     }
 
-    // What a pool can hold of a group of rows.
+    // What a pool can hold of so many rows.
     template <class Pool>
-    void round(int64_t g) {
+    void round(float* from, int64_t rows) const {
         if constexpr (!std::is_same_v<Pool, float>) {
-            for (float* x = state.get() + g * kRows * width; x < state.get() + (g + 1) * kRows * width; x += Vec::size) {
+            for (float* x = from; x < from + rows * width; x += Vec::size) {
                 Pool rounded[Vec::size];
                 Vec::load(x).store(rounded);
                 Vec::load(rounded).store(x);
             }
         }
+    }
+
+    template <class Pool>
+    void round_group(int64_t g) const {
+        round<Pool>(state.get() + g * kRows * width, kRows);
     }
 
     // Gates of tokens [start, stop), those of a vector together; behind the last they are computed of zeros.
@@ -373,14 +347,15 @@ class Head {
 
     const DeltaRule& p;
     const KeyTile<T>& tile;
-    const int64_t n, head, first, rows, width, row_groups;
+    const int64_t n, head, place_in_tile, in_tile, first, rows, width, row_groups;
     Scratch<float> state;
     std::unique_ptr<DeltaBlock> block;  // of a prefill
+    float* const tiles;                 // [tiles, width, kTileRows]: the state while blocks go on
     alignas(64) float log_decay[kTile], decay[kTile], beta[kTile];
     int64_t begin = 0, end = 0, snapshot_at = -1;
     S *own = nullptr, *snapshot = nullptr;
     float* current = nullptr;
-    bool direct = false;
+    bool direct = false, in_tiles = false;
 };
 
 // Rows [first, last) of the value heads [from, to) of a sequence, which share a key head.
@@ -396,7 +371,10 @@ void run(const DeltaRule& p, int64_t n, int64_t from, int64_t to, int64_t first,
     KeyTile<T> tile(p, from / (p.value_heads / p.key_heads));
     std::vector<Head<T, S, P>> heads;
     heads.reserve(to - from);
-    for (int64_t head = from; head < to; ++head) heads.emplace_back(tile, n, head, first, last);
+    const int64_t tile_floats = p.every_token || p.recurrent ? 0 : tiled_rows(last - first) * tile.width;
+    float* const tiles = kept_floats((to - from) * tile_floats);
+    for (int64_t head = from; head < to; ++head)
+        heads.emplace_back(tile, n, head, from, to - from, first, last, tiles + (head - from) * tile_floats);
     for (auto& head : heads) {
         if (p.every_token)
             head.begin_verify(begin, end, slot);
@@ -412,7 +390,6 @@ void run(const DeltaRule& p, int64_t n, int64_t from, int64_t to, int64_t first,
             for (auto& head : heads) head.verify(start, stop);
             continue;
         }
-        tile.fetch(stop, std::min(stop + kTile, end));
         const BlockKeys* block = whole ? &tile.prepare_block() : nullptr;
         for (auto& head : heads) head.prefill(start, stop, block);
     }
