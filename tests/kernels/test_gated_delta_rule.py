@@ -58,6 +58,13 @@ def roundings(shape: Shape, tokens: int, state_dtype: torch.dtype, stored: int) 
     return counts if state_dtype == torch.float32 else {**counts, state_dtype: stored}
 
 
+def roundings_of_prefill(counts: dict[torch.dtype, int], backend: str, dtype: torch.dtype) -> dict[torch.dtype, int]:
+    """Those of a prefill's outputs: the C++ kernel rounds the state that queries of bfloat16 are multiplied with."""
+    if backend != "native" or dtype != torch.bfloat16:
+        return counts
+    return {**counts, torch.bfloat16: counts.get(torch.bfloat16, 0) + 1}
+
+
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -83,7 +90,7 @@ def test_prefill_agrees_with_float64(backend: str, shape: Shape, dtype: torch.dt
     expected = roundings(shape, max(lengths), state_dtype, stored)
     written = slots[(slots >= 0) & (offsets.diff() > 0)]
     assert out.dtype == dtype
-    assert_close(out, truth, expected)
+    assert_close(out, truth, roundings_of_prefill(expected, backend, dtype))
     assert not out[offsets[-3] :].any()
     assert_close(pool[written], truth_pool[written], expected)
     assert only_written(pool, before, bytes_before, written)
@@ -165,7 +172,7 @@ def test_snapshots_agree_with_float64(backend: str, shape: Shape, dtype: torch.d
         out = gated_delta_rule_prefill(*tokens, *gates, pool, *where)
     stored = max(lengths) if backend == "reference" else max(lengths) // CHUNK_SIZE
     expected = roundings(shape, max(lengths), state_dtype, stored)
-    assert_close(out, truth, expected)
+    assert_close(out, truth, roundings_of_prefill(expected, backend, dtype))
     assert_close(pool[snapshot_slots], truth_pool[snapshot_slots], expected)
 
 

@@ -4,8 +4,10 @@
 //   d_t = β_t (v_t − γ_t S·k_t − Σ_{s<t} e^(G_t − G_s) (k_t·k_s) d_s)        forward substitution
 //   o_t = γ_t S·q_t + Σ_{s<=t} e^(G_t − G_s) (q_t·k_s) d_s
 //   S' = γ_15 S + Σ_s e^(G_15 − G_s) d_s k_sᵀ
-// all in float32. An element of the state takes 51 multiply-adds a block where the recurrence takes 64 operations, and is
-// read twice and written once where the recurrence reads it 32 times.
+// in float32, except that S·q_t, which only o_t has a part of, are BF16 dot products where queries are bfloat16 and the
+// processor has them: of S rounded once, which errs by no more than rounding o does. An element of the state takes 51
+// multiply-adds a block where the recurrence takes 64 operations, and is read twice and written once where the recurrence
+// reads it 32 times.
 //
 // A vector has the same column of neighbouring rows, which never meet: so what a block computes within itself needs no sums
 // across a vector, and the state lies in tiles of a few rows, column by column.
@@ -13,6 +15,7 @@
 
 #include <algorithm>
 
+#include "pairs.h"
 #include "rows.h"
 
 namespace qnext {
@@ -28,23 +31,32 @@ constexpr int kDotTokens = Vec::size == 16 ? 8 : 4;
 constexpr int kUpdateColumns = Vec::size == 16 ? 8 : 4;
 
 // products[t] [kTileRows] = Σ_i tokens[i][t] tile[i] for kDotTokens tokens; rows of `tile` lie `stride` apart, of `tokens`
-// 2 kBlockTokens, of `products` `to_next`.
-__attribute__((noinline)) inline void dots(const float* tile, int64_t stride, int64_t width, const float* tokens,
-                                           float* products, int64_t to_next) {
+// 2 kBlockTokens, of `products` `to_next`. With Rounds, `rounded` is the tile in bfloat16: of two columns the elements of a
+// row side by side.
+template <bool Rounds>
+__attribute__((noinline)) void dots(const float* tile, int64_t stride, int64_t width, const float* tokens, float* products,
+                                    int64_t to_next, bfloat16* rounded = nullptr) {
     Vec total[kDotTokens][kTileVectors];
 #pragma GCC unroll 8
     for (int t = 0; t < kDotTokens; ++t)
 #pragma GCC unroll 2
         for (int v = 0; v < kTileVectors; ++v) total[t][v] = Vec::zero();
-    for (int64_t i = 0; i < width; ++i) {
-        Vec rows[kTileVectors];
+    for (int64_t i = 0; i < width; i += 2) {
+        Vec rows[2][kTileVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kTileVectors; ++v) rows[v] = Vec::load(tile + i * stride + v * Vec::size);
+        for (int j = 0; j < 2; ++j) {
+#pragma GCC unroll 2
+            for (int v = 0; v < kTileVectors; ++v) rows[j][v] = Vec::load(tile + (i + j) * stride + v * Vec::size);
 #pragma GCC unroll 8
-        for (int t = 0; t < kDotTokens; ++t) {
-            const Vec x = Vec::fill(tokens[i * 2 * kBlockTokens + t]);
+            for (int t = 0; t < kDotTokens; ++t) {
+                const Vec x = Vec::fill(tokens[(i + j) * 2 * kBlockTokens + t]);
 #pragma GCC unroll 2
-            for (int v = 0; v < kTileVectors; ++v) total[t][v] = fma(x, rows[v], total[t][v]);
+                for (int v = 0; v < kTileVectors; ++v) total[t][v] = fma(x, rows[j][v], total[t][v]);
+            }
+        }
+        if constexpr (Rounds) {
+#pragma GCC unroll 2
+            for (int v = 0; v < kTileVectors; ++v) Pair{rows[0][v], rows[1][v]}.store(rounded + i * kTileRows + v * kPair);
         }
     }
 #pragma GCC unroll 8
@@ -52,6 +64,34 @@ __attribute__((noinline)) inline void dots(const float* tile, int64_t stride, in
 #pragma GCC unroll 2
         for (int v = 0; v < kTileVectors; ++v) total[t][v].store(products + t * to_next + v * Vec::size);
 }
+
+#if defined(__AVX512F__)
+
+// The same of such a tile in bfloat16, and of tokens [width / 2, kBlockTokens] with two elements side by side.
+__attribute__((noinline)) inline void dots(const bfloat16* rounded, int64_t width, const uint32_t* tokens, float* products) {
+    __m512 total[kDotTokens][kTileVectors];
+#pragma GCC unroll 8
+    for (int t = 0; t < kDotTokens; ++t)
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) total[t][v] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 2) {
+        __m512bh rows[kTileVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) rows[v] = (__m512bh)_mm512_loadu_si512(rounded + i * kTileRows + v * kPair);
+#pragma GCC unroll 8
+        for (int t = 0; t < kDotTokens; ++t) {
+            const __m512bh x = (__m512bh)_mm512_set1_epi32(int(tokens[i / 2 * kBlockTokens + t]));
+#pragma GCC unroll 2
+            for (int v = 0; v < kTileVectors; ++v) total[t][v] = _mm512_dpbf16_ps(total[t][v], x, rows[v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kDotTokens; ++t)
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) _mm512_storeu_ps(products + t * kTileRows + v * Vec::size, total[t][v]);
+}
+
+#endif
 
 // tile[i] = decay tile[i] + Σ_s tokens[i][s] d[s] for kUpdateColumns columns; d [16, kTileRows].
 __attribute__((noinline)) inline void update(float* tile, float decay, const float* d, const float* tokens) {
@@ -109,7 +149,8 @@ inline void from_tile(const float* tile, int64_t count, int64_t width, float* ro
 // Keys and queries of 16 tokens, prepared once for all value heads that read them.
 class BlockKeys {
   public:
-    explicit BlockKeys(int64_t width) : width(width), kq(scratch<float>(width * 2 * kBlockTokens)) {}
+    explicit BlockKeys(int64_t width)
+        : width(width), kq(scratch<float>(width * 2 * kBlockTokens)), pairs(scratch<uint32_t>(width / 2 * kBlockTokens)) {}
 
     // keys and queries [16, width]
     void prepare(const float* keys, const float* queries) {
@@ -127,19 +168,39 @@ class BlockKeys {
         }
         for (int s = 0; s < kBlockTokens; s += delta::kDotTokens) {
             for (int t = 0; t < 2 * kBlockTokens; t += delta::kTileRows)
-                delta::dots(kq.get() + t, 2 * kBlockTokens, width, kq.get() + s, products[s] + t, 2 * kBlockTokens);
+                delta::dots<false>(kq.get() + t, 2 * kBlockTokens, width, kq.get() + s, products[s] + t, 2 * kBlockTokens);
         }
+    }
+
+    // The queries as they came, `to_next` apart, and what `prepare` had multiplied them by: then their products with the state
+    // are those of bfloat16.
+    void prepare_queries(const bfloat16* queries, int64_t to_next, const float* scales) {
+#if defined(__AVX512F__)
+        rounds = width % kPair == 0;
+        if (!rounds) return;
+        std::copy_n(scales, kBlockTokens, query_scales);
+        for (int64_t i = 0; i < width; i += kPair) {
+            Vec square[Vec::size];
+            for (int t = 0; t < kBlockTokens; ++t) square[t].v = _mm512_loadu_ps(queries + t * to_next + i);
+            transpose(square);
+            for (int j = 0; j < Vec::size; ++j) _mm512_storeu_ps(pairs.get() + (i / 2 + j) * kBlockTokens, square[j].v);
+        }
+#endif
     }
 
     const int64_t width;
     const Scratch<float> kq;  // [width, keys of 16 tokens and then queries]
     alignas(64) float products[kBlockTokens][2 * kBlockTokens];  // [s]: k_t·k_s, then q_t·k_s
+    bool rounds = false;
+    const Scratch<uint32_t> pairs;  // if so: the queries as they came [width / 2, 16], two elements side by side
+    alignas(64) float query_scales[kBlockTokens];
 };
 
 // One value head's 16 tokens, prepared once for all rows.
 class DeltaBlock {
   public:
-    explicit DeltaBlock(const BlockKeys& keys) : shared(keys), width(keys.width) {}
+    explicit DeltaBlock(const BlockKeys& keys)
+        : shared(keys), width(keys.width), rounded(scratch<bfloat16>(width * delta::kTileRows)) {}
 
     // log_decay and beta [16], of the tokens whose keys and queries are prepared
     void prepare(const float* log_decay, const float* beta) {
@@ -160,6 +221,7 @@ class DeltaBlock {
             (Vec::zero() - b * decay).store(minus_beta_decays + t);
             b.store(betas + t);
             exp(Vec::fill(total) - Vec::load(sums + t)).store(to_end + t);
+            (shared.rounds ? decay * Vec::load(shared.query_scales + t) : decay).store(query_decays + t);
         }
     }
 
@@ -174,7 +236,7 @@ class DeltaBlock {
         const float* const kq = shared.kq.get();
         for (int t = 0; t < 2 * kBlockTokens; t += kDotTokens) {
             between();
-            dots(tile, kTileRows, width, kq + t, products + t * kTileRows, kTileRows);
+            dots_of(tile, t, products + t * kTileRows);
         }
         for (int64_t first = 0; first < count; first += Vec::size) {
             if (first + Vec::size <= count)
@@ -189,6 +251,18 @@ class DeltaBlock {
     }
 
   private:
+    // The products of a tile with keys or queries t to t + kDotTokens.
+    void dots_of(const float* tile, int t, float* products) {
+        using namespace delta;
+        const float* const tokens = shared.kq.get() + t;
+#if defined(__AVX512F__)
+        if (shared.rounds && t >= kBlockTokens)
+            return dots(rounded.get(), width, shared.pairs.get() + t - kBlockTokens, products);
+        if (shared.rounds && t == 0) return dots<true>(tile, kTileRows, width, tokens, products, kTileRows, rounded.get());
+#endif
+        dots<false>(tile, kTileRows, width, tokens, products, kTileRows);
+    }
+
     // For a vector of rows d, weighted for the update, and o from the products with the state before the block.
     template <class T, class P>
     void solve(const float* products, float* weighted, const T* v, int64_t v_token, T* o, int64_t o_token, P part) {
@@ -210,7 +284,7 @@ class DeltaBlock {
         }
 #pragma GCC unroll 16
         for (int t = 0; t < kBlockTokens; ++t)
-            total[t] = Vec::fill(decays[t]) * Vec::load(products + (kBlockTokens + t) * kTileRows);
+            total[t] = Vec::fill(query_decays[t]) * Vec::load(products + (kBlockTokens + t) * kTileRows);
 #pragma GCC unroll 16
         for (int s = 0; s < kBlockTokens; ++s) {
             const Vec each = Vec::load(plain + s * Vec::size);
@@ -222,9 +296,11 @@ class DeltaBlock {
 
     const BlockKeys& shared;
     const int64_t width;
+    const Scratch<bfloat16> rounded;  // the tile that is worked on
     // [s][t]: −β_t e^(G_t − G_s) k_t·k_s, and e^(G_t − G_s) q_t·k_s
     alignas(64) float minus_with_key[kBlockTokens][kBlockTokens], with_query[kBlockTokens][kBlockTokens];
     alignas(64) float decays[kBlockTokens], betas[kBlockTokens], minus_beta_decays[kBlockTokens], to_end[kBlockTokens];
+    alignas(64) float query_decays[kBlockTokens];
     alignas(64) float weighted[kBlockTokens * delta::kTileRows] = {};
 };
 

@@ -25,12 +25,13 @@ void store_row(const float* from, int64_t size, T* to) {
     for (; i < size; ++i) assign(to[i], from[i]);
 }
 
-// Divides [width] floats by their length (ε 1e-6) and multiplies them by `scale`.
-inline void normalise(float* x, int64_t width, float scale) {
+// Divides [width] floats by their length (ε 1e-6) and multiplies them by `scale`; returns by what they are multiplied in all.
+inline float normalise(float* x, int64_t width, float scale) {
     Vec squares = Vec::zero();
     for (int64_t i = 0; i < width; i += Vec::size) squares = fma(Vec::load(x + i), Vec::load(x + i), squares);
-    const Vec factor = Vec::fill(scale / std::sqrt(sum(squares) + 1e-6f));
-    for (int64_t i = 0; i < width; i += Vec::size) (Vec::load(x + i) * factor).store(x + i);
+    const float factor = scale / std::sqrt(sum(squares) + 1e-6f);
+    for (int64_t i = 0; i < width; i += Vec::size) (Vec::load(x + i) * Vec::fill(factor)).store(x + i);
+    return factor;
 }
 
 // What the value heads of a key head share: keys and queries of a tile of tokens. T: of the tokens.
@@ -47,9 +48,9 @@ class KeyTile {
             load_row(key(t), p.key_dim, keys.get() + (t - start) * width, width);
             load_row(query(t), p.key_dim, queries.get() + (t - start) * width, width);
         }
-        for (int64_t i = 0; i < (stop - start) * width; i += width) {
-            normalise(keys.get() + i, width, 1.0f);
-            normalise(queries.get() + i, width, 1.0f / std::sqrt(float(p.key_dim)));
+        for (int64_t t = 0; t < stop - start; ++t) {
+            normalise(keys.get() + t * width, width, 1.0f);
+            query_scales[t] = normalise(queries.get() + t * width, width, 1.0f / std::sqrt(float(p.key_dim)));
         }
     }
 
@@ -63,10 +64,13 @@ class KeyTile {
         }
     }
 
-    // What a whole tile needs besides, to be run at once.
-    const BlockKeys& prepare_block() {
+    // What a whole tile, which begins at `start`, needs besides, to be run at once.
+    const BlockKeys& prepare_block(int64_t start) {
         if (!block) block = std::make_unique<BlockKeys>(width);
         block->prepare(keys.get(), queries.get());
+        if constexpr (std::is_same_v<T, bfloat16>) {
+            if (width == p.key_dim) block->prepare_queries(query(start), p.q_token, query_scales);
+        }
         return *block;
     }
 
@@ -85,7 +89,7 @@ class KeyTile {
     const DeltaRule& p;
     const int64_t head, width;
     const Scratch<float> keys, queries;  // [kTile, width]
-    float kq[kTile];
+    float kq[kTile], query_scales[kTile];
 
   private:
     const T* key(int64_t t) const { return static_cast<const T*>(p.k) + t * p.k_token + head * p.k_head; }

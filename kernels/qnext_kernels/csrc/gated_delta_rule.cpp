@@ -15,7 +15,7 @@ namespace {
 
 using namespace delta;
 
-constexpr int kGroups = 8;          // groups of kRows that go through such a tile together: steps of one would wait for each other
+constexpr int kGroups = 8;          // groups of kRows that go through a tile together: steps of one would wait for each other
 constexpr int kChunk = 64;          // where a split prefill would round the state
 constexpr int kRecurrentTokens = 4; // a last chunk of at most so many tokens rounds behind each, as decodes do
 constexpr int kVerifyGroups = 2;    // groups that a verify takes through all tokens before the next
@@ -85,8 +85,8 @@ class Head {
   public:
     // The heads of a tile are [of_tile, of_tile + in_tile).
     // tiles: for tiled_rows(last - first) rows.
-    Head(const KeyTile<T>& tile, int64_t sequence, int64_t head, int64_t of_tile, int64_t in_tile, int64_t first, int64_t last,
-         float* tiles)
+    Head(const KeyTile<T>& tile, int64_t sequence, int64_t head, int64_t of_tile, int64_t in_tile, int64_t first,
+         int64_t last, float* tiles)
         : p(tile.p), tile(tile), n(sequence), head(head), place_in_tile(head - of_tile), in_tile(in_tile), first(first),
           rows(last - first), width(tile.width),
           row_groups((rows + kRows - 1) / kRows), state(scratch<float>(row_groups * kRows * width)), tiles(tiles) {}
@@ -390,7 +390,7 @@ void run(const DeltaRule& p, int64_t n, int64_t from, int64_t to, int64_t first,
             for (auto& head : heads) head.verify(start, stop);
             continue;
         }
-        const BlockKeys* block = whole ? &tile.prepare_block() : nullptr;
+        const BlockKeys* block = whole ? &tile.prepare_block(start) : nullptr;
         for (auto& head : heads) head.prefill(start, stop, block);
     }
     if (p.every_token)
