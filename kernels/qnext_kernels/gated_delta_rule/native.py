@@ -23,8 +23,8 @@ _DECODE = (*_NONE, *_NONE, 0, *_NONE, *_NONE, *_NO_STEPS)
 class GatedDeltaRuleNative(NativeBackend, CpuBackend):
     """Float32, but where there are BF16 dot products a prefill multiplies bfloat16 queries with the state by them.
 
-    A prefill runs in blocks of tokens, in the deterministic mode token by token: with a float32 pool every result then has
-    the same bits however tokens are split between calls.
+    A prefill runs in blocks of tokens, in the deterministic mode token by token: with a float32 pool every result then
+    has the same bits however tokens are split between calls.
 
     What it does not read (a pool of another dtype, or not contiguous within a slot) runs in PyTorch.
     """
