@@ -90,10 +90,10 @@ def needs() -> Iterator[Need]:
         half, cache = 2 * s.heads * s.head_dim * context, 4 * s.kv_heads * s.head_dim * context
         shape = f"B=1 context={context}"
         yield Need("attention decode", shape, dots=half, float32=half, moved=cache, pattern="read and multiply")
-    # S k, S q and the rank-one update of S: three products of the state's size a token and head.
-    a_token, state = 3 * 2 * STATE * s.value_heads, 4 * STATE * s.value_heads
+    # Of the state's size a token and head: S q in BF16 dot products, S k and the rank-one update of S in float32.
+    product, state = 2 * STATE * s.value_heads, 4 * STATE * s.value_heads
     for tokens in s.prefills:
-        yield Need("delta rule prefill", f"T={tokens}", float32=a_token * tokens)
+        yield Need("delta rule prefill", f"T={tokens}", dots=product * tokens, float32=2 * product * tokens)
     for batch in s.batches:
         yield Need("delta rule decode", f"B={batch}", moved=2 * batch * state, pattern="update")
     for batch in s.batches:
