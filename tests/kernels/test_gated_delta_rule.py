@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -412,3 +413,22 @@ def test_bad_input_is_refused_by_name_before_anything_is_written(operation: str,
         OPERATIONS[operation](**(arguments | {bad.argument: bad.change(arguments[bad.argument])}))
     assert torch.equal(memory(pool), before)
     assert steps.isnan().all()
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.02])
+def test_outputs_of_a_native_prefill_of_bfloat16_err_by_two_roundings_and_states_by_those_of_float32(
+    decay: float,
+) -> None:
+    shape, count = Shape(2, 1, 128, 128), 300
+    tokens, gates = random_tokens(shape, count, torch.bfloat16), random_gates(shape)
+    gates = gates._replace(A_log=gates.A_log + math.log(decay))
+    where = torch.tensor([0]), torch.tensor([0, count]), torch.tensor([False])
+    pool, true_pool = torch.zeros(1, *shape.state), torch.zeros(1, *shape.state, dtype=torch.float64)
+    with force_backend("native"):
+        out = gated_delta_rule_prefill(*tokens, *gates, pool, *where).double()
+    with force_backend("reference"):
+        doubles = (x.double() for x in (*tokens, *gates))
+        truth = gated_delta_rule_prefill(*doubles, true_pool, *where)
+    # The state that meets the queries is rounded, and so is the result: both err alike, and add up as √2.
+    assert (out - truth).norm() <= 1.5 * (truth.bfloat16().double() - truth).norm()
+    assert (pool - true_pool).norm() <= 1e-5 * true_pool.norm()
