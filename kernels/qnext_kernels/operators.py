@@ -13,22 +13,25 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 _library = torch.library.Library("qnext", "FRAGMENT")
 
 
-def operator(fake: Callable[..., object], *, mutates: Iterable[str] = ()) -> Callable[[FunctionT], FunctionT]:
-    """Decorate a function: torch.compile sees ``torch.ops.qnext.<its name>``, eager mode calls the function itself.
+def operator(
+    fake: Callable[..., object], *, mutates: Iterable[str] = (), name: str | None = None
+) -> Callable[[FunctionT], FunctionT]:
+    """Decorate a function: torch.compile sees ``torch.ops.qnext.<name>``, eager mode calls the function itself.
 
     The function's annotations give the operator's schema; no result may share memory with an argument.
 
     Args:
         fake: takes the same arguments and returns empty tensors with the shapes, strides and dtypes of the results.
         mutates: names of the arguments that are written in place.
+        name: the function's own where it is not given.
     """
 
     def decorate(function: FunctionT) -> FunctionT:
-        name = function.__name__
-        _library.define(torch.library.infer_schema(function, op_name=name, mutates_args=mutates))
-        _library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"qnext::{name}", fake, lib=_library)
-        traced = getattr(torch.ops.qnext, name).default
+        op_name = name or function.__name__
+        _library.define(torch.library.infer_schema(function, op_name=op_name, mutates_args=mutates))
+        _library.impl(op_name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"qnext::{op_name}", fake, lib=_library)
+        traced = getattr(torch.ops.qnext, op_name).default
 
         @functools.wraps(function)
         def call(*args):  # type: ignore[no-untyped-def]

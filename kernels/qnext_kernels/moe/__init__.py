@@ -19,6 +19,7 @@ from qnext_kernels.moe.flashinfer import FlashInferMoe
 from qnext_kernels.moe.native import MoeNative
 from qnext_kernels.moe.reference import FP8_GROUP, ReferenceBackend
 from qnext_kernels.moe.triton import TritonMoe
+from qnext_kernels.operators import operator
 
 FP8 = torch.float8_e4m3fn
 PACKING = (MoeNative.name, FlashInferMoe.name)
@@ -96,8 +97,8 @@ def experts(
         BackendError: the backend that serves does not read packed weights.
     """
     if shared is None:
-        return torch.ops.qnext.experts(x, w13, w2, topk_weights, topk_ids, packed)
-    return torch.ops.qnext.experts_with_shared(x, w13, w2, topk_weights, topk_ids, shared, packed)
+        return _experts(x, w13, w2, topk_weights, topk_ids, packed)
+    return _experts_with_shared(x, w13, w2, topk_weights, topk_ids, shared, packed)
 
 
 def experts_fp8(
@@ -139,7 +140,7 @@ def experts_fp8(
     """
     if packed and shared is not None:
         raise ValueError("packed: expected False because shared is given, got True")
-    return torch.ops.qnext.experts_fp8(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, packed, shared or ())
+    return _experts_fp8(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, packed, shared or ())
 
 
 def pack_experts_(w13: Tensor, w2: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> bool:
@@ -197,6 +198,12 @@ def _expect_packing(backend: Any) -> Any:
     return backend
 
 
+def _like_x(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# Opaque operators: which tokens go to which expert is data that torch.compile must not trace.
+@operator(_like_x, name="experts")
 def _experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: bool) -> Tensor:
     backend = _expect_experts(x, w13, w2, topk_weights, topk_ids, x.dtype)
     if packed:
@@ -204,6 +211,7 @@ def _experts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids:
     return backend.experts(x, w13, w2, topk_weights, topk_ids)
 
 
+@operator(_like_x, name="experts_with_shared")
 def _experts_with_shared(
     x: Tensor,
     w13: Tensor,
@@ -223,6 +231,7 @@ def _experts_with_shared(
     return backend.experts_with_shared(x, w13, w2, topk_weights, topk_ids, tuple(shared))
 
 
+@operator(_like_x, name="experts_fp8")
 def _experts_fp8(
     x: Tensor,
     w13: Tensor,
@@ -289,16 +298,3 @@ def _expect_scales(prefix: str, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_s
     ):
         expect_shape(prefix + name, scale, shape)
         expect_dtype(prefix + name, scale, (torch.float32,))
-
-
-def _like_x(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-# Opaque operators: which tokens go to which expert is data that torch.compile must not trace.
-_library = torch.library.Library("qnext", "FRAGMENT")
-for _function in (_experts, _experts_with_shared, _experts_fp8):
-    _name = _function.__name__.removeprefix("_")
-    _library.define(torch.library.infer_schema(_function, op_name=_name, mutates_args=()))
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qnext::{_name}", _like_x, lib=_library)

@@ -61,6 +61,7 @@ def conv_pool(s: Sizes, slots: int, speculation: bool) -> Tensor:
 def rule_pool(s: Sizes, slots: int) -> Tensor:
     """[slots, HV, V, K] in float32, the same state in every slot."""
     pool = (torch.randn(s.value_heads * s.linear_dim**2) * 0.1).expand(slots, -1).contiguous()
+    qnext_kernels.use_huge_pages(pool)  # as the engines' are with us
     return pool.view(slots, s.value_heads, s.linear_dim, s.linear_dim)
 
 
