@@ -120,8 +120,7 @@ def _empty_linears(
     first_bias: Tensor | None,
     first_packed: bool,
     second: Tensor,
-    second_bias: Tensor | None,
-    second_packed: bool,
+    *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens = x.shape[0]
     return x.new_empty(tokens, first.shape[0]), x.new_empty(tokens, second.shape[0]), _empty_total(x, residual)
@@ -141,9 +140,8 @@ def norm_linears(
     second_packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The public function on what the functions above allow; without a residual, the sum is empty."""
-    arguments = (x, residual, norm_weight, eps, first, first_bias, first_packed, second, second_bias, second_packed)
-    one, other, total = _empty_linears(*arguments)
     tokens = x.shape[0]
+    one, other, total = _empty_linears(x, residual, norm_weight, eps, first, first_bias, first_packed, second)
     x, residual = unit_rows(x), None if residual is None else unit_rows(residual)
     added = NO_ROWS if residual is None else _token_rows(residual)
     _linears_kernel()(
@@ -211,25 +209,7 @@ def norm_heads(
     return results
 
 
-def _empty_block(
-    x: Tensor,
-    gate: Tensor | None,
-    out_proj: Tensor,
-    out_bias: Tensor | None,
-    out_packed: bool,
-    residual: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    router: Tensor,
-    router_bias: Tensor | None,
-    router_packed: bool,
-    w13: Tensor,
-    w2: Tensor,
-    packed: bool,
-    shared: Sequence[Tensor],
-    top_k: int,
-    renormalize: bool,
-) -> tuple[Tensor, Tensor]:
+def _empty_block(x: Tensor, gate: Tensor | None, out_proj: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     tokens, hidden = x.shape[0], out_proj.shape[0]
     return x.new_empty(tokens, hidden), x.new_empty(tokens, hidden)
 
@@ -255,8 +235,7 @@ def linear_norm_experts(
     renormalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """The public function on what :func:`reads_block` allows."""
-    (tokens, width), hidden = x.shape, out_proj.shape[0]
-    out, total = x.new_empty(tokens, hidden), x.new_empty(tokens, hidden)
+    (tokens, width), (out, total) = x.shape, _empty_block(x, gate, out_proj)
     x, residual = unit_rows(x), unit_rows(residual)
     gate_fields: tuple[int, ...] = (0,) * 13
     if gate is not None:
