@@ -169,8 +169,8 @@ __attribute__((noinline)) void dots(const Q* q, int64_t width, const T* const* r
 }
 
 // kPair columns of R results [R, width]: times their factors, plus the values of `count` keys times their weights [count,
-// lanes]. rows: as above. Not inlined: the compiler would keep addresses of the loops around in registers of vectors, from where they come
-// only after all additions before.
+// lanes]. rows: as above. Not inlined: the compiler would keep addresses of the loops around in registers of vectors, from
+// where they come only after all additions before.
 template <int R, class T>
 __attribute__((noinline)) void add_weighted(const float* weights, int64_t lanes, const float* factors,
                                             const T* const* rows, int64_t count, int64_t column, float* out,

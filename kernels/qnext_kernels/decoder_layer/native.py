@@ -14,6 +14,9 @@ from torch import Tensor
 
 from qnext_kernels.checks import INTEGERS, expect_indices
 from qnext_kernels.dispatch import OPERATIONS
+from qnext_kernels.gated_attention.results import empty_heads
+from qnext_kernels.linear.native import linear_fields
+from qnext_kernels.moe.native import experts_fields
 from qnext_kernels.native import DTYPES
 from qnext_kernels.operators import operator
 from qnext_kernels.rows import floats, packed_function, rows
@@ -91,9 +94,7 @@ def reads_block(
         (gate is None or (gate.shape == x.shape and gate.dtype in DTYPES))
         and residual.shape == (x.shape[0], hidden)
         and residual.dtype == x.dtype
-        and norm_weight.shape == (hidden,)
-        and norm_weight.dtype in DTYPES
-        and norm_weight.is_contiguous()
+        and reads_norm(residual, None, norm_weight)
         and reads_linear(router, hidden, x.dtype)
         and router.weight.shape[0] == num_experts
         and 0 < top_k <= num_experts
@@ -167,10 +168,8 @@ def _empty_heads(
     num_heads: int,
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens, head_dim = x.shape[0], q_weight.shape[0]
-    q, gate = x.new_empty(tokens, num_heads * head_dim), x.new_empty(tokens, num_heads * head_dim)
-    k, v = x.new_empty(tokens, num_kv_heads * head_dim), x.new_empty(tokens, num_kv_heads * head_dim)
-    return q, k, v, gate, _empty_total(x, residual)
+    heads = empty_heads(x, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads, eps)
+    return *heads, _empty_total(x, residual)
 
 
 @operator(_empty_heads)
@@ -275,30 +274,9 @@ def norm_fields(
     return *x, *residual, *floats(weight), 0, total, 1, tokens, weight.shape[0], eps
 
 
-def linear_fields(
-    weight: Tensor, bias: Tensor | None, packed: bool, tokens: int, out: int = 0, x: int = 0, x_token: int = 0
-) -> tuple[int, ...]:
-    """Those of ``Linear``; what it reads or writes is the neighbouring operation's where it is 0."""
-    places = (x, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out)
-    return *places, DTYPES[weight.dtype], x_token, tokens, *weight.shape, packed
-
-
 def choice_fields(tokens: int, num_experts: int, top_k: int, renormalize: bool) -> tuple[int, ...]:
     """Those of ``TopkSoftmax``, which reads and writes the neighbouring operations'."""
     return 0, 0, 0, 0, 0, 0, tokens, num_experts, top_k, renormalize
-
-
-def experts_fields(
-    w13: Tensor, w2: Tensor, packed: bool, shared: Sequence[Tensor], top_k: int, tokens: int, out: int = 0
-) -> tuple[int, ...]:
-    """Those of ``Experts``, which reads the neighbouring operations'; the shared expert's gate is contiguous."""
-    places, middle = (0, 0, 0), 0
-    if shared:
-        shared_w13, shared_w2, strength = shared
-        places, middle = (shared_w13.data_ptr(), shared_w2.data_ptr(), strength.data_ptr()), shared_w2.shape[1]
-    num_experts, hidden, width = w2.shape
-    sizes = (DTYPES[w13.dtype], 0, tokens, top_k, num_experts, hidden, width, middle, packed)
-    return 0, w13.data_ptr(), w2.data_ptr(), 0, 0, 0, *places, out, *sizes
 
 
 NO_ROWS = (0, 0, 0, 0)

@@ -20,6 +20,8 @@ from qnext_kernels.decoder_layer import ExpertsWeights, LinearWeight, native
 from qnext_kernels.gated_delta_net import prepare_layer
 from qnext_kernels.gated_delta_net.native import GATED_DELTA_NET
 from qnext_kernels.gated_delta_net.prepared import PreparedLayer
+from qnext_kernels.linear.native import linear_fields
+from qnext_kernels.moe.native import experts_fields
 from qnext_kernels.native import DTYPES
 from qnext_kernels.paged_attention.checks import check_values
 from qnext_kernels.paged_attention.native import PAGED_ATTENTION, STORE_KV
@@ -208,19 +210,19 @@ class DecoderStack:
         delta_net: tuple[float, ...] = (0,) * _fields(_DELTA_NET)
         attention: tuple[float, ...] = (0,) * _fields(_ATTENTION)
         if isinstance(mixer, DeltaNetMixer):
-            linears = (*native.linear_fields(*mixer.qkvz, 0), *native.linear_fields(*mixer.ba, 0))
+            linears = (*linear_fields(*mixer.qkvz, 0), *linear_fields(*mixer.ba, 0))
             delta_net = (*norm, *linears, *self._delta_net_fields(mixer))
         else:
-            attention = (*norm, *native.linear_fields(*mixer.qkv, 0), *self._attention_fields(mixer))
+            attention = (*norm, *linear_fields(*mixer.qkv, 0), *self._attention_fields(mixer))
         shared = () if moe.shared is None else (*moe.shared[:2], moe.shared[2].contiguous())
         self._kept += shared
         block = (
             *(0,) * _fields(native.GATE),
-            *native.linear_fields(*layer.out_proj, 0),
+            *linear_fields(*layer.out_proj, 0),
             *native.norm_fields(native.NO_ROWS, native.NO_ROWS, layer.norm, 0, 0, self._eps),
-            *native.linear_fields(*layer.router, 0),
+            *linear_fields(*layer.router, 0),
             *native.choice_fields(0, moe.w13.shape[0], layer.top_k, layer.renormalize),
-            *native.experts_fields(moe.w13, moe.w2, moe.packed, shared, layer.top_k, 0),
+            *experts_fields(moe.w13, moe.w2, moe.packed, shared, layer.top_k, 0),
         )
         return _LAYER.pack(isinstance(mixer, AttentionMixer), layer.group, *delta_net, *attention, *block)
 

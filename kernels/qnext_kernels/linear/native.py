@@ -42,9 +42,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool) -> Tens
     out = _empty(x, weight, bias, packed)
     x, weight = x if x.stride()[1] == 1 else x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    places = (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
-    _kernel()(*places, DTYPES[x.dtype], x.stride()[0], x.shape[0], *weight.shape, packed)
+    _kernel()(*linear_fields(weight, bias, packed, x.shape[0], out.data_ptr(), x.data_ptr(), x.stride()[0]))
     return out
+
+
+def linear_fields(
+    weight: Tensor, bias: Tensor | None, packed: bool, tokens: int, out: int = 0, x: int = 0, x_token: int = 0
+) -> tuple[int, ...]:
+    """The fields of ``Linear``; what it reads or writes is the neighbouring operation's where it is 0."""
+    places = (x, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out)
+    return *places, DTYPES[weight.dtype], x_token, tokens, *weight.shape, packed
 
 
 _kernel = cache(lambda: packed_function("qnext_linear", "10q"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 from torch import Tensor
@@ -77,20 +78,41 @@ class MoeNative(NativeBackend, CpuBackend):
         """Over contiguous weights, all of them packed or none; the gate may be strided."""
         x = x if x.stride()[1] == 1 else x.contiguous()
         topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
-        tokens, hidden = x.shape
-        out = x.new_empty(tokens, hidden)
-        places, middle = (0, 0, 0), 0
-        if shared is not None:
-            shared_w13, shared_w2, gate = shared
-            gate = gate.contiguous()
-            places, middle = (shared_w13.data_ptr(), shared_w2.data_ptr(), gate.data_ptr()), shared_w2.shape[1]
-        if not _kernel()(
-            *(x.data_ptr(), w13.data_ptr(), w2.data_ptr(), topk_weights.data_ptr(), *indices(topk_ids), *places),
-            *(out.data_ptr(), DTYPES[x.dtype], x.stride()[0], tokens, topk_ids.shape[1]),
-            *(w13.shape[0], hidden, w2.shape[2], middle, packed),
-        ):
+        out = x.new_empty(x.shape)
+        contiguous = () if shared is None else (*shared[:2], shared[2].contiguous())
+        choice = (topk_weights.data_ptr(), *indices(topk_ids))
+        weights, sizes = (w13, w2, packed, contiguous), (topk_ids.shape[1], x.shape[0])
+        if not _kernel()(*experts_fields(*weights, *sizes, out.data_ptr(), x.data_ptr(), x.stride()[0], choice)):
             _expect_ids(topk_ids, w13)
         return out
+
+
+def experts_fields(
+    w13: Tensor,
+    w2: Tensor,
+    packed: bool,
+    shared: Sequence[Tensor],
+    top_k: int,
+    tokens: int,
+    out: int = 0,
+    x: int = 0,
+    x_token: int = 0,
+    choice: tuple[int, int, int] = (0, 0, 0),
+) -> tuple[int, ...]:
+    """The fields of ``Experts``; what it reads or writes is the neighbouring operation's where it is 0.
+
+    Args:
+        shared: of the shared expert, whose gate is contiguous, or empty.
+        out, x, x_token: addresses, and the stride between tokens.
+        choice: where the weights lie, and the fields of ``Indices`` of the ids.
+    """
+    places, middle = (0, 0, 0), 0
+    if shared:
+        shared_w13, shared_w2, gate = shared
+        places, middle = (shared_w13.data_ptr(), shared_w2.data_ptr(), gate.data_ptr()), shared_w2.shape[1]
+    num_experts, hidden, width = w2.shape
+    sizes = (DTYPES[w13.dtype], x_token, tokens, top_k, num_experts, hidden, width, middle, packed)
+    return x, w13.data_ptr(), w2.data_ptr(), *choice, *places, out, *sizes
 
 
 def _expect_ids(topk_ids: Tensor, w13: Tensor) -> None:
