@@ -84,12 +84,12 @@ template <class T, class S, class P>
 class Head {
   public:
     // The heads of a tile are [of_tile, of_tile + in_tile).
-    // tiles: for tiled_rows(last - first) rows.
+    // tiles: for tiled_rows(last - first) rows; state: for whole groups of rows.
     Head(const KeyTile<T>& tile, int64_t sequence, int64_t head, int64_t of_tile, int64_t in_tile, int64_t first,
-         int64_t last, float* tiles)
+         int64_t last, float* tiles, float* state)
         : p(tile.p), tile(tile), n(sequence), head(head), place_in_tile(head - of_tile), in_tile(in_tile), first(first),
           rows(last - first), width(tile.width),
-          row_groups((rows + kRows - 1) / kRows), state(scratch<float>(row_groups * kRows * width)), tiles(tiles) {}
+          row_groups((rows + kRows - 1) / kRows), state(state), tiles(tiles) {}
 
     // Before the tokens [begin, end), from the state in `slot`.
     void begin_prefill(int64_t begin, int64_t end, int64_t slot, bool starts_at_zero) {
@@ -100,8 +100,8 @@ class Head {
         snapshot = snapshot_slot < 0 ? nullptr : place(snapshot_slot);
         snapshot_at = snapshot ? begin + p.snapshot_lengths[n] : -1;
         direct = in_place<S>() && begin < end;
-        current = direct ? reinterpret_cast<float*>(own) : state.get();
-        in_tiles = starts_at_zero && !p.recurrent && end - begin >= kBlockTokens;
+        current = direct ? reinterpret_cast<float*>(own) : state;
+        is_zero = in_tiles = starts_at_zero && !p.recurrent && end - begin >= kBlockTokens;
         if (in_tiles) std::fill_n(tiles, tiled_rows(rows) * width, 0.0f);
         if (starts_at_zero && !(in_tiles && direct))
             std::fill_n(current, row_groups * kRows * width, 0.0f);
@@ -109,8 +109,8 @@ class Head {
             load(own);
     }
 
-    // Tokens [start, stop), which the tile holds; all at once with `block`.
-    void prefill(int64_t start, int64_t stop, const BlockKeys* block) {
+    // Tokens [start, stop), which the tile holds; all at once in `block`, if there is one.
+    void prefill(int64_t start, int64_t stop, DeltaBlock* block) {
         if (start == snapshot_at) {
             leave_tiles();
             store(current, snapshot);
@@ -125,7 +125,7 @@ class Head {
             advance_tokens(start, stop, rounds);
         }
         if (stop == end || (stop - begin) % kChunk == 0)
-            in_tiles ? round<S>(tiles, tiled_rows(rows)) : round<S>(state.get(), row_groups * kRows);
+            in_tiles ? round<S>(tiles, tiled_rows(rows)) : round<S>(state, row_groups * kRows);
     }
 
     void end_prefill() {
@@ -139,7 +139,7 @@ class Head {
         this->begin = begin;
         this->end = end;
         direct = in_place<S>() && (!p.steps || in_place<P>());
-        current = direct ? reinterpret_cast<float*>(place(slot)) : state.get();
+        current = direct ? reinterpret_cast<float*>(place(slot)) : state;
         if (!direct) load(place(slot));
     }
 
@@ -149,12 +149,12 @@ class Head {
         if (direct) return verify_in_place(start, stop);
         for (int64_t t = start; t < stop; ++t) {
             for (int64_t g = 0; g < row_groups; ++g) {
-                advance<true, To::kCache>(g, t, t - start, current, state.get(), nullptr);
+                advance<true, To::kCache>(g, t, t - start, current, state, nullptr);
                 p.steps ? round_group<P>(g) : round_group<S>(g);
             }
-            current = state.get();
-            if (P* step = step_place(t - begin)) store(state.get(), step);
-            if (S* target = p.steps ? nullptr : slot_place(t - begin)) store(state.get(), target);
+            current = state;
+            if (P* step = step_place(t - begin)) store(state, step);
+            if (S* target = p.steps ? nullptr : slot_place(t - begin)) store(state, target);
         }
     }
 
@@ -174,9 +174,9 @@ class Head {
     }
 
     void advance_tokens(int64_t start, int64_t stop, bool rounds) {
-        auto [values, keys] = fetches(stop, (row_groups + kGroups - 1) / kGroups);
+        Tokens next = next_tokens(stop, (row_groups + kGroups - 1) / kGroups);
         for (int64_t first_group = 0; first_group < row_groups; first_group += kGroups) {
-            fetch(values, keys);
+            next.fetch();
             for (int64_t t = start; t < stop; ++t) {
                 for (int64_t g = first_group; g < std::min(first_group + kGroups, row_groups); ++g) {
                     advance<true, To::kCache>(g, t, t - start, current, current, nullptr);
@@ -186,32 +186,40 @@ class Head {
         }
     }
 
-    // Of the tile of tokens that begins at `start`: whose values this head fetches, and whose keys and queries.
-    std::pair<Spread, Spread> fetches(int64_t start, int64_t steps) const {
-        const int64_t count = std::clamp<int64_t>(end - start, 0, kTile);
-        const int64_t from = count * place_in_tile / in_tile, to = count * (place_in_tile + 1) / in_tile;
-        return {{start, count, steps}, {start + from, to - from, steps}};
-    }
+    // What this head fetches of the tile of tokens that begins at `start`, in so many steps.
+    struct Tokens {
+        Ahead<T> values, keys, queries;
+        QNEXT_INLINE void fetch() { values.step(), keys.step(), queries.step(); }
+    };
 
-    QNEXT_INLINE void fetch(Spread& values, Spread& keys) const {
-        values.step([&](int64_t t) QNEXT_INLINE { KeyTile<T>::fetch_lines(value(t), rows); });
-        keys.step([&](int64_t t) QNEXT_INLINE { tile.fetch(t); });
+    // Of its values all, of the keys and queries its part.
+    Tokens next_tokens(int64_t start, int64_t steps) const {
+        const int64_t count = std::clamp<int64_t>(end - start, 0, kTile);
+        const int64_t from = count * place_in_tile / in_tile, shared = count * (place_in_tile + 1) / in_tile - from;
+        return {{value(start), p.v_token, count, rows, steps},
+                {tile.key(start + from), p.k_token, shared, p.key_dim, steps},
+                {tile.query(start + from), p.q_token, shared, p.key_dim, steps}};
     }
 
     // All tokens of a tile of tokens at once.
-    void advance_block(int64_t start, const BlockKeys& shared) {
-        if (!block) block = std::make_unique<DeltaBlock>(shared);
-        if (!in_tiles) {
-            for_tiles([&](int64_t row, int64_t count, float* tile) { to_tile(current + row * width, count, width, tile); });
-            in_tiles = true;
-        }
-        block->prepare(log_decay, beta);
-        auto [values, keys] = fetches(start + kTile, tiled_rows(rows) / kTileRows * block->steps());
+    void advance_block(int64_t start, DeltaBlock& block) {
+        block.prepare(log_decay, beta);
+        Tokens next = next_tokens(start + kTile, tiled_rows(rows) / kTileRows * block.steps());
         const int64_t o_token = p.value_heads * p.value_dim;
+        const bool enters = !in_tiles, leaves = start + 2 * kTile > end || start + kTile == snapshot_at;
         for_tiles([&](int64_t row, int64_t count, float* tile) {
-            block->advance(tile, count, value(start) + row, p.v_token, out(start) + row, o_token,
-                           [&]() QNEXT_INLINE { fetch(values, keys); });
+            // Those that the next tile is made of, or that this one becomes.
+            const float* const fetched = current + (enters ? row + count : row) * width;
+            Ahead<float> state_rows(fetched, width, enters || leaves ? kTileRows : 0, width, block.steps());
+            if (enters) to_tile(current + row * width, count, width, tile);
+            block.advance(tile, is_zero, count, value(start) + row, p.v_token, out(start) + row, o_token, [&]() QNEXT_INLINE {
+                next.fetch();
+                state_rows.step();
+            });
+            if (leaves) from_tile(tile, count, width, current + row * width);
         });
+        in_tiles = !leaves;
+        is_zero = false;
     }
 
     // The state is in `current` again.
@@ -242,7 +250,7 @@ class Head {
                 float* const place = places[t - start];
                 // Past the caches, but not over what has just been read into them.
                 const bool streams = place && place != current && reinterpret_cast<uintptr_t>(place) % sizeof(Vec) == 0;
-                behind = place && !streams ? place : state.get();
+                behind = place && !streams ? place : state;
                 for (int64_t g = first_group; g < last_group; ++g) {
                     if (t == start)
                         streams ? advance<true, To::kBoth>(g, t, 0, from, behind, place)
@@ -283,9 +291,9 @@ class Head {
     void load(const S* from) {
         for (int64_t r = 0; r < row_groups * kRows; ++r) {
             if (r < rows)
-                load_row(from + r * p.key_dim, p.key_dim, state.get() + r * width, width);
+                load_row(from + r * p.key_dim, p.key_dim, state + r * width, width);
             else
-                std::fill_n(state.get() + r * width, width, 0.0f);
+                std::fill_n(state + r * width, width, 0.0f);
         }
     }
 
@@ -308,7 +316,7 @@ class Head {
 
     template <class Pool>
     void round_group(int64_t g) const {
-        round<Pool>(state.get() + g * kRows * width, kRows);
+        round<Pool>(state + g * kRows * width, kRows);
     }
 
     // Gates of tokens [start, stop), those of a vector together; behind the last they are computed of zeros.
@@ -340,22 +348,21 @@ class Head {
         if constexpr (to != To::kMemory) dst += offset;
         if constexpr (to != To::kCache) kept += offset;
         const Token token{decay[in_tile], beta[in_tile], tile.kq[in_tile]};
-        step<Fetches, to>(from + offset, dst, kept, width, tile.keys.get() + in_tile * width,
-                          tile.queries.get() + in_tile * width, token, v, o);
+        step<Fetches, to>(from + offset, dst, kept, width, tile.keys + in_tile * width,
+                          tile.queries + in_tile * width, token, v, o);
         for (int64_t r = 0; r < count; ++r) assign(out[r], o[r]);
     }
 
     const DeltaRule& p;
     const KeyTile<T>& tile;
     const int64_t n, head, place_in_tile, in_tile, first, rows, width, row_groups;
-    Scratch<float> state;
-    std::unique_ptr<DeltaBlock> block;  // of a prefill
+    float* const state;                 // where it is not advanced in its pool
     float* const tiles;                 // [tiles, width, kTileRows]: the state while blocks go on
     alignas(64) float log_decay[kTile], decay[kTile], beta[kTile];
     int64_t begin = 0, end = 0, snapshot_at = -1;
     S *own = nullptr, *snapshot = nullptr;
     float* current = nullptr;
-    bool direct = false, in_tiles = false;
+    bool direct = false, in_tiles = false, is_zero = false;  // in_tiles, is_zero: the state is
 };
 
 // Rows [first, last) of the value heads [from, to) of a sequence, which share a key head.
@@ -368,13 +375,17 @@ void run(const DeltaRule& p, int64_t n, int64_t from, int64_t to, int64_t first,
         for (int64_t head = from; head < to; ++head) Head<T, S, P>::clear(p, head, first, last, begin, end);
         return;
     }
-    KeyTile<T> tile(p, from / (p.value_heads / p.key_heads));
+    const int64_t width = padded(p.key_dim), shared = (KeyTile<T>::kFloats + DeltaBlock::kFloats) * width;
+    const int64_t of_state = (last - first + kRows - 1) / kRows * kRows * width;
+    const int64_t of_tiles = p.every_token || p.recurrent ? 0 : tiled_rows(last - first) * width;
+    float* kept = kept_floats(shared + (to - from) * (of_state + of_tiles));
+    KeyTile<T> tile(p, from / (p.value_heads / p.key_heads), kept);
+    DeltaBlock block(tile.block, kept + KeyTile<T>::kFloats * width);
+    kept += shared;
     std::vector<Head<T, S, P>> heads;
     heads.reserve(to - from);
-    const int64_t tile_floats = p.every_token || p.recurrent ? 0 : tiled_rows(last - first) * tile.width;
-    float* const tiles = kept_floats((to - from) * tile_floats);
-    for (int64_t head = from; head < to; ++head)
-        heads.emplace_back(tile, n, head, from, to - from, first, last, tiles + (head - from) * tile_floats);
+    for (int64_t head = from; head < to; ++head, kept += of_state + of_tiles)
+        heads.emplace_back(tile, n, head, from, to - from, first, last, kept, kept + of_tiles);
     for (auto& head : heads) {
         if (p.every_token)
             head.begin_verify(begin, end, slot);
@@ -384,14 +395,12 @@ void run(const DeltaRule& p, int64_t n, int64_t from, int64_t to, int64_t first,
     for (int64_t start = begin; start < end; start += kTile) {
         const int64_t stop = std::min(start + kTile, end);
         const bool whole = stop - start == kBlockTokens && !p.every_token && !p.recurrent;
-        tile.prepare(start, stop);
-        if (!whole) tile.prepare_tokens(stop - start);
+        whole ? tile.prepare_block(start) : tile.prepare_tokens(start, stop);
         if (p.every_token) {
             for (auto& head : heads) head.verify(start, stop);
             continue;
         }
-        const BlockKeys* block = whole ? &tile.prepare_block(start) : nullptr;
-        for (auto& head : heads) head.prefill(start, stop, block);
+        for (auto& head : heads) head.prefill(start, stop, whole ? &block : nullptr);
     }
     if (p.every_token)
         _mm_sfence();  // what was streamed comes before what tells others that this is done
