@@ -20,8 +20,8 @@ constexpr int kChunk = 64;          // where a split prefill would round the sta
 constexpr int kRecurrentTokens = 4; // a last chunk of at most so many tokens rounds behind each, as decodes do
 constexpr int kVerifyGroups = 2;    // groups that a verify takes through all tokens before the next
 constexpr int kRows = 4;
-
-constexpr int kAhead = 2048;  // elements of the state that are fetched ahead: what lies behind is the next head's
+// Elements of the state that are fetched ahead, measured: what lies behind is the next head's.
+constexpr int kAhead = Vec::size == 16 ? 1280 : 2048;
 
 struct Token {
     float decay, beta, kq;  // kq: k · q
@@ -31,18 +31,21 @@ struct Token {
 enum class To { kCache, kMemory, kBoth };
 
 // One token's step for kRows rows of the state, from `src` to `dst` (which may be the same) and past the caches to `kept`.
-// Fetches: `src` is read out of memory.
+// Fetches: `src` is read out of memory; lines are asked for evenly, half of them in either loop.
 //   S' = decay S + δ kᵀ with δ = β (v − decay S k);  o = S' q = decay S q + δ (k · q)
 template <bool Fetches, To to>
 inline void step(const float* src, float* dst, float* kept, int64_t stride, const float* k, const float* q, Token token,
                  const float* v, float* o) {
     Vec sk[kRows], sq[kRows];
     for (int r = 0; r < kRows; ++r) sk[r] = sq[r] = Vec::zero();
+    const auto fetch = [&](int r, int64_t i) {
+        if constexpr (Fetches)
+            _mm_prefetch(reinterpret_cast<const char*>(src + r * stride + i + kAhead), _MM_HINT_T0);
+    };
     for (int64_t i = 0; i < stride; i += Vec::size) {
         const Vec ki = Vec::load(k + i), qi = Vec::load(q + i);
         for (int r = 0; r < kRows; ++r) {
-            const float* const ahead = src + r * stride + i + kAhead;
-            if constexpr (Fetches) _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+            if (r < kRows / 2) fetch(r, i);
             const Vec s = Vec::load(src + r * stride + i);
             sk[r] = fma(s, ki, sk[r]);
             sq[r] = fma(s, qi, sq[r]);
@@ -61,6 +64,7 @@ inline void step(const float* src, float* dst, float* kept, int64_t stride, cons
     for (int64_t i = 0; i < stride; i += Vec::size) {
         const Vec ki = Vec::load(k + i);
         for (int r = 0; r < kRows; ++r) {
+            if (r >= kRows / 2) fetch(r, i);
             const Vec s = fma(ki, deltas[r], Vec::load(src + r * stride + i) * decays);
             if constexpr (to != To::kMemory) s.store(dst + r * stride + i);
             if constexpr (to != To::kCache) s.stream(kept + r * stride + i);

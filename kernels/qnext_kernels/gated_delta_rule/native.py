@@ -23,6 +23,8 @@ _DECODE = (*_NONE, *_NONE, 0, *_NONE, *_NONE, *_NO_STEPS)
 class GatedDeltaRuleNative(NativeBackend, CpuBackend):
     """Float32, but where there are BF16 dot products a prefill multiplies bfloat16 queries with the state by them.
 
+    Keys and queries with each other too, which in float32 has the same products.
+
     A prefill runs in blocks of tokens, in the deterministic mode token by token: with a float32 pool every result then
     has the same bits however tokens are split between calls.
 
@@ -128,7 +130,7 @@ def _run(
     A_log, dt_bias = tokens[5].contiguous(), tokens[6].contiguous()
     slots = slots.contiguous()
     shape = v.shape
-    out = torch.empty(shape, dtype=v.dtype)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
     _kernel()(
         *(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), DTYPES[v.dtype]),
         *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
