@@ -5,6 +5,7 @@
 // and up products, in tasks of an expert and a range of columns; then the down products, where a thread owns a range of
 // output columns and adds the experts in the order of their numbers.
 // The limit for few tokens is reading the chosen experts once, for many the rate of fused multiply-adds.
+#include <algorithm>
 #include <vector>
 
 #include "decoder_layer.h"
@@ -40,6 +41,17 @@ struct Routing {
             if (p.shared_w13) pairs[count[p.experts]++] = t * p.choices() + p.top_k;
         }
     }
+
+    // The chosen experts, those of more than twice as many pairs as others first: no thread begins with one at the end.
+    std::vector<int64_t> longest_first() const {
+        std::vector<int64_t> experts = chosen;
+        const double average = double(pairs.size()) / double(experts.size());
+        std::stable_partition(experts.begin(), experts.end(),
+                              [&](int64_t expert) { return double(size(expert)) > 2 * average; });
+        return experts;
+    }
+
+    int64_t size(int64_t expert) const { return start[expert + 1] - start[expert]; }
 };
 
 template <class T>
@@ -75,6 +87,7 @@ class Run {
         const int64_t wanted = chosen ? (8 * threads + chosen - 1) / chosen : 1;
         const int64_t at_once = std::max<int64_t>(1, (panels + wanted - 1) / wanted);
         const int64_t ranges = (panels + at_once - 1) / at_once;
+        const std::vector<int64_t> longest_first = routing.longest_first();
 #pragma omp parallel num_threads(threads)
         {
             Worker worker(*this);
@@ -85,7 +98,7 @@ class Run {
 #pragma omp for schedule(dynamic, 1)
             for (int64_t task = 0; task < chosen * ranges; ++task) {
                 const int64_t first = task % ranges * at_once;
-                worker.up(routing.chosen[task / ranges], first, first + at_once);
+                worker.up(longest_first[task / ranges], first, first + at_once);
             }
             const int64_t columns = panels_of(p.hidden), share = (columns + threads - 1) / threads;
             const int64_t first = std::min(omp_get_thread_num() * share, columns);
@@ -115,9 +128,13 @@ class Run {
                 static_cast<const T*>(p.w2) + e * p.hidden * p.middle, p.middle, middle.get() + routing.start[e] * p.middle};
     }
 
+    Matrix<T> gate(const Expert& expert) const { return {expert.w13, expert.middle, p.hidden, p.packed != 0}; }
+    Matrix<T> up(const Expert& expert) const {
+        return {expert.w13 + expert.middle * p.hidden, expert.middle, p.hidden, p.packed != 0};
+    }
+
     // What a token's choice is multiplied with.
-    float weight(int64_t pair) const {
-        const int64_t token = pair / p.choices(), choice = pair % p.choices();
+    float weight(int64_t token, int64_t choice) const {
         return choice == p.top_k ? strengths[token] : p.weights[token * p.top_k + choice];
     }
 
@@ -134,22 +151,16 @@ class Run {
         // SiLU(gate x) · up x in the columns of panels [first, last), as far as there are, for the tokens of one expert.
         void up(int64_t e, int64_t first, int64_t last) {
             const Expert expert = run.expert(e);
-            const Matrix<T> gate{expert.w13, expert.middle, p.hidden, p.packed != 0};
-            const Matrix<T> up{expert.w13 + expert.middle * p.hidden, expert.middle, p.hidden, p.packed != 0};
+            last = std::min(last, panels_of(expert.middle));
             for_blocks(e, [&](int64_t begin, int64_t count) {
                 hidden.take(count, [&](int64_t i) {
                     return static_cast<const T*>(p.x) + routing.pairs[begin + i] / p.choices() * p.x_token;
                 });
                 T* rows = expert.rows + (begin - routing.start[e]) * expert.middle;
-                for (int64_t panel = first; panel < std::min(last, panels_of(expert.middle)); ++panel) {
-                    const int64_t column = panel * kPanel;
-                    const T* panels[] = {gate.panel(column, memory.get()),
-                                         up.panel(column, memory.get() + Matrix<T>::panel_size(p.hidden))};
-                    multiply<T>(hidden.rows(), count, panels, 2, p.hidden, products.get());
-                    for (int64_t i = 0; i < count; ++i)
-                        activate(products.row(0, i), products.row(1, i), std::min(kPanel, expert.middle - column),
-                                 rows + i * expert.middle + column);
-                }
+                if (count > kTogether && count <= kFewTiles * kTogether)
+                    one_by_one(expert, first, last, count, rows);
+                else
+                    in_pairs(expert, first, last, count, rows);
             });
         }
 
@@ -177,26 +188,75 @@ class Run {
                 f(begin, std::min(kTokens, end - begin));
         }
 
+        // A panel of gate with its panel of up.
+        void in_pairs(const Expert& expert, int64_t first, int64_t last, int64_t count, T* rows) {
+            const Matrix<T> gate = run.gate(expert), up = run.up(expert);
+            for (int64_t panel = first; panel < last; ++panel) {
+                const int64_t column = panel * kPanel;
+                const T* panels[] = {gate.panel(column, memory.get()),
+                                     up.panel(column, memory.get() + Matrix<T>::panel_size(p.hidden))};
+                multiply<T>(hidden.rows(), count, panels, 2, p.hidden, products.get());
+                activate(products.get()[0], products.get()[1], count, expert.middle, column, rows);
+            }
+        }
+
+        // All panels of gate and then those of up, for so few tokens that memory limits: of one stream a processor foresees
+        // more than of two in turns.
+        void one_by_one(const Expert& expert, int64_t first, int64_t last, int64_t count, T* rows) {
+            const Matrix<T> gate = run.gate(expert), up = run.up(expert);
+            if (const int64_t floats = (last - first) * kFewTiles * kTogether * kPanel; floats > gates_room) {
+                gates_room = floats;
+                gates = scratch<float>(floats);
+            }
+            float *const of_up = products.get()[0], *of_gate = gates.get();
+            for (int64_t panel = first; panel < last; ++panel, of_gate += count * kPanel) {
+                const T* const weights = gate.panel(panel * kPanel, memory.get());
+                multiply<T>(hidden.rows(), count, &weights, 1, p.hidden, &of_gate);
+            }
+            of_gate = gates.get();
+            for (int64_t panel = first; panel < last; ++panel, of_gate += count * kPanel) {
+                const T* const weights = up.panel(panel * kPanel, memory.get());
+                multiply<T>(hidden.rows(), count, &weights, 1, p.hidden, &of_up);
+                activate(of_gate, of_up, count, expert.middle, panel * kPanel, rows);
+            }
+        }
+
         void add_expert(int64_t e, int64_t begin, int64_t end) {
             const Expert expert = run.expert(e);
             const Matrix<T> weights{expert.w2, p.hidden, expert.middle, p.packed != 0};
             Activations<T>& rows = e == p.experts ? shared_activated : activated;
             for_blocks(e, [&](int64_t from, int64_t count) {
                 rows.take(count, [&](int64_t i) { return expert.rows + (from - routing.start[e] + i) * expert.middle; });
+                for (int64_t i = 0; i < count; ++i) {
+                    const int64_t pair = routing.pairs[from + i], token = pair / p.choices();
+                    sums[i] = {total + token * p.hidden, run.weight(token, pair % p.choices())};
+                }
                 for (int64_t column = begin; column < end; column += 2 * kPanel) {
                     const int64_t num_panels = std::min<int64_t>(2, panels_of(end - column));
                     const T* panels[2] = {};
                     for (int64_t n = 0; n < num_panels; ++n)
                         panels[n] = weights.panel(column + n * kPanel,
                                                   memory.get() + n * Matrix<T>::panel_size(expert.middle));
+                    for (int64_t i = 0; i < count; ++i) fetch(sums[i].to + column, std::min(2 * kPanel, end - column));
                     multiply<T>(rows.rows(), count, panels, num_panels, expert.middle, products.get());
                     for (int64_t n = 0; n < num_panels; ++n) {
                         const int64_t place = column + n * kPanel;
                         for (int64_t i = 0; i < count; ++i)
-                            add(routing.pairs[from + i], place, std::min(kPanel, end - place), products.row(n, i));
+                            add(products.row(n, i), std::min(kPanel, end - place), sums[i].factor, sums[i].to + place);
                     }
                 }
             });
+        }
+
+        // What products are added to, into the second-level cache: they come from anywhere in the output.
+        static void fetch(const float* from, int64_t count) {
+            for (int64_t i = 0; i < count; i += 16) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
+        }
+
+        // Of `count` tokens, the columns of a panel from `column` on.
+        static void activate(const float* gate, const float* up, int64_t count, int64_t middle, int64_t column, T* rows) {
+            for (int64_t i = 0; i < count; ++i)
+                activate(gate + i * kPanel, up + i * kPanel, std::min(kPanel, middle - column), rows + i * middle + column);
         }
 
         static void activate(const float* gate, const float* up, int64_t size, T* to) {
@@ -210,9 +270,7 @@ class Run {
             for (int64_t i = r; i < size; ++i) assign(to[i], result[i - r]);
         }
 
-        void add(int64_t pair, int64_t column, int64_t count, const float* products) const {
-            float* to = total + pair / p.choices() * p.hidden + column;
-            const float factor = run.weight(pair);
+        static void add(const float* products, int64_t count, float factor, float* to) {
             const Vec factors = Vec::fill(factor);
             int64_t d = 0;
             for (; d + Vec::size <= count; d += Vec::size)
@@ -227,6 +285,12 @@ class Run {
         Activations<T> hidden, activated, shared_activated;
         const Scratch<T> memory;  // two panels
         const Products products;
+        Scratch<float> gates;     // products of several panels
+        int64_t gates_room = 0;
+        struct {
+            float* to;
+            float factor;
+        } sums[kTokens];          // of a block of pairs
     };
 
     const Experts& p;

@@ -15,6 +15,7 @@ struct Pack {
 namespace {
 
 constexpr int64_t kTokenBlock = 1024;  // tokens that stay in the last-level cache while all weights pass by
+constexpr int64_t kFewRanges = 16;     // of panels: they stay in a cache whoever passes, and threads share tokens too
 
 template <class T>
 void store(const float* products, int64_t count, const T* bias, T* out, int64_t stride, int64_t columns) {
@@ -35,14 +36,16 @@ void linear(const Linear& p) {
     T* out = static_cast<T*>(p.out);
     // Two panels are two streams for a few tokens; for many, one stays in the second-level cache.
     const int64_t at_once = p.tokens <= kFew ? 2 : 1, ranges = (p.rows + at_once * kPanel - 1) / (at_once * kPanel);
+    // A thread would have one panel too many, or none.
+    const int64_t token_block = ranges < kFewRanges ? kTokens : kTokenBlock;
 #pragma omp parallel if (worth_threads(p.tokens * p.rows * p.k))
     {
         Activations<T> activations(p.k);
         const int64_t panel_size = Matrix<T>::panel_size(p.k);
         const auto memory = scratch<T>(weight.packed ? panel_size : at_once * panel_size);
         const Products products(std::min(kTokens, p.tokens));
-        for (int64_t begin = 0; begin < p.tokens; begin += kTokenBlock) {
-            const int64_t end = std::min(begin + kTokenBlock, p.tokens);
+        for (int64_t begin = 0; begin < p.tokens; begin += token_block) {
+            const int64_t end = std::min(begin + token_block, p.tokens);
 #pragma omp for schedule(dynamic, 1) nowait
             for (int64_t range = 0; range < ranges; ++range) {
                 const int64_t first = range * at_once * kPanel, panels = std::min(at_once, panels_of(p.rows - first));

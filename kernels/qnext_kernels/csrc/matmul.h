@@ -25,8 +25,11 @@ constexpr int kFew = Vec::size == 16 ? 3 : 1;
 // Activations whose products are kept together, and that are converted together where they have to be.
 constexpr int64_t kTokens = 48 * kTogether;
 constexpr int64_t kAhead = 16;   // steps that are fetched ahead
-// Steps of a chain of sums. A core's first cache holds so many of a panel, and as many that are fetched meanwhile.
-constexpr int64_t kBlock = 64;
+constexpr int64_t kChain = Vec::size == 16 ? 128 : 64;  // steps of a chain of sums
+// Tiles of activations, at most, that meet half as long a piece of a panel: they wait for memory, and a core's first cache
+// holds it and as much that is fetched meanwhile. More tiles have the time to read the second cache.
+constexpr int64_t kFewTiles = 3;
+constexpr int64_t kPiece = 64;
 
 struct DotFloat {
     using Packed = float;
@@ -180,18 +183,24 @@ class Activations {
     Scratch<Packed<T>> memory;
 };
 
-// Where in bytes from a block on to fetch, and how much further with every step.
+// Where in bytes from a piece on to fetch, and how much further with every step.
 struct Fetch {
     int64_t from, step;
 };
 
+// Steps of a panel, all or a part of one chain.
+struct Piece {
+    int64_t first, steps;
+    bool begins_chain, ends_chain;
+};
+
 // Not inlined: among the surrounding loops the compiler would keep sums in memory instead of registers.
 //
-// To c[p] [A, kPanel], or added to it, the products of `steps` steps of A activations with V vectors of rows of each of P
-// panels. Meanwhile `Lines` lines are fetched a step.
+// To c[p] [A, kPanel], or added to it, the products of the steps of `piece` of A activations with V vectors of rows of each
+// of P panels; to `open` where it does not end a chain. Meanwhile `Lines` lines are fetched a step.
 template <class T, int A, int V, int P, int Lines>
-__attribute__((noinline)) void multiply_tile(const Packed<T>* const* x, const T* const* panels, int64_t first,
-                                             int64_t steps, Fetch fetch, float* const* c) {
+__attribute__((noinline)) void multiply_tile(const Packed<T>* const* x, const T* const* panels, Piece piece, Fetch fetch,
+                                             float* const* c, float* open) {
     using D = Dot<T>;
     constexpr int64_t vector = Vec::size * D::step, row = kPanel * D::step;
     constexpr bool few = A <= kFew;
@@ -199,16 +208,17 @@ __attribute__((noinline)) void multiply_tile(const Packed<T>* const* x, const T*
     const Packed<T>* from[A];
     const T* w[P];
 #pragma GCC unroll 8
-    for (int a = 0; a < A; ++a) from[a] = x[a] + first * D::step;
+    for (int a = 0; a < A; ++a) from[a] = x[a] + piece.first * D::step;
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
-        w[p] = panels[p] + first * row;
+        w[p] = panels[p] + piece.first * row;
 #pragma GCC unroll 8
         for (int a = 0; a < A; ++a)
 #pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) total[p][a][v] = Vec::zero();
+            for (int v = 0; v < V; ++v)
+                total[p][a][v] = piece.begins_chain ? Vec::zero() : Vec::load(open + a * kPanel + v * Vec::size);
     }
-    for (int64_t s = 0; s < steps; ++s) {
+    for (int64_t s = 0; s < piece.steps; ++s) {
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
@@ -247,20 +257,21 @@ __attribute__((noinline)) void multiply_tile(const Packed<T>* const* x, const T*
             }
         }
     }
+    const bool adds = piece.ends_chain && piece.first >= kChain;
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
         for (int a = 0; a < A; ++a)
 #pragma GCC unroll 8
             for (int v = 0; v < V; ++v) {
-                float* to = c[p] + a * kPanel + v * Vec::size;
-                (first ? Vec::load(to) + total[p][a][v] : total[p][a][v]).store(to);
+                float* to = (piece.ends_chain ? c[p] : open) + a * kPanel + v * Vec::size;
+                (adds ? Vec::load(to) + total[p][a][v] : total[p][a][v]).store(to);
             }
 }
 
 // Calls f with `count`, 1 to N, as a constant.
 template <int N, class F>
-void with_count(int64_t count, F f) {
+QNEXT_INLINE inline void with_count(int64_t count, F f) {
     if constexpr (N > 1) {
         if (count < N) return with_count<N - 1>(count, f);
     }
@@ -268,11 +279,11 @@ void with_count(int64_t count, F f) {
 }
 
 template <class T, int P, int Lines>
-void multiply_panels(const Packed<T>* const* x, int64_t count, const T* const* panels, int64_t first, int64_t steps,
-                     Fetch fetch, float* const* c) {
+QNEXT_INLINE inline void multiply_panels(const Packed<T>* const* x, int64_t count, const T* const* panels, Piece piece,
+                                         Fetch fetch, float* const* c, float* open) {
     with_count<kTogether>(count, [&](auto a) {
         if constexpr (a <= kFew) {
-            multiply_tile<T, a, kPanelVectors, P, Lines>(x, panels, first, steps, fetch, c);
+            multiply_tile<T, a, kPanelVectors, P, Lines>(x, panels, piece, fetch, c, open);
         } else {
             // The sums of all fit in the registers beside these vectors of a panel.
             constexpr int vectors = Vec::size == 16 ? kPanelVectors : 2;
@@ -281,7 +292,7 @@ void multiply_panels(const Packed<T>* const* x, int64_t count, const T* const* p
                     const T* panel = panels[p] + v * Vec::size * Dot<T>::step;
                     float* to = c[p] + v * Vec::size;
                     constexpr int lines = vectors == kPanelVectors ? Lines : 1;
-                    multiply_tile<T, a, vectors, 1, lines>(x, &panel, first, steps, fetch, &to);
+                    multiply_tile<T, a, vectors, 1, lines>(x, &panel, piece, fetch, &to, open + v * Vec::size);
                 }
         }
     });
@@ -289,33 +300,39 @@ void multiply_panels(const Packed<T>* const* x, int64_t count, const T* const* p
 
 // c[p] [count, kPanel] = the products of `count` activations with one or two panels.
 //
-// All activations meet a block of a panel before the next. Those of one tile fetch what they are about to read; several
-// tiles share in fetching the next block: what comes behind a panel in memory is mostly the panel that is needed next.
+// All activations meet a piece of a panel before the next. Those of one tile fetch what they are about to read; several
+// tiles share in fetching the next piece: what comes behind a panel in memory is mostly the panel that is needed next.
 // They meet one panel after the other, so that what is read and what is fetched stay in that cache.
+//
+// Not inlined: where a file calls it several times, a compiler would make calls of the functions above.
 template <class T>
-void multiply(const Packed<T>* const* x, int64_t count, const T* const* panels, int64_t num_panels, int64_t k,
-              float* const* c) {
+__attribute__((noinline)) void multiply(const Packed<T>* const* x, int64_t count, const T* const* panels,
+                                        int64_t num_panels, int64_t k, float* const* c) {
     constexpr int64_t row = kPanel * 4;  // bytes
     const int64_t steps = steps_of<T>(k), tiles = (count + kTogether - 1) / kTogether;
     if (num_panels == 2 && tiles > 1) {
         for (int p = 0; p < 2; ++p) multiply<T>(x, count, panels + p, 1, k, c + p);
         return;
     }
-    for (int64_t first = 0; first == 0 || first < steps; first += kBlock) {
-        const int64_t some = std::min(kBlock, steps - first);
+    const int64_t length = tiles == 1 || tiles > kFewTiles ? kChain : kPiece;
+    alignas(64) float open[kFewTiles * kTogether * kPanel];  // sums that a piece leaves to the next
+    for (int64_t first = 0; first == 0 || first < steps; first += length) {
+        const int64_t some = std::min(length, steps - first), end = first + some;
+        const Piece piece{first, some, first % kChain == 0, end % kChain == 0 || end == steps};
         for (int64_t tile = 0, a = 0; tile < tiles; ++tile) {
             const int64_t together = (count - a) / (tiles - tile);
             float* const to[] = {c[0] + a * kPanel, num_panels == 2 ? c[1] + a * kPanel : nullptr};
+            float* const open_to = tiles > kFewTiles ? open : open + a * kPanel;
             const auto run = [&](auto lines, Fetch fetch) {
                 if (num_panels == 2)
-                    multiply_panels<T, 2, lines>(x + a, together, panels, first, some, fetch, to);
+                    multiply_panels<T, 2, lines>(x + a, together, panels, piece, fetch, to, open_to);
                 else
-                    multiply_panels<T, 1, lines>(x + a, together, panels, first, some, fetch, to);
+                    multiply_panels<T, 1, lines>(x + a, together, panels, piece, fetch, to, open_to);
             };
-            const Fetch share{kBlock * row + some * row / tiles * tile, row / tiles};
+            const Fetch share{length * row + some * row / tiles * tile, row / tiles};
             if (tiles == 1)
                 run(std::integral_constant<int, 4>(), Fetch{kAhead * row, row});
-            else if (tiles <= 3)
+            else if (tiles <= kFewTiles)
                 run(std::integral_constant<int, 2>(), share);
             else
                 run(std::integral_constant<int, 1>(), share);
