@@ -240,7 +240,7 @@ class Configuration:
             self.chunk_options = {"maxnreg": 128}
         if self.precision == "tf32x3":
             # Every factor is two there, in as many registers more.
-            self.chunk_warps, self.keys = 8, 16
+            self.chunk_warps, self.keys, self.state_warps = 8, 16, 8
 
 
 def solve_chunks(

@@ -241,6 +241,11 @@ class SegmentConfiguration(Configuration):
         self.transition_warps, self.transition_stages = 4, 2 if roomy else 1
         # One head and sequence should have many programs, as a step waits for the one before it.
         self.start_block, self.start_warps, self.start_stages = 16, 4, 2 if roomy and target.wgmma else 1
+        if target.nvidia and not wide:
+            # Rows of a state are a factor in every warp, and in float32 twice as many registers.
+            self.start_warps = 8
+        if self.precision == "tf32x3":
+            self.columns, self.transition_warps = 16, 8
 
 
 def run_segments(

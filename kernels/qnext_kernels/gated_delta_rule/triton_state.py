@@ -108,21 +108,34 @@ def walk_chunk(  # type: ignore[no-untyped-def]
     S = S.to(POOL).to(tl.float32)
     before = S.to(dtype)
     predicted = product(before, tl.trans(ks), PRECISION)
+    if PRECISION == "tf32x3":
+        # A factor is two there. Those of the state take half of the registers: both of its products come first.
+        qs = load_rows(q + first * q_token + key_head * q_head, q_token, 0, K, BLOCK_K, count, C, PARTIAL).to(dtype)
+        o = product(before, tl.trans(qs), PRECISION)
     rest = (vt - predicted * tl.load(vector + index)[None, :]).to(dtype)
     M = tiles_solve.load([row, 0]) if TILES else tl.load(rows_at(solve + entry * C * C, C, index, C))
     new = product(rest, tl.trans(M), PRECISION)
     # No product's factor follows from these, so that no loop loads them ahead; nor does it move what is in a branch.
     of_queries = tl.zeros([C], tl.float32)
+    if PRECISION == "tf32x3":
+        # Those of the keys would take the other half until the next product with them, which has them loaded anew: in
+        # the branch, of which a compiler must not know that a tail takes it.
+        ks, left = tl.zeros([C, BLOCK_K], dtype), row + 1
     if left > 0:
         of_queries = tl.load(vector + C + index)
+        if PRECISION == "tf32x3":
+            ks = load_rows(k + first * k_token + key_head * k_head, k_token, 0, K, BLOCK_K, count, C, PARTIAL).to(dtype)
     S = sum_of_products((new * tl.load(vector + 2 * C + index)[None, :]).to(dtype), ks, S * decay, PRECISION)
     if TILES:
         qs = tiles_q.load([token, key_head * q_head])
         P = tiles_attend.load([row, 0])
     else:
-        qs = load_rows(q + first * q_token + key_head * q_head, q_token, 0, K, BLOCK_K, count, C, PARTIAL).to(dtype)
+        if PRECISION != "tf32x3":
+            qs = load_rows(q + first * q_token + key_head * q_head, q_token, 0, K, BLOCK_K, count, C, PARTIAL).to(dtype)
         P = tl.load(rows_at(attend + entry * C * C, C, index, C))
-    o = product(before, tl.trans(qs), PRECISION) * of_queries[None, :]
+    if PRECISION != "tf32x3":
+        o = product(before, tl.trans(qs), PRECISION)
+    o = o * of_queries[None, :]
     o = sum_of_products(new.to(dtype), tl.trans(P), o, PRECISION).to(out.dtype.element_ty)
     store_rows(out + first * (HV * V) + head * V, HV * V, o, first_value, V, BLOCK_V, count, C, PARTIAL)
     return S

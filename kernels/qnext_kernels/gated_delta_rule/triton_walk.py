@@ -16,7 +16,7 @@ from qnext_kernels.gated_delta_rule.triton_token import (
     step,
     store_parts,
 )
-from qnext_kernels.triton_support import power_of_two
+from qnext_kernels.triton_support import current_target, power_of_two
 
 ROWS = 16
 """Of a state, so many belong to a program of two warps, which share no sums."""
@@ -133,11 +133,13 @@ def run_walk(
     if slots.shape[0] == 0 or state.numel() == 0:
         return
     snapshot_slots, snapshot_lengths = (slots, slots) if snapshots is None else snapshots
+    # With states in 16 bits the assembler of NVIDIA would stop at 128 registers and keep some of them in memory.
+    options = {"maxnreg": 168} if state.itemsize == 2 and current_target().nvidia else {}
     walk_kernel[(slots.shape[0] * value_heads * triton.cdiv(value_dim, block_v),)](
         q, k, v, a, b, A_log, dt_bias, out, state, slots, query_start_loc, has_initial,
         snapshot_slots, snapshot_lengths,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0), state.stride(0),
         int(snapshots is not None),
         H=key_heads, HV=value_heads, K=key_dim, V=value_dim, PART=part_of(key_dim), BLOCK_V=block_v,
-        EPS=L2_NORM_EPS, num_warps=2, num_stages=1, enable_fp_fusion=False,
+        EPS=L2_NORM_EPS, num_warps=2, num_stages=1, enable_fp_fusion=False, **options,
     )  # fmt: skip

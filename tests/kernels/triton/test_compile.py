@@ -18,7 +18,9 @@ KERNELS = [*3 * ["recurrent_kernel"], "chunk_kernel", "state_kernel", "recurrent
 BATCH, TOKENS, COLUMNS, SLOTS = 8, 1000, 4, 100
 
 
-def compile_all(target: str, ranks: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
+def compile_all(
+    target: str, ranks: int = 1, dtype: torch.dtype = torch.bfloat16, pool: torch.dtype = torch.float32
+) -> list[Compiled]:
     """What decode, verify (in place and into a step pool) and prefill (with and without snapshots) launch on a rank."""
     key_heads, value_heads, dim = 16 // ranks, 32 // ranks, 128
 
@@ -35,9 +37,9 @@ def compile_all(target: str, ranks: int = 1, dtype: torch.dtype = torch.bfloat16
         return empty(*shape, dtype=torch.int32)
 
     # A page of vLLM: the state of a layer, and the convolution's before the next.
-    state = empty(SLOTS, value_heads * dim * dim + 1024, dtype=torch.float32)
+    state = empty(SLOTS, value_heads * dim * dim + 1024, dtype=pool)
     state = state[:, : value_heads * dim * dim].unflatten(1, (value_heads, dim, dim))
-    steps = empty(BATCH, COLUMNS, value_heads, dim, dim, dtype=torch.float32), indices(BATCH)
+    steps = empty(BATCH, COLUMNS, value_heads, dim, dim, dtype=pool), indices(BATCH)
     snapshots = indices(BATCH), indices(BATCH)
     offsets, known = indices(BATCH + 1), empty(BATCH, dtype=torch.bool)
     backend = TritonGatedDeltaRule()
@@ -67,13 +69,27 @@ def test_every_rank_of_tensor_parallelism_has_kernels_without_spills(ranks: int)
 
 
 @pytest.mark.parametrize(
-    ("target", "dtype"), [("sm_90", torch.float16), ("sm_90", torch.float32), ("gfx942", torch.float32)]
+    ("target", "ranks", "dtype"),
+    [
+        ("sm_90", 1, torch.float16),
+        ("sm_90", 1, torch.float32),
+        ("sm_90", 8, torch.float32),
+        ("gfx942", 1, torch.float32),
+    ],
 )
-def test_other_dtypes_compile_and_fit_into_shared_memory(target: str, dtype: torch.dtype) -> None:
-    compiled = compile_all(target, dtype=dtype)
+def test_other_dtypes_compile_and_fit_into_shared_memory(target: str, ranks: int, dtype: torch.dtype) -> None:
+    compiled = compile_all(target, ranks, dtype)
     assert [kernel.name for kernel in compiled] == KERNELS
-    assert not any(kernel.spilled for kernel in compiled if kernel.name != "state_kernel")
-    assert all(kernel.shared <= SHARED_MEMORY[target] for kernel in compiled)
+    for kernel in compiled:
+        # A wave of the GPU of AMD has no registers for the float32 factors of a chunk.
+        assert kernel.spilled == 0 or (target, kernel.name) == ("gfx942", "state_kernel"), kernel[:4]
+        assert kernel.shared <= SHARED_MEMORY[target], kernel[:4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_token_by_token_states_in_16_bits_do_not_spill(dtype: torch.dtype) -> None:
+    compiled = [kernel for kernel in compile_all("sm_90", pool=dtype) if kernel.name == "recurrent_kernel"]
+    assert [kernel.spilled for kernel in compiled] == [0] * 4
 
 
 def of_tokens(target: str, ranks: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:

@@ -45,11 +45,17 @@ def test_every_rank_of_tensor_parallelism_has_kernels_without_spills(ranks: int)
     ]
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_in_float32_every_kernel_compiles_and_fits_into_shared_memory(target: str) -> None:
-    compiled = compile_prefill(target, ranks=8, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("sm_90", torch.float32), ("sm_90", torch.float16), ("gfx942", torch.float32)]
+)
+def test_other_dtypes_compile_and_fit_into_shared_memory(target: str, dtype: torch.dtype) -> None:
+    compiled = compile_prefill(target, ranks=8, dtype=dtype)
     assert [kernel.name for kernel in compiled] == KERNELS
     assert all(kernel.shared <= SHARED_MEMORY[target] for kernel in compiled)
+    if target == "sm_90":
+        # The assembler of Triton 3.9 keeps one address of a tail in memory.
+        allowed = [8 if kernel.name == "segment_kernel" and dtype == torch.float32 else 0 for kernel in compiled]
+        assert all(kernel.spilled <= most for kernel, most in zip(compiled, allowed, strict=True))
 
 
 def test_two_programs_of_the_widest_walk_share_a_multiprocessor_and_load_the_next_chunk_meanwhile() -> None:

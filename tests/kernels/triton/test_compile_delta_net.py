@@ -12,7 +12,9 @@ from tests.kernels.triton.test_compile import SUMS, sums_over_keys
 BATCH, COLUMNS, SLOTS, WIDTH, DIM = 8, 4, 100, 4, 128
 
 
-def compile_fused(target: str, ranks: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
+def compile_fused(
+    target: str, ranks: int = 1, dtype: torch.dtype = torch.bfloat16, pool: torch.dtype = torch.float32
+) -> list[Compiled]:
     """What decode and verify, in place and into step pools, launch on a rank: one kernel each."""
     key_heads, value_heads = 16 // ranks, 32 // ranks
 
@@ -23,11 +25,11 @@ def compile_fused(target: str, ranks: int = 1, dtype: torch.dtype = torch.bfloat
         return empty(*shape, dtype=torch.int32)
 
     channels, states = (2 * key_heads + value_heads) * DIM, (value_heads, DIM, DIM)
-    state = empty(SLOTS, value_heads * DIM * DIM + 1024, dtype=torch.float32)[:, :-1024].unflatten(1, states)
+    state = empty(SLOTS, value_heads * DIM * DIM + 1024, dtype=pool)[:, :-1024].unflatten(1, states)
     conv = empty(SLOTS, WIDTH - 1 + COLUMNS - 1, channels).transpose(1, 2)
     gates = empty(value_heads, dtype=torch.float32), empty(value_heads)
     layer = empty(channels, WIDTH), *gates, empty(DIM), 1e-6, conv, state
-    steps = empty(BATCH, COLUMNS, channels, WIDTH - 1), empty(BATCH, COLUMNS, *states, dtype=torch.float32)
+    steps = empty(BATCH, COLUMNS, channels, WIDTH - 1), empty(BATCH, COLUMNS, *states, dtype=pool)
 
     def tokens(count: int) -> tuple[torch.Tensor, torch.Tensor]:
         return empty(count, key_heads, 2 * DIM + 4 * DIM), empty(count, key_heads, 4)

@@ -12,9 +12,11 @@ from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, TARGETS, Compiled
 from tests.kernels.triton.test_compile import SUMS, compile_all, sums_over_keys
 
 
-def compiled_in_the_mode(target: str, ranks: int = 1, dtype: torch.dtype = torch.bfloat16) -> Compiled:
+def compiled_in_the_mode(
+    target: str, ranks: int = 1, dtype: torch.dtype = torch.bfloat16, pool: torch.dtype = torch.float32
+) -> Compiled:
     with deterministic():
-        *recurrent, walk = compile_all(target, ranks, dtype)
+        *recurrent, walk = compile_all(target, ranks, dtype, pool)
     assert [kernel.name for kernel in recurrent] == ["recurrent_kernel"] * 3
     assert walk.name == "walk_kernel"
     return walk
@@ -42,6 +44,14 @@ def test_keys_are_summed_in_the_order_of_a_decode_on_every_rank(target: str, ran
     walk = compiled_in_the_mode(target, ranks, dtype)
     assert sums_over_keys(walk) == SUMS
     assert walk.spilled == 0
+
+
+@pytest.mark.parametrize("pool", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_states_in_16_bits_do_not_spill_either(dtype: torch.dtype, pool: torch.dtype) -> None:
+    walk = compiled_in_the_mode("sm_90", dtype=dtype, pool=pool)
+    assert walk.spilled == 0, walk[:4]
+    assert sums_over_keys(walk) == SUMS
 
 
 def test_what_is_loaded_of_a_token_is_first_used_two_tokens_later() -> None:
