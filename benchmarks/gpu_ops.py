@@ -2,6 +2,10 @@
 """Every operation of qnext_kernels on this GPU: checked, and timed beside what other libraries have of it.
 
     python benchmarks/gpu_ops.py [--quick] [--ops experts,conv] [--tp 1,4] [--csv FILE] [--plots FOLDER]
+    python benchmarks/gpu_ops.py --within 420 --resume --warm 8 --csv ops.csv [--tp 4,1,8,2]
+
+The second measures what time allows of everything, the most telling shapes of every rank first, and goes on where it
+ended when it is called again.
 
 At the layer sizes of Qwen3-Next-80B-A3B in bfloat16. Every side of a row must agree with the reference, which computes
 in float32, before it is timed. Operations of a step of decode are replayed from CUDA graphs; a second line says what
@@ -12,6 +16,7 @@ be measured or there is no GPU.
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import subprocess
 import sys
@@ -24,11 +29,12 @@ from typing import Any
 
 import torch
 from gpu_plots import write_plots
+from pydantic import Field
 from rich.console import Console
 
 from qnext_kernels.dispatch import BACKEND_NAMES
 from qnext_plugins.cli.arguments import ArgumentError, check_writable, ends_on_sigterm, positive_numbers
-from qnext_plugins.cli.bench.inputs import GPU, GPU_QUICK, TINY, Sizes
+from qnext_plugins.cli.bench.inputs import GPU, GPU_FIRST, GPU_QUICK, TINY, Sizes
 from qnext_plugins.cli.bench.kernels import KernelsBench, KernelsReport, Measured, Options
 from qnext_plugins.cli.bench.output import Files
 from qnext_plugins.cli.bench.terminal import number, show_absent, show_header, show_problems, table
@@ -38,6 +44,8 @@ from qnext_sglang.bench import BENCH as SGLANG
 from qnext_vllm.bench import BENCH as VLLM
 
 COLUMNS = ("op", "shape", "ours_ms", "backend", "peer", "peer_ms", "ratio", "roof_pct")
+NUMBERS = ("ours_ms", "peer_ms", "ratio", "roof_pct")
+ONE_BY_ONE = ", one by one"
 QUICK_MINUTES = 3.2
 """After so long --quick begins no further row, so that it ends within four minutes."""
 WARM_SECONDS = 90.0
@@ -47,10 +55,14 @@ WARM_SECONDS = 90.0
 class OpsReport(KernelsReport):
     """A line for each peer of a row; what is launched one by one in a line of its own, under its own name."""
 
+    before: list[tuple[Any, ...]] = Field(default_factory=list)
+    """Cells that an earlier run has written."""
+
     def columns(self) -> Sequence[str]:
         return COLUMNS
 
     def cells(self) -> Iterator[Sequence[Any]]:
+        yield from self.before
         for row in self.rows:
             yield from lines_of(row)
 
@@ -72,7 +84,7 @@ def lines_of(row: Measured) -> Iterator[Sequence[Any]]:
         name, _, ms = peer or (None, None, None)
         if peer is None or ms is not None:
             ratio = None if ms is None else ms / row.one_by_one_ms
-            yield f"{row.op}, one by one", row.shape, row.one_by_one_ms, row.backend, name, ms, ratio, None
+            yield f"{row.op}{ONE_BY_ONE}", row.shape, row.one_by_one_ms, row.backend, name, ms, ratio, None
 
 
 class Said(Progress):
@@ -101,6 +113,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns: four minutes on an H200")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script; its times mean nothing")
     parser.add_argument("--minutes", type=float, help="after so long no further row is begun")
+    parser.add_argument(
+        "--within",
+        type=float,
+        metavar="SECONDS",
+        help="all shapes with the turns of --quick, the most telling first; after so long no further row is begun",
+    )
+    parser.add_argument("--resume", action="store_true", help="leave out rows that --csv has, and keep its lines")
     parser.add_argument(
         "--warm", type=int, default=0, metavar="N", help="have N processes compile what the rows need beforehand"
     )
@@ -152,27 +171,57 @@ def share_of(text: str) -> tuple[int, int]:
     return int(share), int(shares)
 
 
-def options_of(args: argparse.Namespace) -> Options:
-    """What ``args`` of :func:`parse` ask for; raises ArgumentError or ValueError."""
+def lines_before(args: argparse.Namespace, device: str) -> list[tuple[Any, ...]]:
+    """The cells that --csv has already, if they are to be kept; raises ArgumentError if another GPU wrote them."""
+    if not args.resume:
+        return []
+    if args.csv is None:
+        raise ArgumentError("--resume: expected --csv FILE with what has been measured")
+    if not args.csv.exists():
+        return []
+    with args.csv.open(newline="") as file:
+        text = file.readlines()
+    of_device = next((line for line in text if line.startswith("# device: ")), "# device: an unknown one,")
+    if (found := of_device.removeprefix("# device: ").partition(",")[0].strip()) != device:
+        raise ArgumentError(f"--resume: expected results of {device} in {args.csv}, got those of {found}")
+    lines = csv.DictReader(line for line in text if not line.startswith("#"))
+    if tuple(lines.fieldnames or ()) != COLUMNS:
+        raise ArgumentError(f"--resume: expected the columns {','.join(COLUMNS)} in {args.csv}, got {lines.fieldnames}")
+    return [tuple(_value(name, line[name]) for name in COLUMNS) for line in lines]
+
+
+def _value(column: str, text: str) -> Any:
+    """What a cell of the CSV was."""
+    if not text:
+        return None
+    return float(text) if column in NUMBERS else text
+
+
+def options_of(args: argparse.Namespace, before: Sequence[tuple[Any, ...]] = ()) -> Options:
+    """What ``args`` of :func:`parse` ask for beside lines ``before``; raises ArgumentError or ValueError."""
     if unknown := [name for name in words(args.backend) if name not in BACKEND_NAMES]:
         raise ArgumentError(f"--backend: expected some of {', '.join(BACKEND_NAMES)}, got {unknown[0]!r}")
     for name, file in (("--csv", args.csv), ("--json", args.json)):
         check_writable(name, file)
+    if args.within is not None and (args.within <= 0 or args.minutes is not None):
+        raise ArgumentError("--within: expected a number of seconds above 0, and no --minutes")
     sizes: Sizes = TINY if args.tiny else GPU_QUICK if args.quick else GPU
     ranks = positive_numbers("--tp", args.tp or ("1" if args.quick or args.tiny else "1,2,4,8"))
     minutes = args.minutes or (QUICK_MINUTES if args.quick else float("inf"))
     return Options(
         sizes={each: sizes.shard(each) for each in ranks},
+        first={each: GPU_FIRST.shard(each) for each in ranks if args.within is not None and sizes is GPU},
+        measured=frozenset((op, shape) for op, shape, *_ in before if not op.endswith(ONE_BY_ONE)),
         ops=words(args.ops) or ("",),
         backends=words(args.backend),
         device="cuda",
-        quick=args.quick,
+        quick=args.quick or args.within is not None,
         peers=args.peers != "none",
         libraries=words(args.peers),
         engines=(SGLANG, VLLM),
-        seconds=0.02 if args.tiny else 0.1 if args.quick else 0.5,
+        seconds=0.02 if args.tiny else 0.1 if args.quick or args.within is not None else 0.5,
         time_reference=False,
-        last_start=60 * minutes,
+        last_start=60 * minutes if args.within is None else args.within,
     )
 
 
@@ -180,8 +229,7 @@ def show(report: OpsReport, console: Console) -> None:
     """Machine and roofs, who is missing, times, problems."""
     show_header(report, console)
     show_absent(report, console)
-    numbers = ("ours_ms", "peer_ms", "ratio", "roof_pct")
-    times = table("Operations (ratio: the peer's time over ours)", ("op", "shape", "backend", "peer"), numbers)
+    times = table("Operations (ratio: the peer's time over ours)", ("op", "shape", "backend", "peer"), NUMBERS)
     for op, shape, ours, backend, peer, theirs, ratio, percent in report.cells():
         cells = (number(ours), number(theirs), number(ratio, 3), number(percent, 3))
         times.add_row(op, shape, backend, peer or "–", *cells)
@@ -189,8 +237,11 @@ def show(report: OpsReport, console: Console) -> None:
     show_problems(report, console)
 
 
-def bench_of(options: Options, files: Files) -> KernelsBench:
-    return KernelsBench(options, files, Said(Console(stderr=True, highlight=False)), OpsReport)
+def bench_of(options: Options, files: Files, before: Sequence[tuple[Any, ...]] = ()) -> KernelsBench:
+    bench = KernelsBench(options, files, Said(Console(stderr=True, highlight=False)), OpsReport)
+    assert isinstance(bench.report, OpsReport)
+    bench.report.before = list(before)
+    return bench
 
 
 def run(bench: KernelsBench, wait: Callable[[], None], began: float, console: Console) -> OpsReport:
@@ -217,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     began, console = time.monotonic(), Console(width=None if sys.stdout.isatty() else 170, highlight=False)
     try:
-        options = options_of(args)
+        before = lines_before(args, torch.cuda.get_device_name())
+        options = options_of(args, before)
         if args.only_compile is not None:
             bench_of(options, Files(None, None)).compile(*share_of(args.only_compile))
             return 0
@@ -226,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = Files(args.json, args.csv)
         with ends_on_sigterm(), compiling(command, args.warm, WARM_SECONDS) as wait:
             # Peers are imported meanwhile, which takes some of them as long.
-            bench = bench_of(options, files)
+            bench = bench_of(options, files, before)
             bench.rows()
             report = run(bench, wait, began, console)
     except (ArgumentError, ValueError) as error:

@@ -105,6 +105,15 @@ GPU_QUICK = Sizes(
     linear_tokens=(1, 64),
     rows=(8192, 64),
 )
+GPU_FIRST = replace(
+    GPU_QUICK,
+    expert_tokens=(64, 1024),
+    prefills=(8192, 65536),
+    conv_prefills=(2048, 8192, 65536),
+    batches=(64, 1024),
+    linear_tokens=(64,),
+)
+"""Of :data:`GPU`, what comes first where the time may not be enough for all."""
 TINY = Sizes(
     hidden=256,
     experts=24,

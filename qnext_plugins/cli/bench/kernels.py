@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -105,6 +105,10 @@ class Options:
 
     sizes: dict[int, Sizes]
     """By the number of tensor-parallel ranks whose share they are."""
+    first: dict[int, Sizes] = field(default_factory=dict)
+    """As ``sizes``: what is measured before them."""
+    measured: frozenset[tuple[str, str]] = frozenset()
+    """Operations and shapes of rows that are left out because there are results of them."""
     ops: tuple[str, ...] = ("",)
     """Words of which an operation's name must contain one."""
     backends: tuple[str, ...] = ()
@@ -198,7 +202,11 @@ class KernelsBench:
     def rows(self) -> list[list[Row]]:
         """What is to be measured, by group; raises ValueError where no operation has one of the words."""
         with self.default_device:
-            groups = [list(rows) for ranks, sizes in self.options.sizes.items() for rows in self._groups(ranks, sizes)]
+            first, others = (
+                [list(rows) for ranks, sizes in each.items() for rows in self._groups(ranks, sizes)]
+                for each in (self.options.first, self.options.sizes)
+            )
+        groups = first + others
         names = sorted({row.op for rows in groups for row in rows})
         for word in self.options.ops:
             if not any(word in name for name in names):
@@ -211,11 +219,22 @@ class KernelsBench:
         ]
         if not any(chosen):
             raise ValueError(f"--ops: --quick has none of {', '.join(self.options.ops)}: leave it away")
-        served = [rows for rows in map(self._served, chosen) if rows]
+        once = self._once(chosen)
+        passes = once[: len(first)], once[len(first) :]
+        served = [[rows for rows in map(self._served, each) if rows] for each in passes]
         if self.options.on_gpu:
             # Peers of the delta rule tune themselves, for minutes: last, so that the time is not used up before.
-            served.sort(key=lambda rows: rows[0].operation == "gated_delta_rule")
-        return served
+            for each in served:
+                each.sort(key=lambda rows: rows[0].operation == "gated_delta_rule")
+        return served[0] + served[1]
+
+    def _once(self, groups: list[list[Row]]) -> list[list[Row]]:
+        """Each row where it comes first, and none that has been measured."""
+        seen, once = set(self.options.measured), []
+        for rows in groups:
+            once.append([row for row in rows if (row.op, row.shape) not in seen])
+            seen.update((row.op, row.shape) for row in rows)
+        return once
 
     def _groups(self, ranks: int, sizes: Sizes) -> Iterator[Iterator[Row]]:
         for group in GROUPS:
