@@ -16,7 +16,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -40,7 +41,7 @@ from qnext_kernels.moe.configurations import (
 from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_kernels.moe.triton_experts import Call, Weights
 from qnext_kernels.moe.triton_fp8 import quantize
-from qnext_kernels.triton_support import current_target, power_of_two
+from qnext_kernels.triton_support import Target, current_target, power_of_two
 
 EXPERTS, TOP_K, HIDDEN, MIDDLE = 512, 10, 2048, 512
 MOST_SUMS = 128
@@ -169,26 +170,39 @@ def tune(shape: Shape, tokens: int, device: str, clock: Clock) -> Configuration:
     return min(found)[1]
 
 
+def counts_of(shape: Shape, tokens: Iterable[int], measured: Container[int], target: Target) -> list[int]:
+    """The numbers of tokens that have blocks and have not been measured."""
+    return [count for count in tokens if count not in measured and not few(shape, count, target)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", default="1,2,4,8")
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384,65536")
     parser.add_argument("--weights", default="bfloat16,float8_e4m3fn")
     parser.add_argument("--directory", type=Path, default=TUNED, help="where the file goes")
+    parser.add_argument("--missing", action="store_true", help="measure only what the file does not have")
+    parser.add_argument("--within", type=float, default=float("inf"), metavar="SECONDS", help="then begin nothing more")
     arguments = parser.parse_args()
+    began = time.monotonic()
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU")
     file = file_of(torch.cuda.get_device_name(), arguments.directory)
     found, target = dict(load(file)), current_target()
     for ranks, weights in itertools.product(map(int, arguments.ranks.split(",")), arguments.weights.split(",")):
         shape = Shape(EXPERTS, HIDDEN, MIDDLE // ranks, TOP_K, weights)
-        counts = [tokens for tokens in map(int, arguments.tokens.split(",")) if not few(shape, tokens, target)]
+        measured = found.get(shape, {}) if arguments.missing else {}
+        counts = counts_of(shape, map(int, arguments.tokens.split(",")), measured, target)
+        if not counts or time.monotonic() - began >= arguments.within:
+            continue
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
             for rows in sorted({rows for tokens in counts for rows in rows_of(shape, tokens)}):
                 for is_up, products in zip((True, False), both(shape, rows), strict=True):
                     for product in products:
                         pool.submit(compile_product, shape, rows, product, is_up=is_up)
         for tokens in counts:
+            if time.monotonic() - began >= arguments.within:
+                break
             best = tune(shape, tokens, "cuda", lambda run: triton.testing.do_bench(run, return_mode="median"))
             found[shape] = found.get(shape, {}) | {tokens: best}
             save(file, triton.__version__, found)

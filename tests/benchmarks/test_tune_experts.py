@@ -5,24 +5,38 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from qnext_kernels.moe import triton_align, triton_experts, triton_fp8
 from qnext_kernels.moe.configurations import Shape, load, save
+from qnext_kernels.triton_support import Target
 from tests.kernels.triton.interpreter import interpreted
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "tune_experts.py"
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "float8_e4m3fn"])
-def test_the_fastest_candidate_is_written(tmp_path: Path, weights: str) -> None:
+@pytest.fixture(scope="module")
+def tuner() -> ModuleType:
     spec = importlib.util.spec_from_file_location("tune_experts", FILE)
     assert spec is not None
     assert spec.loader is not None
-    tuner = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tuner)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_only_what_has_blocks_and_is_missing_is_measured_again(tuner: ModuleType) -> None:
+    shape = Shape(tuner.EXPERTS, tuner.HIDDEN, tuner.MIDDLE // 4, tuner.TOP_K, "bfloat16")
+    target = Target(nvidia=True, shared_memory=227 << 10, tensor_maps=True, wgmma=True)
+    assert tuner.counts_of(shape, (1, 64, 4096), {}, target) == [64, 4096]
+    assert tuner.counts_of(shape, (1, 64, 4096), {64: None}, target) == [4096]
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float8_e4m3fn"])
+def test_the_fastest_candidate_is_written(tuner: ModuleType, tmp_path: Path, weights: str) -> None:
     torch.manual_seed(0)
     shape = Shape(experts=3, hidden=64, middle=32, top_k=2, weights=weights)
     measured: list[object] = []
