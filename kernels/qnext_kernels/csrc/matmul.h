@@ -194,13 +194,11 @@ struct Piece {
     bool begins_chain, ends_chain;
 };
 
-// Not inlined: among the surrounding loops the compiler would keep sums in memory instead of registers.
-//
 // To c[p] [A, kPanel], or added to it, the products of the steps of `piece` of A activations with V vectors of rows of each
 // of P panels; to `open` where it does not end a chain. Meanwhile `Lines` lines are fetched a step.
 template <class T, int A, int V, int P, int Lines>
-__attribute__((noinline)) void multiply_tile(const Packed<T>* const* x, const T* const* panels, Piece piece, Fetch fetch,
-                                             float* const* c, float* open) {
+QNEXT_INLINE inline void add_tile(const Packed<T>* const* x, const T* const* panels, Piece piece, Fetch fetch,
+                                  float* const* c, float* open) {
     using D = Dot<T>;
     constexpr int64_t vector = Vec::size * D::step, row = kPanel * D::step;
     constexpr bool few = A <= kFew;
@@ -269,6 +267,25 @@ __attribute__((noinline)) void multiply_tile(const Packed<T>* const* x, const T*
             }
 }
 
+// Neither this nor the next is inlined: among the surrounding loops the compiler would keep sums in memory instead of
+// registers.
+template <class T, int A, int V, int P, int Lines>
+__attribute__((noinline)) void multiply_tile(const Packed<T>* const* x, const T* const* panels, Piece piece, Fetch fetch,
+                                             float* const* c, float* open) {
+    add_tile<T, A, V, P, Lines>(x, panels, piece, fetch, c, open);
+}
+
+// As multiply_tile of one panel and a whole chain, for tiles of A activations one after the other: a processor begins with
+// a tile before the last is stored.
+template <class T, int A, int V>
+__attribute__((noinline)) void multiply_tiles(const Packed<T>* const* x, int64_t tiles, const T* panel, int64_t first,
+                                              int64_t steps, Fetch fetch, float* c) {
+    for (int64_t tile = 0; tile < tiles; ++tile, x += A, c += A * kPanel) {
+        add_tile<T, A, V, 1, 1>(x, &panel, {first, steps, true, true}, fetch, &c, nullptr);
+        fetch.from += steps * fetch.step;
+    }
+}
+
 // Calls f with `count`, 1 to N, as a constant.
 template <int N, class F>
 QNEXT_INLINE inline void with_count(int64_t count, F f) {
@@ -278,6 +295,9 @@ QNEXT_INLINE inline void with_count(int64_t count, F f) {
     f(std::integral_constant<int, N>());
 }
 
+// Vectors of a panel beside which the sums of all kTogether fit in the registers.
+constexpr int kVectorsTogether = Vec::size == 16 ? kPanelVectors : 2;
+
 template <class T, int P, int Lines>
 QNEXT_INLINE inline void multiply_panels(const Packed<T>* const* x, int64_t count, const T* const* panels, Piece piece,
                                          Fetch fetch, float* const* c, float* open) {
@@ -285,17 +305,40 @@ QNEXT_INLINE inline void multiply_panels(const Packed<T>* const* x, int64_t coun
         if constexpr (a <= kFew) {
             multiply_tile<T, a, kPanelVectors, P, Lines>(x, panels, piece, fetch, c, open);
         } else {
-            // The sums of all fit in the registers beside these vectors of a panel.
-            constexpr int vectors = Vec::size == 16 ? kPanelVectors : 2;
             for (int p = 0; p < P; ++p)
-                for (int v = 0; v < kPanelVectors; v += vectors) {
+                for (int v = 0; v < kPanelVectors; v += kVectorsTogether) {
                     const T* panel = panels[p] + v * Vec::size * Dot<T>::step;
                     float* to = c[p] + v * Vec::size;
-                    constexpr int lines = vectors == kPanelVectors ? Lines : 1;
-                    multiply_tile<T, a, vectors, 1, lines>(x, &panel, piece, fetch, &to, open + v * Vec::size);
+                    constexpr int lines = kVectorsTogether == kPanelVectors ? Lines : 1;
+                    multiply_tile<T, a, kVectorsTogether, 1, lines>(x, &panel, piece, fetch, &to, open + v * Vec::size);
                 }
         }
     });
+}
+
+// As `multiply`, for one panel and more than kFewTiles tiles, all of which meet a chain of the panel before the next.
+template <class T>
+void multiply_many(const Packed<T>* const* x, int64_t count, const T* panel, int64_t k, float* c) {
+    constexpr int64_t row = kPanel * 4;  // bytes
+    static_assert((kFewTiles * kTogether + 1) / (kFewTiles + 1) > kFew, "none of many tiles is of few activations");
+    const int64_t steps = steps_of<T>(k), tiles = (count + kTogether - 1) / kTogether;
+    // Tiles of one activation more come behind the others.
+    const int64_t size = count / tiles, larger = count % tiles;
+    for (int64_t first = 0; first == 0 || first < steps; first += kChain) {
+        const int64_t some = std::min(kChain, steps - first);
+        const auto run = [&](int64_t tile, int64_t num_tiles, int64_t begin, int64_t together) {
+            const Fetch share{kChain * row + some * (row / tiles) * tile, row / tiles};
+            with_count<kTogether>(together, [&](auto a) {
+                if constexpr (a > kFew) {
+                    for (int v = 0; v < kPanelVectors; v += kVectorsTogether)
+                        multiply_tiles<T, a, kVectorsTogether>(x + begin, num_tiles, panel + v * Vec::size * Dot<T>::step,
+                                                               first, some, share, c + begin * kPanel + v * Vec::size);
+                }
+            });
+        };
+        run(0, tiles - larger, 0, size);
+        if (larger) run(tiles - larger, larger, (tiles - larger) * size, size + 1);
+    }
 }
 
 // c[p] [count, kPanel] = the products of `count` activations with one or two panels.
@@ -314,7 +357,11 @@ __attribute__((noinline)) void multiply(const Packed<T>* const* x, int64_t count
         for (int p = 0; p < 2; ++p) multiply<T>(x, count, panels + p, 1, k, c + p);
         return;
     }
-    const int64_t length = tiles == 1 || tiles > kFewTiles ? kChain : kPiece;
+    if (tiles > kFewTiles) return multiply_many<T>(x, count, panels[0], k, c[0]);
+    const std::integral_constant<int, 1> one;
+    const std::integral_constant<int, 2> two;
+    const std::integral_constant<int, 4> four;
+    const int64_t length = tiles == 1 ? kChain : kPiece;
     alignas(64) float open[kFewTiles * kTogether * kPanel];  // sums that a piece leaves to the next
     for (int64_t first = 0; first == 0 || first < steps; first += length) {
         const int64_t some = std::min(length, steps - first), end = first + some;
@@ -322,20 +369,15 @@ __attribute__((noinline)) void multiply(const Packed<T>* const* x, int64_t count
         for (int64_t tile = 0, a = 0; tile < tiles; ++tile) {
             const int64_t together = (count - a) / (tiles - tile);
             float* const to[] = {c[0] + a * kPanel, num_panels == 2 ? c[1] + a * kPanel : nullptr};
-            float* const open_to = tiles > kFewTiles ? open : open + a * kPanel;
-            const auto run = [&](auto lines, Fetch fetch) {
-                if (num_panels == 2)
-                    multiply_panels<T, 2, lines>(x + a, together, panels, piece, fetch, to, open_to);
-                else
-                    multiply_panels<T, 1, lines>(x + a, together, panels, piece, fetch, to, open_to);
+            const auto run = [&](auto num, auto lines, Fetch fetch) {
+                multiply_panels<T, num, lines>(x + a, together, panels, piece, fetch, to, open + a * kPanel);
             };
-            const Fetch share{length * row + some * row / tiles * tile, row / tiles};
-            if (tiles == 1)
-                run(std::integral_constant<int, 4>(), Fetch{kAhead * row, row});
-            else if (tiles <= kFewTiles)
-                run(std::integral_constant<int, 2>(), share);
+            if (tiles > 1)
+                run(one, two, {length * row + some * row / tiles * tile, row / tiles});
+            else if (num_panels == 1)
+                run(one, four, {kAhead * row, row});
             else
-                run(std::integral_constant<int, 1>(), share);
+                run(two, four, {kAhead * row, row});
             a += together;
         }
     }
