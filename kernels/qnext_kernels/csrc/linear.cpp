@@ -36,8 +36,11 @@ void linear(const Linear& p) {
     T* out = static_cast<T*>(p.out);
     // Two panels are two streams for a few tokens; for many, one stays in the second-level cache.
     const int64_t at_once = p.tokens <= kFew ? 2 : 1, ranges = (p.rows + at_once * kPanel - 1) / (at_once * kPanel);
-    // A thread would have one panel too many, or none.
-    const int64_t token_block = ranges < kFewRanges ? kTokens : kTokenBlock;
+    // Of few panels a thread would have one too many, or none: threads share the tokens too, in blocks of one size.
+    const int64_t threads = omp_get_max_threads();
+    const int64_t blocks = (p.tokens + threads * kTokens - 1) / (threads * kTokens) * threads;
+    const bool shared = ranges < kFewRanges && p.tokens > kTokens;
+    const int64_t token_block = shared ? (p.tokens + blocks - 1) / blocks : kTokenBlock;
 #pragma omp parallel if (worth_threads(p.tokens * p.rows * p.k))
     {
         Activations<T> activations(p.k);
