@@ -1,7 +1,8 @@
 // The steps of attention in registers: queries times keys, and weights times values.
 //
-// Queries and results are rows of floats or of bfloat16; scores and weights [keys, lanes], a query a lane. A sum's order
-// does not depend on how many queries or keys are computed together.
+// At most kRows query heads are computed together. What is theirs lies together, so that addresses are constants: queries
+// and results as [width / kPair, heads, kPair], scores and weights as [keys, kRows]. A sum's order does not depend on how
+// many heads or keys are computed together.
 #pragma once
 
 #include <algorithm>
@@ -25,6 +26,34 @@ struct Scores<bfloat16> {
     using Element = bfloat16;
 };
 #endif
+
+static_assert(2 * kRows == Vec::size);
+
+// kRows floats, twice.
+inline Vec load_twice(const float* p) {
+#if defined(__AVX512F__)
+    return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))};
+#else
+    return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
+#endif
+}
+
+inline void store_half(Vec x, float* p) {
+#if defined(__AVX512F__)
+    _mm256_storeu_ps(p, _mm512_castps512_ps256(x.v));
+#else
+    _mm_storeu_ps(p, _mm256_castps256_ps128(x.v));
+#endif
+}
+
+// The halves of a vector in the other order.
+inline Vec swapped(Vec x) {
+#if defined(__AVX512F__)
+    return {_mm512_shuffle_f32x4(x.v, x.v, 0x4e)};
+#else
+    return {_mm256_permute2f128_ps(x.v, x.v, 1)};
+#endif
+}
 
 // In a register: the compiler would make a value that is read several times a memory operand of each use.
 inline Vec held(Vec x) {
@@ -55,13 +84,13 @@ void with_rows(int64_t rows, F f) {
     f(std::integral_constant<int, R>());
 }
 
-// The sums of the elements of [kKeys, R] vectors times `scale` to [kKeys, lanes] floats, kRows for each key; what lies
-// behind the R-th of them is undefined. Inlined, so that the vectors come from registers.
+// The sums of the elements of [kKeys, R] vectors times `scale` to [kKeys, kRows] floats; what lies behind the R-th of a key
+// is undefined. Inlined, so that the vectors come from registers.
 #if defined(__AVX512F__)
 
 template <int R>
-__attribute__((always_inline)) inline void store_sums(const Vec (&x)[kKeys][R], Vec scale, float* to, int64_t lanes) {
-    static_assert(kKeys == 2 && R <= 8);
+__attribute__((always_inline)) inline void store_sums(const Vec (&x)[kKeys][R], Vec scale, float* to) {
+    static_assert(kKeys == 2 && kRows == 8 && R <= 8);
     const auto at = [&](int i) { return i % 8 < R ? x[i / 8][i % 8].v : _mm512_setzero_ps(); };
     __m512 eighths[4], quarters[2];
 #pragma GCC unroll 4
@@ -82,21 +111,18 @@ __attribute__((always_inline)) inline void store_sums(const Vec (&x)[kKeys][R], 
     }
     const Vec sums = {_mm512_add_ps(_mm512_shuffle_f32x4(quarters[0], quarters[1], 0x88),
                                     _mm512_shuffle_f32x4(quarters[0], quarters[1], 0xdd))};
-    const Vec scaled = sums * scale;
-    if (lanes == 8) return scaled.store(to);
-    _mm256_storeu_ps(to, _mm512_castps512_ps256(scaled.v));
-    _mm256_storeu_ps(to + lanes, _mm512_extractf32x8_ps(scaled.v, 1));
+    (sums * scale).store(to);
 }
 
 #else
 
 template <int R>
-__attribute__((always_inline)) inline void store_sums(const Vec (&x)[kKeys][R], Vec scale, float* to, int64_t lanes) {
-    static_assert(R <= 4);
+__attribute__((always_inline)) inline void store_sums(const Vec (&x)[kKeys][R], Vec scale, float* to) {
+    static_assert(kRows == 4 && R <= 4);
     for (int k = 0; k < kKeys; ++k) {
         const auto at = [&](int r) { return r < R ? x[k][r] : Vec::zero(); };
         const __m128 four = sums(at(0), at(1), at(2), at(3));
-        _mm_storeu_ps(to + k * lanes, _mm_mul_ps(four, _mm256_castps256_ps128(scale.v)));
+        _mm_storeu_ps(to + k * kRows, _mm_mul_ps(four, _mm256_castps256_ps128(scale.v)));
     }
 }
 
@@ -115,7 +141,7 @@ struct Ahead {
         at = reinterpret_cast<const char*>(*rows);
         end = at + bytes;
     }
-    void four_lines() {
+    QNEXT_INLINE void four_lines() {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) _mm_prefetch(at + 64 * i, _MM_HINT_T0);
         at += 4 * 64;
@@ -123,90 +149,139 @@ struct Ahead {
     }
 };
 
-// Four lines are fetched so many times in a call of `dots`, and after so many values in kPair columns of kRows results:
+// Four lines are fetched so many times with kKeys keys, and after so many values in kPair columns of kRows results:
 // with 8 queries of 256 elements a line for 12 operations with AVX-512, for 32 without.
 template <class T>
 constexpr int kFetches = 3 * sizeof(T) / 2;
 template <class T>
 constexpr int kStretch = Vec::size == 16 ? 4 - sizeof(T) / 2 : 32 / sizeof(T);
 
-// The products of R queries [R, width] with min(kKeys, count) keys, times `scale`, to kRows neighbouring floats for each
-// key; where there are fewer keys, the last one's again. rows: the first key, its value, the second key, its value … Not
-// inlined, as below.
+// The products of R queries with `count` keys, times `scale`, to [count, kRows], and where kKeys does not divide the count,
+// those of the last key again. keys: where each lies. Not inlined, as below.
 template <int R, class Q, class T>
-__attribute__((noinline)) void dots(const Q* q, int64_t width, const T* const* rows, int64_t count, Vec scale, float* out,
-                                    int64_t lanes, Ahead<T>* ahead) {
+__attribute__((noinline)) void score(const Q* queries, int64_t width, const T* const* keys, int64_t count, Vec scale,
+                                     float* out, Ahead<T>* ahead) {
     constexpr bool direct = std::is_same_v<Q, bfloat16>;
-    const T* keys[kKeys];
-    Vec total[kKeys][R];
+    Ahead<T> fetch = ahead ? *ahead : Ahead<T>{};
+    for (; count > 0; count -= kKeys, keys += kKeys, out += kKeys * kRows) {
+        if (ahead) {
 #pragma GCC unroll 8
-    for (int k = 0; k < kKeys; ++k) {
-        keys[k] = rows[2 * std::min<int64_t>(k, count - 1)];
+            for (int n = 0; n < kFetches<T>; ++n) fetch.four_lines();
+        }
+        const T* at[kKeys];
+        Vec total[kKeys][R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) total[k][r] = Vec::zero();
-    }
-    if (ahead) {
-        Ahead<T> next = *ahead;
+        for (int k = 0; k < kKeys; ++k) {
+            at[k] = keys[std::min<int64_t>(k, count - 1)];
 #pragma GCC unroll 8
-        for (int n = 0; n < kFetches<T>; ++n) next.four_lines();
-        *ahead = next;
-    }
-    for (int64_t i = 0; i < width; i += kPair) {
+            for (int r = 0; r < R; ++r) total[k][r] = Vec::zero();
+        }
+        const Q* q = queries;
+        for (int64_t i = 0; i < width; i += kPair, q += R * kPair) {
 #pragma GCC unroll 2
-        for (int half = 0; half < (direct ? 1 : 2); ++half) {
-            Vec key[kKeys];
+            for (int half = 0; half < (direct ? 1 : 2); ++half) {
+                Vec key[kKeys];
 #pragma GCC unroll 8
-            for (int k = 0; k < kKeys; ++k) key[k] = held(direct ? load_raw(keys[k] + i) : load_half(keys[k] + i, half));
+                for (int k = 0; k < kKeys; ++k)
+                    key[k] = held(direct ? load_raw(at[k] + i) : load_half(at[k] + i, half));
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                const Vec x = held(direct ? load_raw(q + r * width + i) : load_half(q + r * width + i, half));
+                for (int r = 0; r < R; ++r) {
+                    const Vec x = held(direct ? load_raw(q + r * kPair) : load_half(q + r * kPair, half));
 #pragma GCC unroll 8
-                for (int k = 0; k < kKeys; ++k) total[k][r] = add_products<direct>(total[k][r], x, key[k]);
+                    for (int k = 0; k < kKeys; ++k) total[k][r] = add_products<direct>(total[k][r], x, key[k]);
+                }
             }
         }
+        store_sums<R>(total, scale, out);
     }
-    store_sums<R>(total, scale, out, lanes);
+    if (ahead) *ahead = fetch;
 }
 
-// kPair columns of R results [R, width]: times their factors, plus the values of `count` keys times their weights [count,
-// lanes]. rows: as above. Not inlined: the compiler would keep addresses of the loops around in registers of vectors, from
-// where they come only after all additions before.
-template <int R, class T>
-__attribute__((noinline)) void add_weighted(const float* weights, int64_t lanes, const float* factors,
-                                            const T* const* rows, int64_t count, int64_t column, float* out,
-                                            int64_t width, Ahead<T>* ahead) {
-    Vec x[R], y[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        const Vec factor = Vec::fill(factors[r]);
-        x[r] = Vec::load(out + r * width + column) * factor;
-        y[r] = Vec::load(out + r * width + column + Vec::size) * factor;
+// Scores of keys that become weights, kSoftened vectors of two keys at once, and their sums.
+constexpr int kSoftened = 2;
+struct Soften {
+    float* scores;
+    int64_t times;
+    const float* largest;  // [kRows]
+    float* sum;            // of a vector
+
+    QNEXT_INLINE void once(Vec top, Vec& total) {
+        Vec e[kSoftened];
+#pragma GCC unroll 2
+        for (int k = 0; k < kSoftened; ++k) e[k] = Vec::load(scores + k * Vec::size) - top;
+        exp2(e);
+#pragma GCC unroll 2
+        for (int k = 0; k < kSoftened; ++k) {
+            e[k].store(scores + k * Vec::size);
+            total = total + e[k];
+        }
+        scores += kSoftened * Vec::size;
+        --times;
     }
-    const auto add = [&](int64_t j) __attribute__((always_inline)) {
-        const Pair v = load_pair(rows[2 * j + 1] + column);
-        const Vec first = held(v.first), second = held(v.second);
-        const float* const w = weights + j * lanes;
+    void all() {
+        const Vec top = load_twice(largest);
+        Vec total = Vec::load(sum);
+        while (times) once(top, total);
+        total.store(sum);
+    }
+};
+
+// R results: times their factors where there are such, plus the values of `count` keys times their weights [count, kRows].
+// values: where each lies. Between the columns other scores are softened, so that their latency is covered. Not inlined: the
+// compiler would keep addresses of the loops around in registers of vectors.
+template <int R, class T>
+__attribute__((noinline)) void add_weighted(const float* weights, const float* factors, const T* const* values, int64_t count,
+                                            int64_t width, float* out, Ahead<T>* ahead, Soften soften) {
+    Ahead<T> fetch = ahead ? *ahead : Ahead<T>{};
+    const int64_t columns = width / kPair, times = soften.times;
+    int64_t due = 0;
+    const Vec top = load_twice(soften.largest);
+    Vec sum = Vec::load(soften.sum);
+    for (int64_t column = 0; column < width; column += kPair, out += R * kPair) {
+        for (due += times; due >= columns; due -= columns) soften.once(top, sum);
+        Vec x[R], y[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const Vec weight = Vec::fill(w[r]);
-            x[r] = fma(weight, first, x[r]);
-            y[r] = fma(weight, second, y[r]);
+            x[r] = Vec::load(out + r * kPair);
+            y[r] = Vec::load(out + r * kPair + Vec::size);
         }
-    };
-    int64_t j = 0;
-    for (; j + kStretch<T> <= count; j += kStretch<T>) {
-        if (ahead) ahead->four_lines();
-#pragma GCC unroll 4
-        for (int k = 0; k < kStretch<T>; ++k) add(j + k);
-    }
-    for (; j < count; ++j) add(j);
-    // Addresses are computed again, for the same reason.
-    asm("" : "+r"(out), "+r"(width));
+        if (factors) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        x[r].store(out + r * width + column);
-        y[r].store(out + r * width + column + Vec::size);
+            for (int r = 0; r < R; ++r) {
+                const Vec factor = Vec::fill(factors[r]);
+                x[r] = x[r] * factor;
+                y[r] = y[r] * factor;
+            }
+        }
+        const float* w = weights;
+        const T* const* row = values;
+        const auto add = [&](int64_t k) __attribute__((always_inline)) {
+            const Pair v = load_pair(row[k] + column);
+            const Vec first = held(v.first), second = held(v.second);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const Vec weight = Vec::fill(w[k * kRows + r]);
+                x[r] = fma(weight, first, x[r]);
+                y[r] = fma(weight, second, y[r]);
+            }
+        };
+        int64_t left = count;
+        for (; left >= kStretch<T>; left -= kStretch<T>) {
+            if (ahead) fetch.four_lines();
+#pragma GCC unroll 4
+            for (int k = 0; k < kStretch<T>; ++k) add(k);
+            row += kStretch<T>;
+            w += kStretch<T> * kRows;
+        }
+        for (; left; --left, ++row, w += kRows) add(0);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            x[r].store(out + r * kPair);
+            y[r].store(out + r * kPair + Vec::size);
+        }
     }
+    sum.store(soften.sum);
+    if (ahead) *ahead = fetch;
 }
 
 }  // namespace qnext

@@ -9,7 +9,7 @@
 //
 // With 8 query heads a key-value head, float32 has 4 vector operations a vector of the cache and query head: at bfloat16
 // a decode is bound by them as much as by the memory. So that the times do not add up, the keys and values of the next
-// block are fetched in step with the operations. The cache is read as it lies: two bfloat16 in 32 bits are two floats after
+// step are fetched in step with the operations. The cache is read as it lies: two bfloat16 in 32 bits are two floats after
 // a shift and a mask, so that queries and results are kept in the order even elements, odd elements.
 #include <algorithm>
 #include <atomic>
@@ -17,57 +17,30 @@
 #include <vector>
 
 #include "attention_tile.h"
-#include "decoder_layer.h"
+#include "kv_pages.h"
 
 namespace qnext {
 
 namespace {
 
 constexpr int64_t kBlock = 48;
-constexpr int64_t kPartition = 576;
+constexpr int64_t kPartition = 576, kBlocks = kPartition / kBlock;
+constexpr int64_t kSteps = Vec::size == 16 ? 3 : 1;  // that a block takes of one token
 // Queries, of all heads of a group, that meet a block together: the more, the more often what is fetched is used.
 constexpr int64_t kTileRows = 64, kMostTileRows = 256;
-constexpr int kSoftened = 4;             // vectors of scores at once
-
-// A vector of lanes; where they fill half of it, twice.
-inline Vec load_lanes(const float* p, int64_t times) {
-    if (times == 1) return Vec::load(p);
-#if defined(__AVX512F__)
-    return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))};
-#else
-    return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
-#endif
-}
-
-inline void store_lanes(Vec x, float* p, int64_t times) {
-    if (times == 1) return x.store(p);
-#if defined(__AVX512F__)
-    _mm256_storeu_ps(p, _mm512_castps512_ps256(x.v));
-#else
-    _mm_storeu_ps(p, _mm256_castps256_ps128(x.v));
-#endif
-}
-
-// The halves of a vector in the other order.
-inline Vec swapped(Vec x) {
-#if defined(__AVX512F__)
-    return {_mm512_shuffle_f32x4(x.v, x.v, 0x4e)};
-#else
-    return {_mm256_permute2f128_ps(x.v, x.v, 1)};
-#endif
-}
 
 struct Shape {
     explicit Shape(const PagedAttention& p)
-        : group(p.heads / p.kv_heads), lanes(2 * group <= Vec::size ? Vec::size / 2 : padded(group)),
-          width((p.head_dim + kPair - 1) / kPair * kPair),
-          tokens(tokens_of(p, group)) {}
+        : group(p.heads / p.kv_heads), lanes((group + kRows - 1) / kRows * kRows),
+          width((p.head_dim + kPair - 1) / kPair * kPair), tokens(tokens_of(p, group)) {}
     // Eight tiles a thread are enough.
     static int64_t tokens_of(const PagedAttention& p, int64_t group) {
+        int64_t most = 1;  // of a sequence: memory for more would be cleared by the system in each call
+        for (int64_t n = 0; n < p.sequences; ++n) most = std::max(most, p.query_start_loc[n + 1] - p.query_start_loc[n]);
         const int64_t share = p.query_start_loc[p.sequences] * p.kv_heads / (8 * omp_get_max_threads());
-        return std::max<int64_t>(1, std::clamp(share, kTileRows / group, kMostTileRows / group));
+        return std::clamp<int64_t>(std::clamp(share, kTileRows / group, kMostTileRows / group), 1, most);
     }
-    int64_t group, lanes, width, tokens;  // query heads a key-value head; both sizes in whole vectors; tokens a tile
+    int64_t group, lanes, width, tokens;  // query heads a key-value head, also in whole kRows; in whole pairs; tokens a tile
 };
 
 // Neighbouring query tokens of one sequence, and the query heads of one key-value head.
@@ -76,12 +49,12 @@ struct Tile {
     int64_t parts() const { return (keys + kPartition - 1) / kPartition; }
 };
 
-// A partition of the keys of a tile; of none where there is no such.
-struct Part {
+// Partitions of the keys of a tile, from `first` to before `last`.
+struct Parts {
     const Tile* tile;
-    int64_t number;
-    int64_t begin() const { return number * kPartition; }
-    int64_t count() const { return tile ? std::min(kPartition, tile->keys - begin()) : 0; }
+    int64_t first, last;
+    int64_t begin() const { return first * kBlocks; }
+    int64_t end() const { return (std::min(last * kPartition, tile->keys) + kBlock - 1) / kBlock; }
 };
 
 // The softmax of a tile over some of its keys: the largest score, Σ e^(score − largest), and the values weighted so.
@@ -95,35 +68,40 @@ struct Softmax {
         std::fill(total, end, 0.0f);
     }
     float *largest, *total;  // [tokens, lanes]
-    float *values, *end;     // [tokens, group, width]
+    float *values, *end;     // [tokens, group, width], in the order of attention_tile.h
 };
 
 // One thread's.
+//
+// Three blocks are on their way at a time: of the first the keys meet the queries, of the second the scores become weights,
+// a few between the products of others, so that these cover the latency, and of the third the values are weighted. One token
+// goes through a third of a block at a step: what is read in a step is fetched in the step before, and stays in the first
+// cache.
 template <class T>
 class Worker {
   public:
     Worker(const PagedAttention& p, const Shape& s)
         : p(p), s(s), queries(scratch<Element>(s.tokens * s.group * s.width)),
-          weights(scratch<float>(s.tokens * kBlock * s.lanes)), factors(scratch<float>(s.tokens * s.lanes)),
-          copy(scratch<T>(2 * kBlock * s.width)),
-          part_memory(scratch<float>(Softmax::floats(s, s.tokens))), memory(scratch<float>(Softmax::floats(s, s.tokens))) {
-        std::fill_n(weights.get(), s.tokens * kBlock * s.lanes, 0.0f);
+          copy(scratch<T>(s.width == p.head_dim ? 0 : 2 * kBlock * s.width)), nothing(scratch<T>(s.width)),
+          memory(scratch<float>(3 * Softmax::floats(s, s.tokens))),
+          sums(scratch<float>(2 * s.tokens * s.lanes)) {
+        for (Block& block : blocks) {
+            block.weights = scratch<float>(s.tokens * kBlock * s.lanes);
+            block.factors = scratch<float>(s.tokens * s.lanes);
+        }
+        std::fill_n(nothing.get(), s.width, T{});
         ahead.bytes = p.head_dim * int64_t(sizeof(T));
     }
 
-    // `next`: what this thread computes then, of which some is fetched; none or nothing where that is not known.
-    void whole(const Tile& tile, const Tile* next) {
+    // `next`: what this thread computes then, of which some is fetched; without a tile where that is not known.
+    void whole(const Tile& tile, const Parts& next) {
         begin(tile);
-        const Softmax part(part_memory.get(), s, t.tokens), all(memory.get(), s, t.tokens);
-        for (int64_t i = 0; i < t.parts(); ++i) {
-            const Softmax& to = i ? part : all;
-            attend({&tile, i}, i + 1 < t.parts() ? Part{&tile, i + 1} : Part{next, 0}, to);
-            if (i) join(i, part, all);
-        }
+        const Softmax all = softmax(0);
+        attend({&tile, 0, tile.parts()}, next, all);
         finish(all);
     }
 
-    void part(const Part& part, const Part& next, float* result) {
+    void part(const Parts& part, const Parts& next, float* result) {
         begin(*part.tile);
         attend(part, next, Softmax(result, s, t.tokens));
     }
@@ -138,153 +116,176 @@ class Worker {
   private:
     using Element = typename Scores<T>::Element;
 
-    // Keys that token i of the tile sees.
+    // The scores of a block, and then the weights of its values.
+    struct Block {
+        Scratch<float> weights, factors;  // [tokens, lanes / kRows, kBlock, kRows]; [tokens, lanes], of what was before
+
+        float* weights_of(int64_t lane) const { return weights.get() + lane * kBlock; }
+    };
+
+    // Keys that token i of the tile sees, and those of `count` from `first` on.
     int64_t keys_of(int64_t i) const { return p.causal ? t.keys - (t.tokens - 1 - i) : t.keys; }
+    int64_t seen(int64_t i, int64_t first, int64_t count) const {
+        return std::clamp<int64_t>(keys_of(i) - first, 0, count);
+    }
 
     const T* row(const void* data, int64_t token, int64_t token_stride, int64_t head_stride, int64_t g) const {
         return static_cast<const T*>(data) + token * token_stride + (t.kv_head * s.group + g) * head_stride;
     }
 
+    Softmax softmax(int64_t i) const { return Softmax(memory.get() + i * Softmax::floats(s, s.tokens), s, t.tokens); }
+
     void begin(const Tile& tile) {
         t = tile;
-        Element* to = queries.get();
         for (int64_t i = 0; i < t.tokens; ++i) {
-            for (int64_t g = 0; g < s.group; ++g, to += s.width) {
+            for (int64_t g = 0; g < s.group; ++g) {
                 const T* from = row(p.q, t.token + i, p.q_token, p.q_head, g);
-                if constexpr (std::is_same_v<T, Element>)
-                    std::fill(std::copy_n(from, p.head_dim, to), to + s.width, T{});
-                else
-                    for (int64_t c = 0; c < s.width; c += kPair) load_pair(from, c, p.head_dim).store(to + c);
+                const Strip to = strip(i, g);
+                for (int64_t c = 0; c < s.width; c += kPair) {
+                    Element* const at = queries.get() + to.begin + c * to.heads;
+                    if constexpr (std::is_same_v<T, Element>) {
+                        const int64_t count = std::min(kPair, p.head_dim - c);
+                        std::fill(std::copy_n(from + c, count, at), at + kPair, T{});
+                    } else {
+                        load_pair(from, c, p.head_dim).store(at);
+                    }
+                }
             }
         }
     }
 
-    void attend(const Part& part, const Part& next, const Softmax& to) {
-        const int64_t total = part.count(), after = std::min(kBlock, next.count());
-        to.clear();
-        find(part, total, 0);
-        find(next, after, total);
-        rows[2 * (total + after)] = copy.get();
-        ahead.last = rows + 2 * (total + after);
-        ahead.rows = rows;
-        for (int64_t done = 0; done < total; done += kBlock) {
-            const int64_t count = std::min(kBlock, total - done), start = part.begin() + done;
-            const T* const* from = rows + 2 * done;
-            const T* const* const later = rows + 2 * std::min(done + kBlock, total);
-            if (ahead.rows < later || done + kBlock < total) ahead.begin(later);
-            if (s.width != p.head_dim) from = pad(from, count);
-            for (int64_t i = 0; i < t.tokens; ++i) seen[i] = std::clamp<int64_t>(keys_of(i) - start, 0, count);
-            score(from);
-            for (int64_t i = 0; i < t.tokens; ++i) {
-                if (seen[i]) soften(i, to);
+    // Where a head's queries and results are: kPair columns at `begin`, the next kPair `heads` times as far on.
+    struct Strip {
+        int64_t begin, heads;
+    };
+    Strip strip(int64_t i, int64_t g) const {
+        const int64_t first = g / kRows * kRows;
+        return {(i * s.group + first) * s.width + (g - first) * kPair, std::min<int64_t>(kRows, s.group - first)};
+    }
+
+    // Partitions of the tile that has begun to `all`.
+    void attend(const Parts& parts, const Parts& next, const Softmax& all) {
+        const int64_t begin = parts.begin(), end = parts.end(), steps = t.tokens == 1 ? kSteps : 1, size = kBlock / steps;
+        const auto result = [&](int64_t block) {
+            const int64_t part = block / kBlocks;
+            return part == parts.first ? all : softmax(1 + part % 2);
+        };
+        Run<T> keys = run(Kind::keys, parts), values;
+        const auto find = [&](int64_t step) {
+            // Behind the last keys come the first ones of the next tile.
+            if (step == end * steps) keys = run(Kind::keys, next);
+            if (step == (begin + 2) * steps) values = run(Kind::values, parts);
+            const T** const to = rows[step % 2];
+            keys.next(size, to, nothing.get());
+            values.next(size, to + size, nothing.get());
+            to[2 * size] = nothing.get();
+            return to;
+        };
+        const T* const* from = find(begin * steps);
+        for (int64_t block = begin; block < end + 2; ++block) {
+            const Block &third = blocks[block % 3], &second = blocks[(block + 2) % 3], &first = blocks[(block + 1) % 3];
+            const bool softens = block > begin && block <= end, weighs = block > begin + 1;
+            const Softmax to_second = softens ? result(block - 1) : all, to_first = weighs ? result(block - 2) : all;
+            if (softens && (block - 1 == begin || (block - 1) % kBlocks == 0)) to_second.clear();
+            for (int64_t n = 0; n < steps; ++n) {
+                const T** const later = find(block * steps + n + 1);
+                ahead.last = later + 2 * size;
+                ahead.begin(later);
+                const T* const* const rows = s.width == p.head_dim ? from : pad(from, size);
+                const int64_t at = n * size;
+                if (block < end) score_keys(rows, block * kBlock + at, size, third, at);
+                for (int64_t i = 0; i < t.tokens; ++i) {
+                    const int64_t visible = softens ? seen(i, (block - 1) * kBlock, kBlock) : 0;
+                    const int64_t count = weighs ? seen(i, (block - 2) * kBlock + at, size) : 0;
+                    for (int64_t g = 0; g < s.group; g += kRows) {
+                        const int64_t lane = i * s.lanes + g;
+                        if (visible && n == 0) begin_softmax(lane, visible, second, to_second);
+                        weigh(i, g, rows + size, count, first, at, to_first,
+                              soften(lane, visible - at, size, second, at, to_second));
+                        if (visible && n + 1 == steps) end_softmax(lane, second, to_second);
+                    }
+                }
+                from = later;
             }
-            weigh(from, to);
+            if (weighs && ((block - 1) % kBlocks == 0 || block == end + 1) && (block - 2) / kBlocks > parts.first)
+                join((block - 2) / kBlocks, to_first, all);
         }
+    }
+
+    Run<T> run(Kind kind, const Parts& parts) const {
+        if (!parts.tile) return {};
+        const Tile& tile = *parts.tile;
+        const int64_t first = parts.begin() * kBlock, last = std::min(parts.end() * kBlock, tile.keys);
+        return {p, kind, tile.sequence, tile.kv_head, first, last - first};
     }
 
     // Keys and values with zeros behind their ends.
-    const T* const* pad(const T* const* from, int64_t count) {
+    const T* const* pad(const T* const* from, int64_t size) {
         T* to = copy.get();
-        for (int64_t j = 0; j < 2 * count; ++j, to += s.width) {
+        for (int64_t j = 0; j < 2 * size; ++j, to += s.width) {
             std::fill(std::copy_n(from[j], p.head_dim, to), to + s.width, T{});
             padded_rows[j] = to;
         }
         return padded_rows;
     }
 
-    // Where the first `count` keys and values of a partition lie.
-    void find(const Part& part, int64_t count, int64_t at) {
-        if (!count) return;
-        const Tile& tile = *part.tile;
-        int64_t column = tile.sequence * p.table_row + part.begin() / p.block_size, slot = part.begin() % p.block_size;
-        for (const int64_t end = at + count; at < end; ++column, slot = 0) {
-            const int64_t block = p.block_table[column];
-            const T* k = static_cast<const T*>(p.keys) + block * p.key_block + tile.kv_head * p.key_head + slot * p.key_slot;
-            const T* v = static_cast<const T*>(p.values) + block * p.value_block + tile.kv_head * p.value_head +
-                         slot * p.value_slot;
-            const int64_t stop = std::min(end, at + p.block_size - slot);
-            for (; at < stop; ++at, k += p.key_slot, v += p.value_slot) {
-                rows[2 * at] = k;
-                rows[2 * at + 1] = v;
-            }
-        }
-    }
-
-    float* weights_of(int64_t i) const { return weights.get() + i * kBlock * s.lanes; }
-
-    void score(const T* const* from) {
+    // The scores of keys `first` … `first` + `size`, which are `at` … of the block.
+    void score_keys(const T* const* from, int64_t first, int64_t size, const Block& block, int64_t at) {
         const Vec scale = Vec::fill(float(p.scale * 1.4426950408889634));
         for (int64_t i = 0; i < t.tokens; ++i) {
-            for (int64_t j = 0; j < seen[i]; j += kKeys) {
-                for (int64_t g = 0; g < s.group; g += kRows) {
-                    const Element* q = queries.get() + (i * s.group + g) * s.width;
-                    float* out = weights_of(i) + j * s.lanes + g;
-                    with_rows<kRows>(s.group - g, [&](auto together) {
-                        dots<together.value>(q, s.width, from + 2 * j, seen[i] - j, scale, out, s.lanes,
-                                         i ? nullptr : &ahead);
-                    });
-                }
+            const int64_t count = seen(i, first, size);
+            for (int64_t g = 0; g < s.group; g += kRows) {
+                const Element* const q = queries.get() + (i * s.group + g) * s.width;
+                float* const out = block.weights_of(i * s.lanes + g) + at * kRows;
+                with_rows<kRows>(s.group - g, [&](auto heads) {
+                    score<heads.value>(q, s.width, from, count, scale, out, i ? nullptr : &ahead);
+                });
             }
         }
     }
 
-    // Scores of token i, as exponents of 2, become weights, a query a lane; what was weighted by a smaller largest score gets
-    // a factor.
-    void soften(int64_t i, const Softmax& to) {
-        const int64_t together = std::max<int64_t>(1, Vec::size / s.lanes), step = together * s.lanes;
-        float* const scores = weights_of(i);
-        // Behind the last key are weights of 0, up to whole steps of kSoftened vectors.
-        const int64_t vectors = (seen[i] + kSoftened * together - 1) / (kSoftened * together) * kSoftened;
-        std::fill(scores + seen[i] * s.lanes, scores + vectors * step, -std::numeric_limits<float>::infinity());
-        for (int64_t g = 0; g < s.lanes; g += Vec::size) {
-            float *w = scores + g, *largest = to.largest + i * s.lanes + g, *total = to.total + i * s.lanes + g;
-            const Vec before = load_lanes(largest, together);
-            Vec tops[kSoftened], sums[kSoftened];
-            for (int k = 0; k < kSoftened; ++k) {
-                tops[k] = before;
-                sums[k] = Vec::zero();
-            }
-            for (int64_t j = 0; j < vectors; j += kSoftened) {
+    // The largest score of kRows heads; what was weighted by a smaller one gets a factor.
+    void begin_softmax(int64_t lane, int64_t count, const Block& block, const Softmax& to) const {
+        float *const scores = block.weights_of(lane), *const end = scores + count * kRows;
+        // Behind the last key are weights of 0.
+        constexpr int64_t together = 2 * kSoftened;
+        std::fill(end, scores + (count + together - 1) / together * together * kRows, -std::numeric_limits<float>::infinity());
+        const Vec before = load_twice(to.largest + lane);
+        Vec tops[4] = {before, before, before, before};
+        const float* at = scores;
+        for (; at + 4 * Vec::size <= end; at += 4 * Vec::size) {
 #pragma GCC unroll 4
-                for (int k = 0; k < kSoftened; ++k) tops[k] = max(tops[k], Vec::load(w + (j + k) * step));
-            }
-            Vec top = max(max(tops[0], tops[1]), max(tops[2], tops[3]));
-            if (together == 2) top = max(top, swapped(top));
-            for (int64_t j = 0; j < vectors; j += kSoftened) {
-                Vec e[kSoftened];
-#pragma GCC unroll 4
-                for (int k = 0; k < kSoftened; ++k) e[k] = Vec::load(w + (j + k) * step) - top;
-                exp2(e);
-#pragma GCC unroll 4
-                for (int k = 0; k < kSoftened; ++k) {
-                    e[k].store(w + (j + k) * step);
-                    sums[k] = sums[k] + e[k];
-                }
-            }
-            Vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-            if (together == 2) sum = sum + swapped(sum);
-            const Vec factor = exp2(before - top);
-            sum = fma(load_lanes(total, together), factor, sum);
-            store_lanes(top, largest, together);
-            store_lanes(sum, total, together);
-            store_lanes(factor, factors.get() + i * s.lanes + g, together);
+            for (int k = 0; k < 4; ++k) tops[k] = max(tops[k], Vec::load(at + k * Vec::size));
         }
+        for (; at < end; at += Vec::size) tops[0] = max(tops[0], Vec::load(at));
+        const Vec top = max(max(tops[0], tops[1]), max(tops[2], tops[3])), all = max(top, swapped(top));
+        store_half(all, to.largest + lane);
+        store_half(exp2(before - all), block.factors.get() + lane);
+        Vec::zero().store(sums.get() + 2 * lane);
     }
 
-    void weigh(const T* const* from, const Softmax& sums) {
-        for (int64_t c = 0; c < s.width; c += kPair) {
-            for (int64_t i = 0; i < t.tokens; ++i) {
-                if (!seen[i]) continue;
-                for (int64_t g = 0; g < s.group; g += kRows) {
-                    float* out = sums.values + (i * s.group + g) * s.width;
-                    const float* factor = factors.get() + i * s.lanes + g;
-                    with_rows<kRows>(s.group - g, [&](auto results) {
-                        add_weighted<results.value>(weights_of(i) + g, s.lanes, factor, from, seen[i], c, out, s.width,
-                                                 i ? nullptr : &ahead);
-                    });
-                }
-            }
-        }
+    // Of `size` scores, those of `visible` keys.
+    Soften soften(int64_t lane, int64_t visible, int64_t size, const Block& block, int64_t at, const Softmax& to) const {
+        constexpr int64_t together = 2 * kSoftened;
+        return {block.weights_of(lane) + at * kRows, (std::clamp<int64_t>(visible, 0, size) + together - 1) / together,
+                to.largest + lane, sums.get() + 2 * lane};
+    }
+
+    void end_softmax(int64_t lane, const Block& block, const Softmax& to) const {
+        const Vec sum = Vec::load(sums.get() + 2 * lane);
+        float* const total = to.total + lane;
+        store_half(fma(load_twice(total), load_twice(block.factors.get() + lane), sum + swapped(sum)), total);
+    }
+
+    // The values of `count` keys, which are `at` … of the block, and beside it others' softmax.
+    void weigh(int64_t i, int64_t g, const T* const* values, int64_t count, const Block& block, int64_t at, const Softmax& to,
+               Soften soften) {
+        if (!count) return soften.all();
+        const int64_t lane = i * s.lanes + g;
+        with_rows<kRows>(s.group - g, [&](auto heads) {
+            add_weighted<heads.value>(block.weights_of(lane) + at * kRows, at ? nullptr : block.factors.get() + lane, values,
+                                      count, s.width, to.values + (i * s.group + g) * s.width, i ? nullptr : &ahead, soften);
+        });
     }
 
     // Puts a partition's result behind that of the partitions before it.
@@ -292,14 +293,16 @@ class Worker {
         for (int64_t i = 0; i < t.tokens; ++i) {
             if (keys_of(i) <= part * kPartition) continue;
             for (int64_t r = 0; r < s.group; ++r) {
-                const int64_t at = i * s.lanes + r, row = (i * s.group + r) * s.width;
-                join_row(from.largest[at], from.total[at], from.values + row, to.largest[at], to.total[at], to.values + row);
+                const int64_t at = i * s.lanes + r;
+                const Strip row = strip(i, r);
+                join_row(from.largest[at], from.total[at], from.values + row.begin, to.largest[at], to.total[at],
+                         to.values + row.begin, row.heads);
             }
         }
     }
 
-    void join_row(float largest, float total, const float* values, float& to_largest, float& to_total,
-                  float* to_values) const {
+    void join_row(float largest, float total, const float* values, float& to_largest, float& to_total, float* to_values,
+                  int64_t heads) const {
         const float top = std::max(to_largest, largest);
         const Vec old = exp2(Vec::fill(to_largest - top)), added = exp2(Vec::fill(largest - top));
         const Vec sum = fma(added, Vec::fill(total), old * Vec::fill(to_total));
@@ -307,8 +310,10 @@ class Worker {
         float lanes[Vec::size];
         sum.store(lanes);
         to_total = lanes[0];
-        for (int64_t c = 0; c < s.width; c += Vec::size)
-            fma(added, Vec::load(values + c), old * Vec::load(to_values + c)).store(to_values + c);
+        for (int64_t c = 0; c < s.width * heads; c += kPair * heads) {
+            for (int64_t half = c; half < c + kPair; half += Vec::size)
+                fma(added, Vec::load(values + half), old * Vec::load(to_values + half)).store(to_values + half);
+        }
     }
 
     void finish(const Softmax& all) const {
@@ -318,9 +323,9 @@ class Worker {
                 T* to = static_cast<T*>(p.out) + (token * p.heads + t.kv_head * s.group + g) * p.head_dim;
                 const T* gate = p.gate ? row(p.gate, token, p.gate_token, p.gate_head, g) : nullptr;
                 const Vec inverse = Vec::fill(1.0f / all.total[i * s.lanes + g]);
-                const float* values = all.values + (i * s.group + g) * s.width;
+                const Strip values = strip(i, g);
                 for (int64_t c = 0; c < s.width; c += kPair) {
-                    Pair x = load_pair(values + c);
+                    Pair x = load_pair(all.values + values.begin + c * values.heads);
                     x = {x.first * inverse, x.second * inverse};
                     if (gate) {
                         const Pair y = load_pair(gate, c, p.head_dim);
@@ -336,14 +341,12 @@ class Worker {
     const Shape& s;
     Tile t;
     Scratch<Element> queries;
-    Scratch<float> weights, factors;
-    Scratch<T> copy;
-    Scratch<float> part_memory, memory;
-    // Of a partition and of the next block: key, value, key, value …, and behind them memory that no one waits for.
-    const T* rows[2 * (kPartition + kBlock) + 1];
-    const T* padded_rows[2 * kBlock];
+    Scratch<T> copy, nothing;
+    Scratch<float> memory, sums;  // of the tile and of two partitions; of the weights of a block so far, [tokens, lanes, 2]
+    Block blocks[3];
+    // Of two steps: keys, values, and behind them memory that no one waits for.
+    const T *rows[2][2 * kBlock + 1], *padded_rows[2 * kBlock];
     Ahead<T> ahead;
-    int64_t seen[kMostTileRows];  // keys of the current block, by token
 };
 
 std::vector<Tile> tiles_of(const PagedAttention& p, const Shape& s) {
@@ -379,20 +382,20 @@ void by_tiles(const PagedAttention& p, const Shape& s, const std::vector<Tile>& 
     {
         Worker<T> worker(p, s);
         share(taken, tiles.size(), [&](size_t i, size_t next) {
-            worker.whole(tiles[i], next < tiles.size() ? &tiles[next] : nullptr);
+            worker.whole(tiles[i], next < tiles.size() ? Parts{&tiles[next], 0, 1} : Parts{});
         });
     }
 }
 
 template <class T>
 void by_parts(const PagedAttention& p, const Shape& s, const std::vector<Tile>& tiles) {
-    std::vector<Part> parts;
+    std::vector<Parts> parts;
     std::vector<int64_t> places, starts;  // of results
     int64_t floats = 0;
     for (const Tile& tile : tiles) {
         starts.push_back(floats);
         for (int64_t n = 0; n < tile.parts(); ++n, floats += Softmax::floats(s, tile.tokens)) {
-            parts.push_back({&tile, n});
+            parts.push_back({&tile, n, n + 1});
             places.push_back(floats);
         }
     }
@@ -402,7 +405,7 @@ void by_parts(const PagedAttention& p, const Shape& s, const std::vector<Tile>& 
     {
         Worker<T> worker(p, s);
         share(taken, parts.size(), [&](size_t i, size_t next) {
-            worker.part(parts[i], next < parts.size() ? parts[next] : Part{}, results.get() + places[i]);
+            worker.part(parts[i], next < parts.size() ? parts[next] : Parts{}, results.get() + places[i]);
         });
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
