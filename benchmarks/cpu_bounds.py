@@ -6,8 +6,8 @@
 Measures float32 multiply-adds and BF16 dot products that stay in registers, and memory moved as the operation must move
 it and no more (read; read in the order of attention's decode, beside its multiply-adds; read and written in place; read
 once and written k times past the caches). A row's bound is the larger of its arithmetic and its memory alone, as if
-they overlapped without loss. ``--results`` takes CSVs of cpu_ops.py and cpu_slice.py of the same machine: then the table
-says how far ours is from the bound, and what ratio to vLLM a kernel at the bound would have.
+they overlapped without loss. ``--results`` takes CSVs of cpu_ops.py and cpu_slice.py of the same machine: then the
+table says how far ours is from the bound, and what ratio to vLLM a kernel at the bound would have.
 """
 
 from __future__ import annotations

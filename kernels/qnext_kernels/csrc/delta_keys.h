@@ -92,10 +92,10 @@ class KeyTile {
 // Rows that are read or written later, fetched line by line in so many steps: a processor does not foresee rows that lie
 // apart, has few reads of memory under way at once, and waits with whatever comes behind them.
 template <class T>
-class Ahead {
+class LinesAhead {
   public:
     // `count` rows of `size` elements, `to_next` apart.
-    Ahead(const T* row, int64_t to_next, int64_t count, int64_t size, int64_t steps)
+    LinesAhead(const T* row, int64_t to_next, int64_t count, int64_t size, int64_t steps)
         : row(row), to_next(to_next), size(size), lines((size + kLine - 1) / kLine * count), steps(steps) {}
 
     // (In line: a compiler leaves out calls of functions that do nothing but fetch.)

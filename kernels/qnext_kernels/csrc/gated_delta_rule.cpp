@@ -192,7 +192,7 @@ class Head {
 
     // What this head fetches of the tile of tokens that begins at `start`, in so many steps.
     struct Tokens {
-        Ahead<T> values, keys, queries;
+        LinesAhead<T> values, keys, queries;
         QNEXT_INLINE void fetch() { values.step(), keys.step(), queries.step(); }
     };
 
@@ -214,7 +214,7 @@ class Head {
         for_tiles([&](int64_t row, int64_t count, float* tile) {
             // Those that the next tile is made of, or that this one becomes.
             const float* const fetched = current + (enters ? row + count : row) * width;
-            Ahead<float> state_rows(fetched, width, enters || leaves ? kTileRows : 0, width, block.steps());
+            LinesAhead<float> state_rows(fetched, width, enters || leaves ? kTileRows : 0, width, block.steps());
             if (enters) to_tile(current + row * width, count, width, tile);
             block.advance(tile, is_zero, count, value(start) + row, p.v_token, out(start) + row, o_token, [&]() QNEXT_INLINE {
                 next.fetch();
