@@ -74,9 +74,9 @@ struct Softmax {
 // One thread's.
 //
 // Three blocks are on their way at a time: of the first the keys meet the queries, of the second the scores become weights,
-// a few between the products of others, so that these cover the latency, and of the third the values are weighted. One token
-// goes through a third of a block at a step: what is read in a step is fetched in the step before, and stays in the first
-// cache.
+// a few between the products of others, so that these cover the latency, and of the third the values are weighted. With
+// AVX-512 one token goes through a third of a block at a step: what is read in a step is fetched in the step before, and
+// stays in the first cache.
 template <class T>
 class Worker {
   public:
@@ -183,32 +183,32 @@ class Worker {
         };
         const T* const* from = find(begin * steps);
         for (int64_t block = begin; block < end + 2; ++block) {
-            const Block &third = blocks[block % 3], &second = blocks[(block + 2) % 3], &first = blocks[(block + 1) % 3];
+            const Block &scored = blocks[block % 3], &softened = blocks[(block + 2) % 3], &weighed = blocks[(block + 1) % 3];
             const bool softens = block > begin && block <= end, weighs = block > begin + 1;
-            const Softmax to_second = softens ? result(block - 1) : all, to_first = weighs ? result(block - 2) : all;
-            if (softens && (block - 1 == begin || (block - 1) % kBlocks == 0)) to_second.clear();
+            const Softmax to_softened = softens ? result(block - 1) : all, to_weighed = weighs ? result(block - 2) : all;
+            if (softens && (block - 1 == begin || (block - 1) % kBlocks == 0)) to_softened.clear();
             for (int64_t n = 0; n < steps; ++n) {
                 const T** const later = find(block * steps + n + 1);
                 ahead.last = later + 2 * size;
                 ahead.begin(later);
-                const T* const* const rows = s.width == p.head_dim ? from : pad(from, size);
+                const T* const* const read = s.width == p.head_dim ? from : pad(from, size);
                 const int64_t at = n * size;
-                if (block < end) score_keys(rows, block * kBlock + at, size, third, at);
+                if (block < end) score_keys(read, block * kBlock + at, size, scored, at);
                 for (int64_t i = 0; i < t.tokens; ++i) {
                     const int64_t visible = softens ? seen(i, (block - 1) * kBlock, kBlock) : 0;
                     const int64_t count = weighs ? seen(i, (block - 2) * kBlock + at, size) : 0;
                     for (int64_t g = 0; g < s.group; g += kRows) {
                         const int64_t lane = i * s.lanes + g;
-                        if (visible && n == 0) begin_softmax(lane, visible, second, to_second);
-                        weigh(i, g, rows + size, count, first, at, to_first,
-                              soften(lane, visible - at, size, second, at, to_second));
-                        if (visible && n + 1 == steps) end_softmax(lane, second, to_second);
+                        if (visible && n == 0) begin_softmax(lane, visible, softened, to_softened);
+                        weigh(i, g, read + size, count, weighed, at, to_weighed,
+                              soften(lane, visible - at, size, softened, at, to_softened));
+                        if (visible && n + 1 == steps) end_softmax(lane, softened, to_softened);
                     }
                 }
                 from = later;
             }
             if (weighs && ((block - 1) % kBlocks == 0 || block == end + 1) && (block - 2) / kBlocks > parts.first)
-                join((block - 2) / kBlocks, to_first, all);
+                join((block - 2) / kBlocks, to_weighed, all);
         }
     }
 
