@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 import qnext_kernels
+from qnext_kernels.dispatch import deterministic
+from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE
 from qnext_plugins.cli.bench.inputs import PART, Case, Library, Part, Row, Side, Sizes, int32, normal, sides_of
 from qnext_plugins.cli.bench.roofs import Call, rotations
+
+OTHER_PREFILLS = ("triton_context_parallel", "flash_qla")
+"""Backends that are prefills of their own, and otherwise those of ``triton``."""
 
 
 def heads_of(s: Sizes) -> tuple[int, int, int]:
@@ -254,6 +259,23 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
             Part(ends, lambda out, states: (out[:first], out[-(last // 8) :], states[-1:])),
         )
 
+    def prefill_alone(tokens: int, *, snapshot: bool) -> Case:
+        """What no library has beside us: a prefill that leaves a state halfway, or one in the deterministic mode."""
+        convolved, rest = inputs(tokens)
+        pool = rule_pool(s, 3)
+        slots, starts, initial = fresh((tokens,))
+        halfway = (int32([2]), int32([tokens // 2 // CHUNK_SIZE * CHUNK_SIZE])) if snapshot else ()
+
+        def ours(i: int) -> Tensor:
+            arguments = *split(convolved), *rest, pool, slots, starts, initial, *halfway
+            if snapshot:
+                return qnext_kernels.gated_delta_rule_prefill(*arguments)
+            with deterministic():
+                return qnext_kernels.gated_delta_rule_prefill(*arguments)
+
+        moved = 2 * tokens * (s.channels + value_dims) + (1 + snapshot) * one_state
+        return case(ours, pool, [int32([1, 2][: 1 + snapshot])], "", lambda *_: None, tokens, moved)
+
     def decode(batch: int) -> Case:
         convolved, rest = inputs(batch)
         sets = rotations(batch * one_state)
@@ -291,7 +313,12 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
     for lengths in (*((tokens,) for tokens in s.prefills), *s.packed):
         small = sum(lengths) <= 2048
         yield row("delta rule prefill", described(lengths), partial(prefill, lengths), quick=small, heavy=not small)
+    for tokens in s.prefills_alone:
+        yield row("delta rule prefill, a snapshot", f"T={tokens}", partial(prefill_alone, tokens, snapshot=True))
+        alone = partial(prefill_alone, tokens, snapshot=False)
+        yield row("delta rule prefill, deterministic", f"T={tokens}", alone, borrowed=OTHER_PREFILLS)
     for batch in s.batches:
-        yield row("delta rule decode", f"B={batch}", partial(decode, batch), stepped=True)
+        yield row("delta rule decode", f"B={batch}", partial(decode, batch), stepped=True, borrowed=OTHER_PREFILLS)
     for batch in s.batches:
-        yield row("delta rule verify", f"B={batch} × {1 + s.drafts} tokens", partial(verify, batch), stepped=True)
+        shape = f"B={batch} × {1 + s.drafts} tokens"
+        yield row("delta rule verify", shape, partial(verify, batch), stepped=True, borrowed=OTHER_PREFILLS)

@@ -52,6 +52,8 @@ class Sizes:
     batches: tuple[int, ...] = (1, 8, 32)
     packed: tuple[tuple[int, ...], ...] = ()
     """Prefills of Gated DeltaNet over several sequences: their lengths."""
+    prefills_alone: tuple[int, ...] = ()
+    """Prefills of the delta rule with a snapshot, and in the deterministic mode, beside no library."""
     linear_tokens: tuple[int, ...] = (1, 2, 3, 4)
     rows: tuple[int, ...] = (2048, 32)
     """Tokens of the elementwise operations, most first: Inductor decides by the first call what to run in parallel."""
@@ -90,6 +92,7 @@ GPU = Sizes(
     prefills=(2048, 4096, 8192, 16384, 32768, 65536),
     conv_prefills=(2048, 8192, 65536),
     packed=(ragged(16, 2048), ragged(64, 512)),
+    prefills_alone=(2048,),
     batches=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
     linear_tokens=(1, 8, 64, 256, 1024),
     rows=(8192, 1024, 256, 64, 16, 1),
@@ -100,6 +103,7 @@ GPU_QUICK = Sizes(
     prefills=(2048, 8192),
     conv_prefills=(8192,),
     packed=(ragged(16, 2048),),
+    prefills_alone=(2048,),
     contexts=(8192,),
     batches=(1, 32, 256),
     linear_tokens=(1, 64),
