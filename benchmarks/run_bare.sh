@@ -20,7 +20,7 @@ platforms=(manylinux2014_x86_64 manylinux_2_17_x86_64 manylinux_2_24_x86_64 many
 # What gpu_ops.py and the tests of the kernels import, and the peers that are Triton and Python alone.
 requirements=(
     numpy pydantic rich httpx prometheus-client platformdirs filelock
-    pytest pytest-timeout safetensors "transformers>=5.16.1,<5.20"
+    pytest pytest-timeout pytest-xdist safetensors "transformers>=5.16.1,<5.20"
     fla-core einops
 )
 
@@ -64,8 +64,10 @@ install() {
 
 # Run the tests that need a GPU for at most $2 seconds, with the log in folder $3; 0 where there are none.
 run_tests() {
-    local python=$1 seconds=$2 output=$3 status=0
-    (cd "$root" && timeout "$seconds" "$python" -m pytest -m gpu -q -p no:cacheprovider tests/kernels \
+    local python=$1 seconds=$2 output=$3 status=0 processes
+    # Most of the time goes into compiling.
+    processes=$(($(nproc) < 8 ? $(nproc) : 8))
+    (cd "$root" && timeout "$seconds" "$python" -m pytest -m gpu -n "$processes" -q -p no:cacheprovider tests/kernels \
         tests/cli/test_bench_gpu.py) \
         >"$output/tests.log" 2>&1 || status=$?
     tail -n 3 "$output/tests.log"
