@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from qnext_kernels import backend_table
+from qnext_kernels import backend_table, layouts
 
 BACKEND_NAMES = ("reference", "cpu", "native", "triton", "triton_context_parallel", "flashinfer", "flash_qla")
 OPERATION_NAMES = (
@@ -86,7 +86,7 @@ class Operation:
         assert name in OPERATION_NAMES
         self.name = name
         self.backends = tuple(backends)
-        self._serving_on_cpu: dict[tuple[torch.dtype, bool], Backend] = {}
+        self._serving = layouts.memory()
         self._led_by = {
             first.name: (first, *(backend for backend in backends if backend is not first)) for first in backends
         }
@@ -103,13 +103,13 @@ class Operation:
             BackendError: a forced backend is missing or declines, or none supports the call.
         """
         forced = _forced.get(self.name, _forced.get("*"))
-        if forced is not None or device != _CPU or call is not None or torch.compiler.is_compiling():
+        if forced is not None or call is not None or torch.compiler.is_compiling():
             return self._choose(device, dtype, call, forced)
-        # Asking every backend anew would cost a decode on a CPU more than it computes in some operations.
-        case = dtype, _deterministic
-        if case not in self._serving_on_cpu:
-            self._serving_on_cpu[case] = self._choose(device, dtype, None, None)
-        return self._serving_on_cpu[case]
+        # Asking every backend anew would cost a step of decode more than it computes in some operations.
+        case = device, dtype
+        if case not in self._serving:
+            self._serving[case] = self._choose(device, dtype, None, None)
+        return self._serving[case]
 
     def _choose(self, device: torch.device, dtype: torch.dtype, call: Call | None, forced: str | None) -> Backend:
         reasons = ""
@@ -142,7 +142,6 @@ def measured_backends() -> backend_table.Table:
 
 
 OPERATIONS: dict[str, Operation] = {}
-_CPU = torch.device("cpu")
 
 
 def reason_to_decline(
@@ -167,6 +166,7 @@ def set_deterministic(on: bool) -> None:
     """Turn the deterministic mode on or off for this process; at first it is as ``QNEXT_DETERMINISTIC`` says."""
     global _deterministic
     _deterministic = on
+    layouts.forget()
 
 
 @contextlib.contextmanager
@@ -216,11 +216,13 @@ def force_backend(value: str) -> Iterator[None]:
     """Force backends inside a ``with`` block; ``value`` is written as for ``QNEXT_BACKEND``."""
     previous = dict(_forced)
     _forced.update(parse_forced(value))
+    layouts.forget()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(previous)
+        layouts.forget()
 
 
 def selected_backends(device: torch.device, dtype: torch.dtype, but: Collection[str] = ()) -> dict[str, str]:

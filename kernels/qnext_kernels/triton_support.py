@@ -121,7 +121,7 @@ def _target(gpu: object, device: int) -> Target:
 
 def rows(x: Tensor) -> Tensor:
     """``x`` with a last dimension of unit stride, copied only where it has another."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride()[-1] == 1 else x.contiguous()
 
 
 def aligned_rows(x: Tensor, alignment: int = ALIGNMENT) -> Tensor:
@@ -168,6 +168,11 @@ def _outer_and_inner(x: Tensor) -> tuple[int, int]:
     strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
     outer, inner, _ = (0, 0, *strides)[-3:]
     return outer, inner
+
+
+def ceil_div(x: int, y: int) -> int:
+    """x / y, rounded up: triton.cdiv takes a microsecond."""
+    return -(-x // y)
 
 
 def power_of_two(at_least: int) -> int:

@@ -15,6 +15,8 @@ tokens the inputs that precede the continuation behind ``a`` accepted ones start
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from qnext_kernels.checks import (
     longest_sequence,
 )
 from qnext_kernels.dispatch import Operation
+from qnext_kernels.layouts import once_per_layout
 
 operation = Operation("causal_conv1d", [CausalConv1dNative(), CpuBackend(), TritonCausalConv1d(), ReferenceBackend()])
 
@@ -75,14 +78,10 @@ def causal_conv1d_prefill(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
     """
-    num_sequences = _check(x, weight, conv_state, slots, query_start_loc, key_dim)
-    expect_shape("has_initial_state", has_initial_state, (num_sequences,))
-    expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
+    batch = (x, weight, conv_state, slots, query_start_loc, has_initial_state)
     snapshots = expect_both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
-    if snapshots is not None:
-        expect_snapshots(*snapshots, query_start_loc, conv_state.shape[0])
-    backend = operation.select(x.device, x.dtype)
-    return backend.prefill(x, weight, conv_state, slots, query_start_loc, has_initial_state, snapshots, key_dim)
+    backend = _prefill_backend(*batch, snapshot_slots, snapshot_lengths, key_dim)
+    return backend.prefill(*batch, snapshots, key_dim)
 
 
 def causal_conv1d_verify(
@@ -120,22 +119,9 @@ def causal_conv1d_verify(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
     """
-    num_sequences = _check(x, weight, conv_state, slots, query_start_loc)
-    most = conv_state.shape[2] - weight.shape[1] + 2
-    expect_shape("num_accepted_tokens", num_accepted_tokens, (num_sequences,))
-    expect_indices("num_accepted_tokens", num_accepted_tokens, 1, most + 1)
+    batch = (x, weight, conv_state, slots, query_start_loc, num_accepted_tokens)
     steps = expect_both_or_neither("step_state", step_state, "step_rows", step_rows)
-    if steps is not None:
-        step_state, step_rows = steps
-        expect_shape("step_state", step_state, (None, None, x.shape[1], weight.shape[1] - 1))
-        expect_dtype("step_state", step_state, (conv_state.dtype,))
-        expect_shape("step_rows", step_rows, (num_sequences,))
-        expect_indices("step_rows", step_rows, -1, step_state.shape[0])
-        most = step_state.shape[1]
-    if query_start_loc.is_cpu and longest_sequence(query_start_loc) > most:
-        raise ValueError(f"query_start_loc: expected at most {most} tokens a sequence, got {query_start_loc.tolist()}")
-    backend = operation.select(x.device, x.dtype)
-    return backend.verify(x, weight, conv_state, slots, query_start_loc, num_accepted_tokens, steps)
+    return _verify_backend(*batch, step_state, step_rows).verify(*batch, steps)
 
 
 def causal_conv1d_decode(x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor) -> Tensor:
@@ -153,8 +139,62 @@ def causal_conv1d_decode(x: Tensor, weight: Tensor, conv_state: Tensor, slots: T
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
     """
+    return _decode_backend(x, weight, conv_state, slots).decode(x, weight, conv_state, slots)
+
+
+@once_per_layout
+def _prefill_backend(
+    x: Tensor,
+    weight: Tensor,
+    conv_state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    has_initial_state: Tensor,
+    snapshot_slots: Tensor | None,
+    snapshot_lengths: Tensor | None,
+    key_dim: int | None,
+) -> Any:
+    """Check the arguments of a prefill; return the backend for it."""
+    num_sequences = _check(x, weight, conv_state, slots, query_start_loc, key_dim)
+    expect_shape("has_initial_state", has_initial_state, (num_sequences,))
+    expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
+    if snapshot_slots is not None and snapshot_lengths is not None:
+        expect_snapshots(snapshot_slots, snapshot_lengths, query_start_loc, conv_state.shape[0])
+    return operation.select(x.device, x.dtype)
+
+
+@once_per_layout
+def _verify_backend(
+    x: Tensor,
+    weight: Tensor,
+    conv_state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    num_accepted_tokens: Tensor,
+    step_state: Tensor | None,
+    step_rows: Tensor | None,
+) -> Any:
+    """Check the arguments of a verify; return the backend for it."""
+    num_sequences = _check(x, weight, conv_state, slots, query_start_loc)
+    most = conv_state.shape[2] - weight.shape[1] + 2
+    expect_shape("num_accepted_tokens", num_accepted_tokens, (num_sequences,))
+    expect_indices("num_accepted_tokens", num_accepted_tokens, 1, most + 1)
+    if step_state is not None and step_rows is not None:
+        expect_shape("step_state", step_state, (None, None, x.shape[1], weight.shape[1] - 1))
+        expect_dtype("step_state", step_state, (conv_state.dtype,))
+        expect_shape("step_rows", step_rows, (num_sequences,))
+        expect_indices("step_rows", step_rows, -1, step_state.shape[0])
+        most = step_state.shape[1]
+    if query_start_loc.is_cpu and longest_sequence(query_start_loc) > most:
+        raise ValueError(f"query_start_loc: expected at most {most} tokens a sequence, got {query_start_loc.tolist()}")
+    return operation.select(x.device, x.dtype)
+
+
+@once_per_layout
+def _decode_backend(x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor) -> Any:
+    """Check the arguments of a decode; return the backend for it."""
     _check(x, weight, conv_state, slots, None)
-    return operation.select(x.device, x.dtype).decode(x, weight, conv_state, slots)
+    return operation.select(x.device, x.dtype)
 
 
 def _check(

@@ -47,7 +47,7 @@ class TritonCausalConv1d(TritonBackend):
     ) -> Tensor:
         from qnext_kernels.causal_conv1d.triton_conv import run_verify
 
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
         with torch.cuda.device_of(x):
             run_verify(x, weight, y, conv_state, slots, query_start_loc, accepted, steps)
         return y
@@ -55,7 +55,7 @@ class TritonCausalConv1d(TritonBackend):
     def decode(self, x: Tensor, weight: Tensor, conv_state: Tensor, slots: Tensor) -> Tensor:
         from qnext_kernels.causal_conv1d.triton_conv import run_verify
 
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
         with torch.cuda.device_of(x):
             run_verify(x, weight, y, conv_state, slots)
         return y

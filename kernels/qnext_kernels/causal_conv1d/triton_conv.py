@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qnext_kernels.gated_delta_rule.triton_chunked import sequence_of_chunk
 from qnext_kernels.triton_elementwise import silu
-from qnext_kernels.triton_support import aligned_rows, power_of_two, rows
+from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_support import aligned_rows, ceil_div, power_of_two, rows
 
 CHANNELS, RUNS, STEPS = 128, 16, 8
 """Of a program of a prefill: so many runs of so many tokens; a thread goes along one with a vector of 16 bytes."""
@@ -256,10 +257,11 @@ def run_prefill(
     x, slots = rows(x[:, None] if key_dim is None else x), slots.contiguous()
     key_dim = key_dim or 0
     heads, value_dim = x.shape[1], x.shape[2] - 2 * key_dim
-    blocks = heads * (2 * triton.cdiv(key_dim, CHANNELS) + triton.cdiv(value_dim, CHANNELS))
+    blocks = heads * (2 * ceil_div(key_dim, CHANNELS) + ceil_div(value_dim, CHANNELS))
     chunks = num_tokens // (RUNS * STEPS) + sequences
     snapshot_slots, snapshot_lengths = (slots, slots) if snapshots is None else (s.contiguous() for s in snapshots)
-    prefill_kernel[(chunks * blocks,)](
+    launch(
+        prefill_kernel, (chunks * blocks,),
         x, aligned_rows(weight.contiguous()), y, pool,
         slots, query_start_loc.contiguous(), has_initial.contiguous(), snapshot_slots, snapshot_lengths,
         *x.stride()[:2], *pool.stride(), sequences, int(snapshots is not None),
@@ -290,7 +292,8 @@ def run_verify(
         step_pool, step_rows, most = steps[0], steps[1].contiguous(), steps[0].shape[1]
     # Later tokens find every input before them in x: what a program overwrites, its first block has read.
     block = max(min(most, LONGEST_BLOCK), 1 if query_start_loc is None or steps is not None else width - 1)
-    verify_kernel[(sequences * triton.cdiv(channels, VERIFIED_CHANNELS),)](
+    launch(
+        verify_kernel, (sequences * ceil_div(channels, VERIFIED_CHANNELS),),
         x, aligned_rows(weight.contiguous()), y, pool, step_pool, slots, offsets, taken, step_rows,
         x.stride(0), *pool.stride(), *((0, 0, 0, 0) if steps is None else step_pool.stride()), pool.shape[2], most,
         RAGGED=query_start_loc is not None, IN_STEPS=steps is not None, D=channels, W=width,

@@ -7,6 +7,8 @@ head; the attention output is multiplied by sigmoid(gate).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from qnext_kernels.gated_attention.cpu import CpuBackend
 from qnext_kernels.gated_attention.native import GatedAttentionNative
 from qnext_kernels.gated_attention.reference import ReferenceBackend
 from qnext_kernels.gated_attention.triton import TritonGatedAttention
+from qnext_kernels.layouts import once_per_layout
 
 operation = Operation(
     "gated_attention", [GatedAttentionNative(), CpuBackend(), TritonGatedAttention(), ReferenceBackend()]
@@ -50,20 +53,7 @@ def qk_norm_rope_gate(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit.
     """
-    expect_floating("qkv", qkv)
-    expect_shape("q_weight", q_weight, (None,))
-    head_dim = q_weight.shape[0]
-    expect_shape("qkv", qkv, (None, 2 * (num_heads + num_kv_heads) * head_dim))
-    expect_shape("k_weight", k_weight, (head_dim,))
-    expect_shape("cos_sin", cos_sin, (None, None))
-    expect_floating("cos_sin", cos_sin)
-    expect_shape("positions", positions, (qkv.shape[0],))
-    expect_dtype("positions", positions, (torch.int32, torch.int64))
-    if cos_sin.shape[1] > head_dim or cos_sin.shape[1] % 2:
-        raise ValueError(f"cos_sin: expected an even rotary_dim of at most {head_dim}, got {cos_sin.shape[1]}")
-    backend = operation.select(qkv.device, qkv.dtype)
-    if not isinstance(backend, GatedAttentionNative):  # whose kernel checks what it reads
-        expect_indices("positions", positions, 0, cos_sin.shape[0])
+    backend = _heads_backend(qkv, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads)
     return backend.qk_norm_rope_gate(qkv, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads, eps)
 
 
@@ -80,8 +70,42 @@ def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: a shape or dtype does not fit.
     """
+    return _gate_backend(x, gate).sigmoid_gate(x, gate)
+
+
+@once_per_layout
+def _heads_backend(
+    qkv: Tensor,
+    positions: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos_sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Any:
+    """Check the arguments of a split; return the backend for them."""
+    expect_floating("qkv", qkv)
+    expect_shape("q_weight", q_weight, (None,))
+    head_dim = q_weight.shape[0]
+    expect_shape("qkv", qkv, (None, 2 * (num_heads + num_kv_heads) * head_dim))
+    expect_shape("k_weight", k_weight, (head_dim,))
+    expect_shape("cos_sin", cos_sin, (None, None))
+    expect_floating("cos_sin", cos_sin)
+    expect_shape("positions", positions, (qkv.shape[0],))
+    expect_dtype("positions", positions, (torch.int32, torch.int64))
+    if cos_sin.shape[1] > head_dim or cos_sin.shape[1] % 2:
+        raise ValueError(f"cos_sin: expected an even rotary_dim of at most {head_dim}, got {cos_sin.shape[1]}")
+    backend = operation.select(qkv.device, qkv.dtype)
+    if not isinstance(backend, GatedAttentionNative):  # whose kernel checks what it reads
+        expect_indices("positions", positions, 0, cos_sin.shape[0])
+    return backend
+
+
+@once_per_layout
+def _gate_backend(x: Tensor, gate: Tensor) -> Any:
+    """Check the arguments of a gate; return the backend for them."""
     expect_floating("x", x)
     if gate.shape != x.shape:
         expect_shape("gate", gate, (*x.shape[:-1], 1))
     expect_floating("gate", gate)
-    return operation.select(x.device, x.dtype).sigmoid_gate(x, gate)
+    return operation.select(x.device, x.dtype)

@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qnext_kernels.triton_elementwise import row_start, sigmoid
-from qnext_kernels.triton_support import ELEMENTS, inner_rows, power_of_two, vector_of, vector_rows
+from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_support import ELEMENTS, ceil_div, inner_rows, power_of_two, vector_of, vector_rows
 
 
 @triton.jit(do_not_specialize=["x_outer", "x_inner", "gate_outer", "gate_inner", "inner", "rows"])
@@ -46,7 +47,8 @@ def run_sigmoid_gate(x: Tensor, gate: Tensor, out: Tensor) -> None:
     x, *x_strides = vector_rows(x, vector)
     gate, *gate_strides = vector_rows(gate, gate_vector)
     block = min(ELEMENTS, power_of_two(width))
-    sigmoid_gate_kernel[(triton.cdiv(rows, ELEMENTS // block), triton.cdiv(width, block))](
+    launch(
+        sigmoid_gate_kernel, (ceil_div(rows, ELEMENTS // block), ceil_div(width, block)),
         x, gate, out, *x_strides, *gate_strides, inner_rows(x), rows,
         WIDTH=width, VECTOR=vector, GATE_WIDTH=gate_width, GATE_VECTOR=gate_vector,
         ROWS=ELEMENTS // block, BLOCK=block, num_warps=4, num_stages=1, enable_fp_fusion=False,

@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qnext_kernels.triton_elementwise import inverse_rms
-from qnext_kernels.triton_support import aligned_rows, power_of_two, row_tile, rows, vector_of, vector_rows
+from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_support import aligned_rows, ceil_div, power_of_two, row_tile, rows, vector_of, vector_rows
 
 
 @triton.jit
@@ -114,7 +115,8 @@ def run_qk_norm_rope_gate(
     vector, config = vector_of(head_dim, qkv.dtype), row_tile(head_dim)
     qkv, _, token_stride = vector_rows(qkv, vector)
     cos_sin = rows(cos_sin)
-    qk_norm_rope_gate_kernel[(triton.cdiv(tokens, config["ROWS"]) * 2 * (heads + kv_heads),)](
+    launch(
+        qk_norm_rope_gate_kernel, (ceil_div(tokens, config["ROWS"]) * 2 * (heads + kv_heads),),
         qkv, positions.contiguous(), aligned_rows(q_weight), aligned_rows(k_weight), cos_sin, *results,
         token_stride, cos_sin.stride(0), cos_sin.shape[0], tokens, eps,
         H=heads, KV=kv_heads, HEAD_DIM=head_dim, HALF=half, VECTOR=vector, BLOCK_HALF=power_of_two(half),

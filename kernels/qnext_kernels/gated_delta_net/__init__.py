@@ -29,11 +29,12 @@ from torch import Tensor
 
 from qnext_kernels import causal_conv1d, gated_delta_rule, gated_norm
 from qnext_kernels.causal_conv1d.grouping import ungrouped
-from qnext_kernels.checks import expect_destination
+from qnext_kernels.checks import expect_both_or_neither, expect_destination
 from qnext_kernels.gated_delta_net import native
 from qnext_kernels.gated_delta_net.checks import Steps, check_decode, check_layer, check_prefill, check_verify
 from qnext_kernels.gated_delta_net.prepared import LayerWeights, PreparedLayer
 from qnext_kernels.gated_delta_net.split import split_convolved, split_projections
+from qnext_kernels.layouts import once_per_layout
 from qnext_kernels.triton_support import TritonBackend
 
 __all__ = ["gated_delta_net_decode", "gated_delta_net_prefill", "gated_delta_net_verify", "prepare_layer"]
@@ -67,15 +68,15 @@ def gated_delta_net_decode(
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
     """
     layer = (conv_weight, A_log, dt_bias, norm_weight)
-    check_decode(qkvz, ba, *layer, conv_state, state, slots)
+    run = _decode_at_once(qkvz, ba, *layer, conv_state, state, slots)
     _check_out(out, qkvz, state)
-    if (run := _one_kernel(qkvz, ba, layer, conv_state, state)) is not None:
-        return run(qkvz, ba, *layer, eps, conv_state, state, slots[:, None], out=out)
+    if run is not None:
+        return run(qkvz, ba, *layer, eps, conv_state, state, slots, out=out)
     grouped_qkv, z, b, a = split_projections(qkvz, ba, state)
     convolution = causal_conv1d.operation.select(qkvz.device, qkvz.dtype)
     convolved = convolution.decode(ungrouped(grouped_qkv, state.shape[3]), conv_weight, conv_state, slots)
     q, k, v = split_convolved(convolved, state)
-    rule = gated_delta_rule.select_backend("decode", q, v, a, state)
+    rule = gated_delta_rule.select_backend(q, v, a, state, "decode")
     return _normalise(rule.decode(q, k, v, a, b, A_log, dt_bias, state, slots), z, norm_weight, eps, out)
 
 
@@ -112,14 +113,15 @@ def gated_delta_net_prefill(
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
     """
     layer, where = (conv_weight, A_log, dt_bias, norm_weight), (slots, query_start_loc, has_initial_state)
-    snapshots = check_prefill(qkvz, ba, *layer, conv_state, state, *where, snapshot_slots, snapshot_lengths)
+    snapshots = expect_both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
+    check_prefill(qkvz, ba, *layer, conv_state, state, *where, snapshot_slots, snapshot_lengths)
     _check_out(out, qkvz, state)
     grouped_qkv, z, b, a = split_projections(qkvz, ba, state)
     convolution = causal_conv1d.operation.select(qkvz.device, qkvz.dtype)
     convolved = convolution.prefill(grouped_qkv, conv_weight, conv_state, *where, snapshots, state.shape[3])
     q, k, v = split_convolved(convolved, state)
     features = () if snapshots is None else ("snapshots",)
-    rule = gated_delta_rule.select_backend("prefill", q, v, a, state, features)
+    rule = gated_delta_rule.select_backend(q, v, a, state, "prefill", features)
     o = rule.prefill(q, k, v, a, b, A_log, dt_bias, state, *where, snapshots)
     return _normalise(o, z, norm_weight, eps, out)
 
@@ -165,9 +167,10 @@ def gated_delta_net_verify(
     """
     layer, offsets = (conv_weight, A_log, dt_bias, norm_weight), (query_start_loc, num_accepted_tokens)
     pools = (conv_step_state, step_state, step_rows)
-    steps = check_verify(qkvz, ba, *layer, conv_state, state, slots, *offsets, pools)
+    run = _verify_at_once(qkvz, ba, *layer, conv_state, state, slots, *offsets, *pools)
     _check_out(out, qkvz, state)
-    if (run := _one_kernel(qkvz, ba, layer, conv_state, state, steps)) is not None:
+    steps = None if step_rows is None else (conv_step_state, step_state, step_rows)
+    if run is not None:
         return run(qkvz, ba, *layer, eps, conv_state, state, slots, *offsets, steps, out)
     conv_steps, rule_steps = (None, None) if steps is None else ((steps[0], steps[2]), steps[1:])
     grouped_qkv, z, b, a = split_projections(qkvz, ba, state)
@@ -175,7 +178,7 @@ def gated_delta_net_verify(
     convolution = causal_conv1d.operation.select(qkvz.device, qkvz.dtype)
     convolved = convolution.verify(mixed_qkv, conv_weight, conv_state, slots[:, 0], *offsets, conv_steps)
     q, k, v = split_convolved(convolved, state)
-    rule = gated_delta_rule.select_backend("verify", q, v, a, state, () if steps is None else ("step pool",))
+    rule = gated_delta_rule.select_backend(q, v, a, state, "verify", () if steps is None else ("step pool",))
     o = rule.verify(q, k, v, a, b, A_log, dt_bias, state, slots, *offsets, rule_steps)
     return _normalise(o, z, norm_weight, eps, out)
 
@@ -200,6 +203,48 @@ def prepare_layer(
     if _one_kernel(*by_head, weights, conv_state, state) is not _run_native:
         return None
     return PreparedLayer(qkvz, ba, key_heads, weights, eps, conv_state, state)
+
+
+@once_per_layout
+def _decode_at_once(
+    qkvz: Tensor,
+    ba: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    slots: Tensor,
+) -> Callable[..., Tensor] | None:
+    """Check the arguments of a decode; return :func:`_one_kernel` for them."""
+    layer = (conv_weight, A_log, dt_bias, norm_weight)
+    check_decode(qkvz, ba, *layer, conv_state, state, slots)
+    return _one_kernel(qkvz, ba, layer, conv_state, state)
+
+
+@once_per_layout
+def _verify_at_once(
+    qkvz: Tensor,
+    ba: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    num_accepted_tokens: Tensor,
+    conv_step_state: Tensor | None,
+    step_state: Tensor | None,
+    step_rows: Tensor | None,
+) -> Callable[..., Tensor] | None:
+    """Check the arguments of a verify; return :func:`_one_kernel` for them."""
+    layer, offsets = (conv_weight, A_log, dt_bias, norm_weight), (query_start_loc, num_accepted_tokens)
+    pools = (conv_step_state, step_state, step_rows)
+    steps = check_verify(qkvz, ba, *layer, conv_state, state, slots, *offsets, pools)
+    return _one_kernel(qkvz, ba, layer, conv_state, state, steps)
 
 
 def _check_out(out: Tensor | None, qkvz: Tensor, state: Tensor) -> None:
@@ -257,5 +302,6 @@ def _run_native(
         out = qkvz.new_empty(qkvz.shape[0], state.shape[1] * state.shape[2])
     (token, head, _), of_ba = qkvz.stride(), ba.stride()
     ba_strides = (of_ba[0], of_ba[1], of_ba[2])
-    layer.run(qkvz, (token, head), ba, ba_strides, qkvz.shape[1], slots, query_start_loc, accepted, steps, out)
+    by_step = slots[:, None] if query_start_loc is None else slots
+    layer.run(qkvz, (token, head), ba, ba_strides, qkvz.shape[1], by_step, query_start_loc, accepted, steps, out)
     return out

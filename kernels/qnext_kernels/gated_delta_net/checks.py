@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.checks import (
-    expect_both_or_neither,
     expect_dtype,
     expect_floating,
     expect_indices,
@@ -16,6 +15,7 @@ from qnext_kernels.checks import (
     longest_sequence,
 )
 from qnext_kernels.gated_delta_rule import CHUNK_SIZE, refuse_rounded_state
+from qnext_kernels.layouts import once_per_layout
 
 Steps = tuple[Tensor, Tensor, Tensor]
 """The step pools of the convolution and of the rule, and their rows."""
@@ -38,6 +38,7 @@ def check_decode(
     expect_indices("slots", slots, -1, min(state.shape[0], conv_state.shape[0]))
 
 
+@once_per_layout
 def check_prefill(
     qkvz: Tensor,
     ba: Tensor,
@@ -52,8 +53,8 @@ def check_prefill(
     has_initial_state: Tensor,
     snapshot_slots: Tensor | None,
     snapshot_lengths: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """Raise unless the arguments of a prefill fit; return slots and lengths of snapshots, None where there are none."""
+) -> None:
+    """Raise unless the arguments of a prefill fit."""
     check_layer(qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, conv_state, state)
     num_sequences = expect_query_start_loc(query_start_loc, qkvz.shape[0])
     expect_shape("slots", slots, (num_sequences,))
@@ -61,10 +62,8 @@ def check_prefill(
     expect_indices("slots", slots, -1, num_slots)
     expect_shape("has_initial_state", has_initial_state, (num_sequences,))
     expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
-    snapshots = expect_both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
-    if snapshots is not None:
-        expect_snapshots(*snapshots, query_start_loc, num_slots, multiple_of=CHUNK_SIZE)
-    return snapshots
+    if snapshot_slots is not None and snapshot_lengths is not None:
+        expect_snapshots(snapshot_slots, snapshot_lengths, query_start_loc, num_slots, multiple_of=CHUNK_SIZE)
 
 
 def check_verify(

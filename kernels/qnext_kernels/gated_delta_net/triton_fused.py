@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from qnext_kernels.gated_delta_rule.triton_token import (
     store_parts,
 )
 from qnext_kernels.gated_norm.triton_norm import normalised_and_gated
+from qnext_kernels.triton_launch import launch
 from qnext_kernels.triton_support import aligned_rows, power_of_two, rows
 
 LARGEST_TILE = 64 * 128
@@ -243,8 +245,8 @@ def run_fused(
     """Launch :func:`gated_delta_net_kernel`: a verify given ``query_start_loc`` and ``accepted``, else a decode.
 
     Args:
-        qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state, slots [N, columns], query_start_loc,
-            accepted: of the public functions.
+        qkvz, ba, conv_weight, A_log, dt_bias, norm_weight, eps, conv_state, state, slots [N, columns] or [N],
+            query_start_loc, accepted: of the public functions.
         steps: the step pools of the convolution and of the rule, and their rows.
         out: [T, HV · V], contiguous, where the result is written, if anywhere.
 
@@ -257,7 +259,7 @@ def run_fused(
         expect_contiguous_slots("step_state", written, 2)
     num_tokens, key_heads, _ = qkvz.shape
     value_heads, value_dim, key_dim = state.shape[1:]
-    sequences, columns = slots.shape
+    sequences, columns = slots.shape if slots.dim() == 2 else (len(slots), 1)
     if out is None:
         out = torch.empty(num_tokens, value_heads * value_dim, dtype=qkvz.dtype, device=qkvz.device)
     if sequences == 0 or out.numel() == 0:
@@ -268,7 +270,8 @@ def run_fused(
     mixed = qkvz.new_empty(num_tokens, key_heads, 2 * key_dim + group * value_dim)
     config: dict[str, Any] = configuration(key_dim, value_dim)
     with torch.cuda.device_of(qkvz):
-        gated_delta_net_kernel[(sequences * key_heads,)](
+        launch(
+            gated_delta_net_kernel, (sequences * key_heads,),
             qkvz, ba, *weights, mixed, out, conv_state, conv_steps, state, written, slots,
             slots if query_start_loc is None else query_start_loc.contiguous(),
             slots if accepted is None else accepted.contiguous(),
@@ -282,7 +285,7 @@ def run_fused(
             conv_state.shape[2],
             num_tokens,
             eps,
-            CALL=DECODE if query_start_loc is None else VERIFY, IN_STEPS=steps is not None,
+            CALL=(DECODE if query_start_loc is None else VERIFY).value, IN_STEPS=steps is not None,
             H=key_heads, G=group, K=key_dim, V=value_dim, W=width,
             BLOCK_W=power_of_two(width), BLOCK_C=power_of_two(mixed.shape[2]),
             EPS=L2_NORM_EPS, enable_fp_fusion=False, **config,
@@ -290,6 +293,7 @@ def run_fused(
     return out
 
 
+@cache
 def configuration(key_dim: int, value_dim: int) -> dict[str, int]:
     """Block sizes and warps: from shapes, never from the batch.
 

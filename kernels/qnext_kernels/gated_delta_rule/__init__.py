@@ -49,6 +49,7 @@ from qnext_kernels.gated_delta_rule.flashinfer import FlashInferGatedDeltaRule
 from qnext_kernels.gated_delta_rule.native import GatedDeltaRuleNative
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, ReferenceBackend
 from qnext_kernels.gated_delta_rule.triton import TritonGatedDeltaRule
+from qnext_kernels.layouts import once_per_layout
 
 __all__ = ["CHUNK_SIZE", "gated_delta_rule_decode", "gated_delta_rule_prefill", "gated_delta_rule_verify"]
 
@@ -102,16 +103,9 @@ def gated_delta_rule_prefill(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
     """
-    num_sequences = _check(q, k, v, a, b, A_log, dt_bias, state, query_start_loc)
-    expect_shape("slots", slots, (num_sequences,))
-    expect_indices("slots", slots, -1, state.shape[0])
-    expect_shape("has_initial_state", has_initial_state, (num_sequences,))
-    expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
+    batch = (q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, has_initial_state)
     snapshots = expect_both_or_neither("snapshot_slots", snapshot_slots, "snapshot_lengths", snapshot_lengths)
-    if snapshots is not None:
-        expect_snapshots(*snapshots, query_start_loc, state.shape[0], multiple_of=CHUNK_SIZE)
-    backend = select_backend("prefill", q, v, a, state, () if snapshots is None else ("snapshots",))
-    return backend.prefill(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, has_initial_state, snapshots)
+    return _prefill_backend(*batch, snapshot_slots, snapshot_lengths).prefill(*batch, snapshots)
 
 
 def gated_delta_rule_verify(
@@ -154,27 +148,9 @@ def gated_delta_rule_verify(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
     """
-    num_sequences = _check(q, k, v, a, b, A_log, dt_bias, state, query_start_loc)
-    expect_shape("slots", slots, (num_sequences, None))
-    expect_indices("slots", slots, -1, state.shape[0])
-    expect_shape("num_accepted_tokens", num_accepted_tokens, (num_sequences,))
-    expect_indices("num_accepted_tokens", num_accepted_tokens, 1, slots.shape[1] + 1)
-    most, place = slots.shape[1], "column of slots"
+    batch = (q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, num_accepted_tokens)
     steps = expect_both_or_neither("step_state", step_state, "step_rows", step_rows)
-    if steps is not None:
-        step_state, step_rows = steps
-        expect_shape("step_state", step_state, (None, None, *state.shape[1:]))
-        expect_floating("step_state", step_state)
-        expect_shape("step_rows", step_rows, (num_sequences,))
-        expect_indices("step_rows", step_rows, -1, step_state.shape[0])
-        most, place = step_state.shape[1], "step of step_state"
-    if query_start_loc.is_cpu and longest_sequence(query_start_loc) > most:
-        raise ValueError(
-            f"query_start_loc: expected at most {most} tokens a sequence (one a {place}), "
-            f"got {query_start_loc.tolist()}"
-        )
-    backend = select_backend("verify", q, v, a, state, () if steps is None else ("step pool",))
-    return backend.verify(q, k, v, a, b, A_log, dt_bias, state, slots, query_start_loc, num_accepted_tokens, steps)
+    return _verify_backend(*batch, step_state, step_rows).verify(*batch, steps)
 
 
 def gated_delta_rule_decode(
@@ -200,14 +176,97 @@ def gated_delta_rule_decode(
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit; nothing has been written.
     """
+    batch = (q, k, v, a, b, A_log, dt_bias, state, slots)
+    return _decode_backend(*batch).decode(*batch)
+
+
+@once_per_layout
+def _prefill_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    has_initial_state: Tensor,
+    snapshot_slots: Tensor | None,
+    snapshot_lengths: Tensor | None,
+) -> Any:
+    """Check the arguments of a prefill; return the backend for it."""
+    num_sequences = _check(q, k, v, a, b, A_log, dt_bias, state, query_start_loc)
+    expect_shape("slots", slots, (num_sequences,))
+    expect_indices("slots", slots, -1, state.shape[0])
+    expect_shape("has_initial_state", has_initial_state, (num_sequences,))
+    expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
+    if snapshot_slots is None or snapshot_lengths is None:
+        return select_backend(q, v, a, state, "prefill")
+    expect_snapshots(snapshot_slots, snapshot_lengths, query_start_loc, state.shape[0], multiple_of=CHUNK_SIZE)
+    return select_backend(q, v, a, state, "prefill", ("snapshots",))
+
+
+@once_per_layout
+def _verify_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    num_accepted_tokens: Tensor,
+    step_state: Tensor | None,
+    step_rows: Tensor | None,
+) -> Any:
+    """Check the arguments of a verify; return the backend for it."""
+    num_sequences = _check(q, k, v, a, b, A_log, dt_bias, state, query_start_loc)
+    expect_shape("slots", slots, (num_sequences, None))
+    expect_indices("slots", slots, -1, state.shape[0])
+    expect_shape("num_accepted_tokens", num_accepted_tokens, (num_sequences,))
+    expect_indices("num_accepted_tokens", num_accepted_tokens, 1, slots.shape[1] + 1)
+    most, place = slots.shape[1], "column of slots"
+    features: tuple[str, ...] = ()
+    if step_state is not None and step_rows is not None:
+        expect_shape("step_state", step_state, (None, None, *state.shape[1:]))
+        expect_floating("step_state", step_state)
+        expect_shape("step_rows", step_rows, (num_sequences,))
+        expect_indices("step_rows", step_rows, -1, step_state.shape[0])
+        most, place, features = step_state.shape[1], "step of step_state", ("step pool",)
+    if query_start_loc.is_cpu and longest_sequence(query_start_loc) > most:
+        raise ValueError(
+            f"query_start_loc: expected at most {most} tokens a sequence (one a {place}), "
+            f"got {query_start_loc.tolist()}"
+        )
+    return select_backend(q, v, a, state, "verify", features)
+
+
+@once_per_layout
+def _decode_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    slots: Tensor,
+) -> Any:
+    """Check the arguments of a decode; return the backend for it."""
     _check(q, k, v, a, b, A_log, dt_bias, state, None)
     expect_shape("slots", slots, (v.shape[0],))
     expect_indices("slots", slots, -1, state.shape[0])
-    backend = select_backend("decode", q, v, a, state)
-    return backend.decode(q, k, v, a, b, A_log, dt_bias, state, slots)
+    return select_backend(q, v, a, state, "decode")
 
 
-def select_backend(method: str, q: Tensor, v: Tensor, a: Tensor, state: Tensor, features: tuple[str, ...] = ()) -> Any:
+@once_per_layout
+def select_backend(q: Tensor, v: Tensor, a: Tensor, state: Tensor, method: str, features: tuple[str, ...] = ()) -> Any:
     """The backend for a call of ``method`` whose arguments have been checked."""
     if v.is_cpu:
         return operation.select(v.device, v.dtype)

@@ -56,13 +56,13 @@ class TritonGatedDeltaRule(TritonBackend):
         slots, query_start_loc, has_initial = slots.contiguous(), query_start_loc.contiguous(), has_initial.contiguous()
         if snapshots is not None:
             snapshots = snapshots[0].contiguous(), snapshots[1].contiguous()
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
         with torch.cuda.device_of(v):
             if is_deterministic():
                 run_walk(tokens, out, state, slots, query_start_loc, has_initial, snapshots)
                 return out
             self.run_chunks(tokens, out, state, slots, query_start_loc, has_initial, snapshots)
-            run_recurrent(tokens, out, state, slots[:, None], query_start_loc, has_initial=has_initial)
+            run_recurrent(tokens, out, state, slots, query_start_loc, has_initial=has_initial)
         return out
 
     def run_chunks(self, *batch: Any) -> None:
@@ -93,7 +93,7 @@ class TritonGatedDeltaRule(TritonBackend):
             expect_contiguous_slots("step_state", steps[0], 2)
             steps = steps[0], steps[1].contiguous()
         tokens = *map(rows, (q, k, v, a, b)), A_log.contiguous(), dt_bias.contiguous()
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
         with torch.cuda.device_of(v):
             where = query_start_loc.contiguous(), accepted.contiguous()
             run_recurrent(tokens, out, state, slots.contiguous(), *where, steps)
@@ -115,9 +115,9 @@ class TritonGatedDeltaRule(TritonBackend):
 
         expect_contiguous_slots("state", state, 1)
         tokens = *map(rows, (q, k, v, a, b)), A_log.contiguous(), dt_bias.contiguous()
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
         with torch.cuda.device_of(v):
-            run_recurrent(tokens, out, state, slots.contiguous()[:, None])
+            run_recurrent(tokens, out, state, slots.contiguous())
         return out
 
 
@@ -126,5 +126,7 @@ def expect_contiguous_slots(name: str, pool: Tensor, leading: int) -> None:
     shape, strides = pool.shape[leading:], pool.stride()[leading:]
     _, value_dim, key_dim = shape
     expected = (value_dim * key_dim, key_dim, 1)
-    if any(size > 1 and ours != want for size, ours, want in zip(shape, strides, expected, strict=True)):
+    if strides != expected and any(
+        size > 1 and ours != want for size, ours, want in zip(shape, strides, expected, strict=True)
+    ):
         raise ValueError(f"{name}: expected slots with strides {list(expected)}, got {list(strides)}")

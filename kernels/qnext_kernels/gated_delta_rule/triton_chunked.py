@@ -27,6 +27,7 @@ from torch import Tensor
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE, L2_NORM_EPS
 from qnext_kernels.gated_delta_rule.triton_math import log_decay, write_strength
+from qnext_kernels.triton_launch import launch
 from qnext_kernels.triton_support import Target, power_of_two
 
 STORED = 4 << 10
@@ -267,7 +268,8 @@ def solve_chunks(
         "PRECISION": config.precision,
         "enable_fp_fusion": True,
     }
-    chunk_kernel[(entries[0] * value_heads,)](
+    launch(
+        chunk_kernel, (entries[0] * value_heads,),
         q, k, a, b, A_log, dt_bias, slots, query_start_loc, solve, attend, factors, decays,
         *q.stride()[:2], *k.stride()[:2], a.stride(0), b.stride(0), sequences,
         SHORT=RECURRENT_TOKENS, KEYS=config.keys, EPS=L2_NORM_EPS, INVERSE=config.inverse,

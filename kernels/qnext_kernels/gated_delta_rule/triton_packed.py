@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qnext_kernels.gated_delta_rule.reference import L2_NORM_EPS
 from qnext_kernels.gated_delta_rule.triton_math import inverse_norms
-from qnext_kernels.triton_support import power_of_two, rows
+from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_support import ceil_div, power_of_two, rows
 
 BLOCK = 4096
 """Elements of a program: 32 a thread of four warps."""
@@ -100,7 +101,8 @@ def normalized(x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width = power_of_two(key_dim)
     at_once = max(1, BLOCK // width)
-    normalize_kernel[(triton.cdiv(tokens * heads, at_once),)](
+    launch(
+        normalize_kernel, (ceil_div(tokens * heads, at_once),),
         x, out, x.stride(0), x.stride(1), tokens * heads,
         H=heads, K=key_dim, BLOCK_K=width, ROWS=at_once, EPS=L2_NORM_EPS, enable_fp_fusion=True,
     )  # fmt: skip
@@ -120,23 +122,26 @@ def load_states(state: Tensor, slots: Tensor, has_initial: Tensor) -> Tensor:
     """
     packed = torch.empty((len(slots), *state.shape[1:]), dtype=torch.float32, device=state.device)
     size = state[0].numel()
-    load_kernel[(len(slots) * triton.cdiv(size, BLOCK),)](
-        state, packed, slots, has_initial, state.stride(0), SIZE=size, BLOCK=BLOCK, enable_fp_fusion=True
-    )
+    launch(
+        load_kernel, (len(slots) * ceil_div(size, BLOCK),),
+        state, packed, slots, has_initial, state.stride(0), SIZE=size, BLOCK=BLOCK, enable_fp_fusion=True,
+    )  # fmt: skip
     return packed
 
 
 def save_states(packed: Tensor, state: Tensor, slots: Tensor, query_start_loc: Tensor) -> None:
     """Put states [N, HV, V, K] into their slots, rounded to the dtype of the pool, where a sequence has tokens."""
     size = state[0].numel()
-    save_kernel[(len(slots) * triton.cdiv(size, BLOCK),)](
-        packed, state, slots, query_start_loc, state.stride(0), SIZE=size, BLOCK=BLOCK, enable_fp_fusion=True
-    )
+    launch(
+        save_kernel, (len(slots) * ceil_div(size, BLOCK),),
+        packed, state, slots, query_start_loc, state.stride(0), SIZE=size, BLOCK=BLOCK, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def clear_skipped(out: Tensor, slots: Tensor, query_start_loc: Tensor) -> None:
     """Zero the outputs, contiguous [T, HV, V], of sequences with slot −1."""
     size = out.shape[1] * out.shape[2]
-    clear_kernel[(len(slots) * triton.cdiv(size, BLOCK),)](
-        out, slots, query_start_loc, SIZE=size, BLOCK=BLOCK, enable_fp_fusion=True
-    )
+    launch(
+        clear_kernel, (len(slots) * ceil_div(size, BLOCK),),
+        out, slots, query_start_loc, SIZE=size, BLOCK=BLOCK, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +20,8 @@ from qnext_kernels.gated_delta_rule.triton_token import (
     step,
     store_parts,
 )
-from qnext_kernels.triton_support import power_of_two
+from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_support import ceil_div, power_of_two
 
 DECODE, VERIFY, TAIL = map(tl.constexpr, range(3))
 """What a launch runs: sequence n is token n; all tokens of ragged sequences; what chunks leave of a prefill."""
@@ -142,6 +143,7 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
             tl.store(out + token * (HV * V), tl.zeros([BLOCK_V], out.dtype.element_ty), mask=has_value)
 
 
+@cache
 def configuration(key_dim: int, value_dim: int) -> dict[str, int]:
     """Block sizes and warps: from shapes, never from the batch, so that a sequence has the same bits in any batch."""
     return {"PART": part_of(key_dim), "BLOCK_V": min(16, power_of_two(value_dim)), "num_warps": 2, "num_stages": 1}
@@ -162,23 +164,24 @@ def run_recurrent(
     Args:
         tokens: q, k, v (rows of unit stride), a, b (so too), A_log and dt_bias (contiguous).
         out: [T, HV, V], written.
-        state, slots [N, columns], query_start_loc, accepted, steps, has_initial: of the public functions, indices and
+        state, slots [N, columns] or [N], query_start_loc, accepted, steps, has_initial: of the public functions, indices and
             flags contiguous.
     """
     q, k, v, a, b, A_log, dt_bias = tokens
     value_heads, value_dim = v.shape[1:]
     key_heads, key_dim = q.shape[1:]
-    sequences, columns = slots.shape
+    sequences, columns = slots.shape if slots.dim() == 2 else (len(slots), 1)
     written, step_rows = (state, slots) if steps is None else steps
     config: dict[str, Any] = configuration(key_dim, value_dim)
     if sequences == 0 or out.numel() == 0:
         out.zero_()
         return
-    recurrent_kernel[(sequences * value_heads * triton.cdiv(value_dim, config["BLOCK_V"]),)](
+    launch(
+        recurrent_kernel, (sequences * value_heads * ceil_div(value_dim, config["BLOCK_V"]),),
         q, k, v, a, b, A_log, dt_bias, out, state, written, slots,
         slots if query_start_loc is None else query_start_loc,
         slots if accepted is None else accepted,
-        slots.flatten().view(torch.bool) if has_initial is None else has_initial,
+        slots if has_initial is None else has_initial,
         step_rows,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0),
         state.stride(0),
@@ -187,7 +190,7 @@ def run_recurrent(
         columns,
         columns if steps is None else written.shape[1],
         out.shape[0],
-        CALL=DECODE if query_start_loc is None else TAIL if accepted is None else VERIFY,
+        CALL=(DECODE if query_start_loc is None else TAIL if accepted is None else VERIFY).value,
         IN_STEPS=steps is not None,
         H=key_heads, HV=value_heads, K=key_dim, V=value_dim, C=CHUNK_SIZE, SHORT=RECURRENT_TOKENS, EPS=L2_NORM_EPS,
         enable_fp_fusion=False,

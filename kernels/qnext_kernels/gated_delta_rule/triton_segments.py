@@ -35,7 +35,8 @@ from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE
 from qnext_kernels.gated_delta_rule.triton_chunked import Configuration, product, sequence_of_chunk, solve_chunks
 from qnext_kernels.gated_delta_rule.triton_state import rows_at, store_zeros, sum_of_products, tiles_of, walk
-from qnext_kernels.triton_support import Target, current_target, power_of_two
+from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_support import Target, ceil_div, current_target, power_of_two
 
 SEGMENT = 8
 """Chunks of a segment: with fewer there are more steps in ``start_kernel``, with more fewer programs."""
@@ -274,14 +275,16 @@ def run_segments(
     transitions = torch.empty(*entries, key_dim, key_dim, dtype=config.products, device=v.device)
     additions, starts = torch.empty(2, *entries, key_dim, value_dim, dtype=torch.float32, device=v.device)
     spans = torch.empty(entries, dtype=torch.float32, device=v.device)
-    blocks = triton.cdiv(key_dim, config.columns) + triton.cdiv(value_dim, config.columns)
-    transition_kernel[(entries[0] * value_heads * blocks,)](
+    blocks = ceil_div(key_dim, config.columns) + ceil_div(value_dim, config.columns)
+    launch(
+        transition_kernel, (entries[0] * value_heads * blocks,),
         k, v, slots, query_start_loc, solve, factors, decays, transitions, additions, spans,
         *k.stride()[:2], *v.stride()[:2], sequences,
         V=value_dim, COLUMNS=config.columns, SEGMENT=SEGMENT,
         num_warps=config.transition_warps, num_stages=config.transition_stages, **shapes,
     )  # fmt: skip
-    start_kernel[(sequences * value_heads * triton.cdiv(value_dim, config.start_block),)](
+    launch(
+        start_kernel, (sequences * value_heads * ceil_div(value_dim, config.start_block),),
         state, starts, slots, query_start_loc, has_initial, transitions, additions, spans, state.stride(0),
         HV=value_heads, K=key_dim, V=value_dim, BLOCK_K=config.block_k, BLOCK_V=config.start_block,
         TOKENS=SEGMENT * CHUNK_SIZE, PRECISION=config.precision,
@@ -289,7 +292,8 @@ def run_segments(
     )  # fmt: skip
     snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
     tiles = tiles_of(q, k, v, chunks, config)
-    segment_kernel[(entries[0] * value_heads * triton.cdiv(value_dim, config.block_v),)](
+    launch(
+        segment_kernel, (entries[0] * value_heads * ceil_div(value_dim, config.block_v),),
         q, k, v, out, state, starts, slots, query_start_loc, snapshot_slots, snapshot_lengths, *chunks, *tiles,
         state.stride(0), sequences, int(snapshots is not None), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         V=value_dim, BLOCK_V=config.block_v, SEGMENT=SEGMENT, SHORT=RECURRENT_TOKENS, TILES=tiles[0] is not None,

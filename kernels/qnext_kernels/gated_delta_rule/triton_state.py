@@ -17,7 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE
 from qnext_kernels.gated_delta_rule.triton_chunked import Configuration, product, solve_chunks
-from qnext_kernels.triton_support import ALIGNMENT, current_target
+from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_support import ALIGNMENT, ceil_div, current_target
 
 
 @triton.jit
@@ -310,7 +311,8 @@ def run_chunked(
     chunks, shapes = solve_chunks(tokens, slots, query_start_loc, config)
     snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
     tiles = tiles_of(q, k, v, chunks, config)
-    state_kernel[(sequences * value_heads * triton.cdiv(value_dim, config.block_v),)](
+    launch(
+        state_kernel, (sequences * value_heads * ceil_div(value_dim, config.block_v),),
         q, k, v, out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths, *chunks, *tiles,
         state.stride(0), int(snapshots is not None), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         V=value_dim, BLOCK_V=config.block_v, SHORT=RECURRENT_TOKENS, TILES=tiles[0] is not None,

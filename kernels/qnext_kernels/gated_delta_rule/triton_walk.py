@@ -16,7 +16,8 @@ from qnext_kernels.gated_delta_rule.triton_token import (
     step,
     store_parts,
 )
-from qnext_kernels.triton_support import current_target, power_of_two
+from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_support import ceil_div, current_target, power_of_two
 
 ROWS = 16
 """Of a state, so many belong to a program of two warps, which share no sums."""
@@ -135,7 +136,8 @@ def run_walk(
     snapshot_slots, snapshot_lengths = (slots, slots) if snapshots is None else snapshots
     # With states in 16 bits the assembler of NVIDIA would stop at 128 registers and keep some of them in memory.
     options = {"maxnreg": 168} if state.itemsize == 2 and current_target().nvidia else {}
-    walk_kernel[(slots.shape[0] * value_heads * triton.cdiv(value_dim, block_v),)](
+    launch(
+        walk_kernel, (slots.shape[0] * value_heads * ceil_div(value_dim, block_v),),
         q, k, v, a, b, A_log, dt_bias, out, state, slots, query_start_loc, has_initial,
         snapshot_slots, snapshot_lengths,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0), state.stride(0),

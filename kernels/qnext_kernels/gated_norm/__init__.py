@@ -6,6 +6,8 @@ zero-centred.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from qnext_kernels.gated_norm.cpu import CpuBackend
 from qnext_kernels.gated_norm.native import GatedNormNative
 from qnext_kernels.gated_norm.reference import ReferenceBackend
 from qnext_kernels.gated_norm.triton import TritonGatedNorm
+from qnext_kernels.layouts import once_per_layout
 
 operation = Operation("gated_norm", [GatedNormNative(), CpuBackend(), TritonGatedNorm(), ReferenceBackend()])
 
@@ -35,14 +38,21 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, out: Tensor
     Raises:
         ValueError, TypeError: a shape or dtype does not fit.
     """
+    backend = _backend(x, z, weight)
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    else:
+        expect_destination("out", out, x.shape, x.dtype)
+    backend.gated_rms_norm(x, z, weight, eps, out)
+    return out
+
+
+@once_per_layout
+def _backend(x: Tensor, z: Tensor, weight: Tensor) -> Any:
+    """Check the arguments; return the backend for them."""
     expect_floating("x", x)
     expect_shape("z", z, x.shape)
     expect_floating("z", z)
     expect_shape("weight", weight, (x.shape[-1],))
     expect_floating("weight", weight)
-    if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    else:
-        expect_destination("out", out, x.shape, x.dtype)
-    operation.select(x.device, x.dtype).gated_rms_norm(x, z, weight, eps, out)
-    return out
+    return operation.select(x.device, x.dtype)

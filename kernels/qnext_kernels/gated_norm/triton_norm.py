@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qnext_kernels.triton_elementwise import pairwise_sum, row_start, silu
-from qnext_kernels.triton_support import aligned_rows, inner_rows, row_tile, vector_of, vector_rows
+from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_support import aligned_rows, ceil_div, inner_rows, row_tile, vector_of, vector_rows
 
 ELEMENTS = 1024
 """Of a program: one vector of 16 bytes a thread in bfloat16, which at 64 tokens and at 8192 is fastest on an H200."""
@@ -55,7 +56,8 @@ def run_gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, out: Te
     vector, rows, config = vector_of(width, x.dtype), out.numel() // width, row_tile(width, ELEMENTS)
     x, *x_strides = vector_rows(x, vector)
     z, *z_strides = vector_rows(z, vector)
-    gated_rms_norm_kernel[(triton.cdiv(rows, config["ROWS"]),)](
+    launch(
+        gated_rms_norm_kernel, (ceil_div(rows, config["ROWS"]),),
         x, z, aligned_rows(weight), out, *x_strides, *z_strides, inner_rows(x), rows, eps,
         WIDTH=width, VECTOR=vector, enable_fp_fusion=False, **config,
     )  # fmt: skip

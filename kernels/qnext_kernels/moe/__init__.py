@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qnext_kernels.checks import INTEGERS, expect_dtype, expect_floating, expect_indices, expect_shape
 from qnext_kernels.dispatch import BackendError, Call, Operation
+from qnext_kernels.layouts import once_per_layout
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.moe.flashinfer import FlashInferMoe
 from qnext_kernels.moe.native import MoeNative
@@ -41,11 +42,7 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
-    expect_shape("router_logits", router_logits, (None, None))
-    expect_floating("router_logits", router_logits)
-    if not 1 <= top_k <= router_logits.shape[1]:
-        raise ValueError(f"top_k: expected 1 to {router_logits.shape[1]} (the experts), got {top_k}")
-    return operation.select(router_logits.device, router_logits.dtype).topk_softmax(router_logits, top_k, renormalize)
+    return _router_backend(router_logits, top_k).topk_softmax(router_logits, top_k, renormalize)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -60,10 +57,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
-    expect_floating("x", x)
-    if x.shape[-1] % 2:
-        raise ValueError(f"x: expected an even last dimension, gate then up, got {x.shape[-1]}")
-    return operation.select(x.device, x.dtype).silu_and_mul(x)
+    return _swiglu_backend(x).silu_and_mul(x)
 
 
 def experts(
@@ -244,17 +238,37 @@ def _experts_fp8(
     shared: Sequence[Tensor],
 ) -> Tensor:
     backend = _expect_experts(x, w13, w2, topk_weights, topk_ids, FP8)
-    _expect_scales("", w13, w13_scale, w2, w2_scale)
+    _expect_scales(w13, w13_scale, w2, w2_scale)
     if shared:
         shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, gate = shared
         _expect_shared(x, shared_w13, shared_w2, gate, FP8)
-        _expect_scales("shared_", shared_w13, shared_w13_scale, shared_w2, shared_w2_scale)
+        _expect_scales(shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, "shared_")
     arguments = x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids
     if packed:
         return _expect_packing(backend).experts_fp8_packed(*arguments)
     return backend.experts_fp8(*arguments, tuple(shared) or None)
 
 
+@once_per_layout
+def _router_backend(router_logits: Tensor, top_k: int) -> Any:
+    """Check the arguments of a router; return the backend for them."""
+    expect_shape("router_logits", router_logits, (None, None))
+    expect_floating("router_logits", router_logits)
+    if not 1 <= top_k <= router_logits.shape[1]:
+        raise ValueError(f"top_k: expected 1 to {router_logits.shape[1]} (the experts), got {top_k}")
+    return operation.select(router_logits.device, router_logits.dtype)
+
+
+@once_per_layout
+def _swiglu_backend(x: Tensor) -> Any:
+    """Check the argument of SwiGLU's middle; return the backend for it."""
+    expect_floating("x", x)
+    if x.shape[-1] % 2:
+        raise ValueError(f"x: expected an even last dimension, gate then up, got {x.shape[-1]}")
+    return operation.select(x.device, x.dtype)
+
+
+@once_per_layout
 def _expect_experts(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, dtype: torch.dtype
 ) -> Any:
@@ -278,6 +292,7 @@ def _expect_experts(
     return backend
 
 
+@once_per_layout
 def _expect_shared(x: Tensor, w13: Tensor, w2: Tensor, gate: Tensor, dtype: torch.dtype) -> None:
     hidden = x.shape[1]
     expect_shape("shared_w13", w13, (None, hidden))
@@ -290,7 +305,8 @@ def _expect_shared(x: Tensor, w13: Tensor, w2: Tensor, gate: Tensor, dtype: torc
     expect_dtype("shared_gate", gate, (x.dtype,))
 
 
-def _expect_scales(prefix: str, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> None:
+@once_per_layout
+def _expect_scales(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, prefix: str = "") -> None:
     *leading, hidden, middle = (-(-size // FP8_GROUP) if n >= w2.dim() - 2 else size for n, size in enumerate(w2.shape))
     for name, scale, shape in (
         ("w13_scale", w13_scale, (*leading, 2 * middle, hidden)),

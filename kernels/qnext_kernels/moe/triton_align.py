@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qnext_kernels.triton_launch import launch
 from qnext_kernels.triton_overlap import APART, wait_for_launch_in_front
-from qnext_kernels.triton_support import power_of_two
+from qnext_kernels.triton_support import ceil_div, power_of_two
 
 STEP = 128
 """Pairs of a program, of many."""
@@ -195,17 +196,25 @@ def align(topk_ids: Tensor, num_experts: int, rows: int, overlap: Mapping[str, b
     table = torch.empty(3, most_blocks(pairs, num_experts, rows), dtype=torch.int32, device=device)
     options: dict[str, Any] = {"enable_fp_fusion": True, **overlap}
     if pairs <= FEW_PAIRS:
-        compare_kernel[(triton.cdiv(pairs, COMPARED),)](
+        launch(
+            compare_kernel, (ceil_div(pairs, COMPARED),),
             topk_ids, order, table, pairs,
             E=num_experts, ROWS=rows, MINE=COMPARED, ALL=power_of_two(pairs), num_warps=4, **options,
         )  # fmt: skip
         return Blocks(order, table, rows)
-    programs = triton.cdiv(pairs, STEP)
+    programs = ceil_div(pairs, STEP)
     bins = max(32, power_of_two(num_experts))
     counts = torch.empty(programs + 1, bins, dtype=torch.int32, device=device)
-    count_kernel[(programs,)](topk_ids, counts, pairs, E=num_experts, BINS=bins, STEP=STEP, num_warps=4, **options)
-    scan_kernel[(bins // SCANNED,)](counts, programs, BINS=bins, COLUMNS=SCANNED, PART=256, num_warps=4, **options)
-    align_kernel[(programs,)](
+    launch(
+        count_kernel, (programs,),
+        topk_ids, counts, pairs, E=num_experts, BINS=bins, STEP=STEP, num_warps=4, **options,
+    )  # fmt: skip
+    launch(
+        scan_kernel, (bins // SCANNED,),
+        counts, programs, BINS=bins, COLUMNS=SCANNED, PART=256, num_warps=4, **options,
+    )  # fmt: skip
+    launch(
+        align_kernel, (programs,),
         topk_ids, counts, order, table, pairs, programs, table.shape[1],
         E=num_experts, BINS=bins, STEP=STEP, PART=32, ROWS=rows, num_warps=max(1, min(8, bins // 64)), **options,
     )  # fmt: skip

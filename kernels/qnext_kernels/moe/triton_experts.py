@@ -19,8 +19,9 @@ from qnext_kernels.dispatch import is_deterministic
 from qnext_kernels.moe.configurations import Configuration, Product
 from qnext_kernels.moe.reference import FP8_GROUP, FP8_MAX, FP8_TINY
 from qnext_kernels.moe.triton_align import align, most_blocks
+from qnext_kernels.triton_launch import launch
 from qnext_kernels.triton_overlap import overlapping, wait_for_launch_in_front
-from qnext_kernels.triton_support import ALIGNMENT, Target, power_of_two
+from qnext_kernels.triton_support import ALIGNMENT, Target, ceil_div, power_of_two
 
 OVERLAPPED_TOKENS = 64
 """Up to so many, launches overlap: then they are short. In the deterministic mode no kernel depends on the number."""
@@ -379,7 +380,7 @@ class Call:
         self.width = max(middle, self.shared_middle)
         self.overlap = overlapping(target, tokens <= OVERLAPPED_TOKENS and not is_deterministic())
         self.rows = tokens * top_k + (0 if shared is None else tokens)
-        self.shared_blocks = 0 if shared is None else triton.cdiv(tokens, config.rows)
+        self.shared_blocks = 0 if shared is None else ceil_div(tokens, config.rows)
         self.order, self.table, _ = align(topk_ids, num_experts, config.rows, self.overlap)
         self.routed_blocks = most_blocks(topk_ids.numel(), num_experts, config.rows)
         self.blocks = self.shared_blocks + self.routed_blocks
@@ -403,7 +404,8 @@ class Call:
         w13, scale = self.routed.w13, or_other(self.routed.w13_scale, x)
         shared = self.routed if self.shared is None else self.shared.weights
         product = self.config.up
-        up_kernel[(self.blocks * triton.cdiv(self.width, product.columns),)](
+        launch(
+            up_kernel, (self.blocks * ceil_div(self.width, product.columns),),
             x, or_other(x_scale, x), w13, scale, shared.w13, or_other(shared.w13_scale, x),
             self.order, self.table, middle,
             x.stride(0), w13.stride(0), scale.stride(0), self.routed_blocks, self.x.shape[0], self.shared_blocks,
@@ -417,7 +419,8 @@ class Call:
         w2, scale = self.routed.w2, or_other(self.routed.w2_scale, middle)
         shared = self.routed if self.shared is None else self.shared.weights
         product = self.config.down
-        down_kernel[(self.blocks * triton.cdiv(self.x.shape[1], product.columns),)](
+        launch(
+            down_kernel, (self.blocks * ceil_div(self.x.shape[1], product.columns),),
             middle, or_other(middle_scale, middle), w2, scale, shared.w2, or_other(shared.w2_scale, middle),
             self.order, self.table, results,
             w2.stride(0), scale.stride(0), self.routed_blocks, self.x.shape[0], self.shared_blocks,
@@ -430,7 +433,8 @@ class Call:
         tokens, hidden = self.x.shape
         out = self.x.new_empty(tokens, hidden)
         block = power_of_two(hidden)
-        sum_kernel[(tokens,)](
+        launch(
+            sum_kernel, (tokens,),
             results, self.topk_weights, self.topk_ids, self.x, self.x if self.shared is None else self.shared.gate,
             out, self.x.stride(0), tokens,
             D=hidden, BLOCK_D=block, E=self.common["E"], TOP_K=self.common["TOP_K"], SHARED=self.shared is not None,

@@ -27,8 +27,9 @@ from qnext_kernels.moe.triton_experts import (
     shared_strength,
     silu_times,
 )
+from qnext_kernels.triton_launch import launch
 from qnext_kernels.triton_overlap import overlapping, wait_for_launch_in_front
-from qnext_kernels.triton_support import Target, power_of_two
+from qnext_kernels.triton_support import Target, ceil_div, power_of_two
 
 
 @triton.jit
@@ -220,13 +221,15 @@ def run_few(
     }  # fmt: skip
     between, out = x.new_empty(tokens * count, width), torch.empty_like(x, memory_format=torch.contiguous_format)
     scale, other = or_other(routed.w13_scale, x), or_other(own.w13_scale, x)
-    few_up_kernel[(tokens * count * triton.cdiv(width, few.up_columns),)](
+    launch(
+        few_up_kernel, (tokens * count * ceil_div(width, few.up_columns),),
         x, routed.w13, scale, own.w13, other, topk_ids, between,
         x.stride(0), routed.w13.stride(0), scale.stride(0), tokens,
         COLUMNS=few.up_columns, ALIGNED=aligned(routed.w13), num_warps=few.up_warps, **common,
     )  # fmt: skip
     scale, other = or_other(routed.w2_scale, x), or_other(own.w2_scale, x)
-    few_down_kernel[(tokens * triton.cdiv(hidden, few.down_columns),)](
+    launch(
+        few_down_kernel, (tokens * ceil_div(hidden, few.down_columns),),
         between, routed.w2, scale, own.w2, other, topk_weights, topk_ids, x, x if shared is None else shared.gate, out,
         x.stride(0), routed.w2.stride(0), scale.stride(0), tokens,
         CHOICES=power_of_two(top_k), COLUMNS=few.down_columns, BLOCK=max(group, power_of_two(middle)),

@@ -18,8 +18,9 @@ from qnext_kernels.moe.configurations import Configuration, Few
 from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_kernels.moe.triton_experts import Call, Shared, Weights, quantized_rows
 from qnext_kernels.moe.triton_few import run_few
+from qnext_kernels.triton_launch import launch
 from qnext_kernels.triton_overlap import APART, wait_for_launch_in_front
-from qnext_kernels.triton_support import Target, power_of_two
+from qnext_kernels.triton_support import Target, ceil_div, power_of_two
 
 GROUPS_AT_ONCE = 16
 
@@ -52,11 +53,12 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
 def quantize(x: Tensor, decode: bool, overlap: Mapping[str, bool] = APART) -> tuple[Tensor, Tensor]:
     """Launch :func:`quantize_kernel` over [rows, SIZE]; returns what it writes."""
     rows, size = x.shape
-    count = triton.cdiv(size, FP8_GROUP)
+    count = ceil_div(size, FP8_GROUP)
     quantized = x.new_empty(rows, size, dtype=torch.bfloat16 if decode else torch.float8_e4m3fn)
     scales = x.new_empty(rows, count, dtype=torch.float32)
     at_once = min(GROUPS_AT_ONCE, power_of_two(rows * count))
-    quantize_kernel[(triton.cdiv(rows * count, at_once),)](
+    launch(
+        quantize_kernel, (ceil_div(rows * count, at_once),),
         x, quantized, scales, x.stride(0), rows * count, SIZE=size, GROUPS=count, GROUP=FP8_GROUP, AT_ONCE=at_once,
         DECODE=decode, num_warps=4, num_stages=1, enable_fp_fusion=True, **overlap,
     )  # fmt: skip

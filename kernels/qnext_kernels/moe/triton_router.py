@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qnext_kernels.triton_elementwise import row_start, silu
-from qnext_kernels.triton_support import ELEMENTS, inner_rows, power_of_two, vector_of, vector_rows
+from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_support import ELEMENTS, ceil_div, inner_rows, power_of_two, vector_of, vector_rows
 
 
 @triton.jit(do_not_specialize=["logits_row"])
@@ -83,7 +84,8 @@ def run_topk_softmax(logits: Tensor, weights: Tensor, ids: Tensor, renormalize: 
     vector = vector_of(experts, logits.dtype)
     logits, _, row = vector_rows(logits, vector)
     block, top_k = power_of_two(experts), ids.shape[1]
-    topk_softmax_kernel[(tokens,)](
+    launch(
+        topk_softmax_kernel, (tokens,),
         logits, weights, ids, row,
         E=experts, TOP_K=top_k, RENORMALIZE=renormalize, VECTOR=vector, BLOCK_E=block, BLOCK_K=power_of_two(top_k),
         num_warps=max(1, min(16, block // 1024)), num_stages=1, enable_fp_fusion=False,
@@ -98,7 +100,8 @@ def run_silu_and_mul(x: Tensor, out: Tensor) -> None:
     vector, rows = vector_of(width, x.dtype), out.numel() // width
     x, outer, inner = vector_rows(x, vector)
     block = min(ELEMENTS, power_of_two(width))
-    silu_and_mul_kernel[(triton.cdiv(rows, ELEMENTS // block), triton.cdiv(width, block))](
+    launch(
+        silu_and_mul_kernel, (ceil_div(rows, ELEMENTS // block), ceil_div(width, block)),
         x, out, outer, inner, inner_rows(x), rows,
         WIDTH=width, VECTOR=vector, ROWS=ELEMENTS // block, BLOCK=block,
         num_warps=4, num_stages=1, enable_fp_fusion=False,

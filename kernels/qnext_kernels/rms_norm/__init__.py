@@ -5,10 +5,13 @@ Source: transformers' ``Qwen3NextRMSNorm``; the residual sum is that of the deco
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from qnext_kernels.checks import expect_dtype, expect_floating, expect_shape
 from qnext_kernels.dispatch import Call, Operation
+from qnext_kernels.layouts import once_per_layout
 from qnext_kernels.rms_norm.cpu import CpuBackend
 from qnext_kernels.rms_norm.flashinfer import FlashInferRmsNorm
 from qnext_kernels.rms_norm.native import RmsNormNative
@@ -35,13 +38,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Raises:
         ValueError, TypeError: a shape or dtype does not fit.
     """
+    result: tuple[Tensor, Tensor] = _backend(x, weight, residual).rms_norm(x, weight, eps, residual)
+    return result
+
+
+@once_per_layout
+def _backend(x: Tensor, weight: Tensor, residual: Tensor | None) -> Any:
+    """Check the arguments; return the backend for them."""
     expect_floating("x", x)
     expect_shape("weight", weight, (x.shape[-1],))
     expect_floating("weight", weight)
     if residual is not None:
         expect_shape("residual", residual, x.shape)
         expect_dtype("residual", residual, (x.dtype,))
-    return operation.select(x.device, x.dtype, _call(x, weight)).rms_norm(x, weight, eps, residual)
+    return operation.select(x.device, x.dtype, _call(x, weight))
 
 
 def _call(x: Tensor, weight: Tensor) -> Call | None:

@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qnext_kernels.triton_elementwise import inverse_rms, row_start
-from qnext_kernels.triton_support import aligned_rows, inner_rows, row_tile, vector_of, vector_rows
+from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_support import aligned_rows, ceil_div, inner_rows, row_tile, vector_of, vector_rows
 
 
 @triton.jit(do_not_specialize=["x_outer", "x_inner", "residual_outer", "residual_inner", "inner", "rows"])
@@ -47,7 +48,8 @@ def run_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     vector, rows, config = vector_of(width, x.dtype), out.numel() // width, row_tile(width)
     x, *x_strides = vector_rows(x, vector)
     added, *added_strides = (x, 0, 0) if residual is None else vector_rows(residual, vector)
-    rms_norm_kernel[(triton.cdiv(rows, config["ROWS"]),)](
+    launch(
+        rms_norm_kernel, (ceil_div(rows, config["ROWS"]),),
         x, added, aligned_rows(weight), out, total, *x_strides, *added_strides, inner_rows(x), rows, eps,
         WITH_RESIDUAL=residual is not None, WIDTH=width, VECTOR=vector, enable_fp_fusion=False, **config,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from qnext_kernels import triton_support
+from qnext_kernels import layouts, triton_support
 
 SHARED_MEMORY = {
     "sm_80": 163 << 10,
@@ -74,13 +74,13 @@ def compiling_for(name: str) -> Iterator[list[Compiled]]:
     compiled: dict[str, Compiled] = {}
     found: list[Compiled] = []
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if kernel.hash not in compiled:
             compiled[kernel.hash] = _described(kernel)
             found.append(compiled[kernel.hash])
-        return kernel
 
+    layouts.forget()
     triton.runtime.driver.set_active(Driver(name))
     JITFunction.run = compile_only
     triton_support.why_missing = lambda kind, index: None if kind == "meta" else why_missing(kind, index)
@@ -90,6 +90,7 @@ def compiling_for(name: str) -> Iterator[list[Compiled]]:
         JITFunction.run = run
         triton_support.why_missing = why_missing
         triton.runtime.driver._active = active
+        layouts.forget()
 
 
 def _described(kernel: Any) -> Compiled:

@@ -26,7 +26,7 @@ from triton.runtime import interpreter as stock
 from triton.runtime.jit import JITFunction
 
 import qnext_kernels
-from qnext_kernels import OPERATIONS
+from qnext_kernels import OPERATIONS, layouts
 
 Array = NDArray[Any]
 COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
@@ -82,6 +82,8 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
             stack.callback(_restore, namespace, dict(vars(namespace)))
         stack.callback(stock.InterpretedFunction.rewritten_fn.clear)
         stack.enter_context(triton.knobs.runtime.scope())
+        stack.callback(layouts.forget)
+        layouts.forget()
         triton.knobs.runtime.interpret = True
         functions: dict[int, stock.InterpretedFunction[Any]] = {}
         for namespace in (tl, tl.standard, *modules):
