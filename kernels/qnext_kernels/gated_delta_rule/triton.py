@@ -126,7 +126,7 @@ def expect_contiguous_slots(name: str, pool: Tensor, leading: int) -> None:
     shape, strides = pool.shape[leading:], pool.stride()[leading:]
     _, value_dim, key_dim = shape
     expected = (value_dim * key_dim, key_dim, 1)
-    if strides != expected and any(
-        size > 1 and ours != want for size, ours, want in zip(shape, strides, expected, strict=True)
-    ):
+    if strides == expected:
+        return
+    if any(size > 1 and ours != want for size, ours, want in zip(shape, strides, expected, strict=True)):
         raise ValueError(f"{name}: expected slots with strides {list(expected)}, got {list(strides)}")

@@ -164,8 +164,8 @@ def run_recurrent(
     Args:
         tokens: q, k, v (rows of unit stride), a, b (so too), A_log and dt_bias (contiguous).
         out: [T, HV, V], written.
-        state, slots [N, columns] or [N], query_start_loc, accepted, steps, has_initial: of the public functions, indices and
-            flags contiguous.
+        state, slots [N, columns] or [N], query_start_loc, accepted, steps, has_initial: of the public functions,
+            indices and flags contiguous.
     """
     q, k, v, a, b, A_log, dt_bias = tokens
     value_heads, value_dim = v.shape[1:]
