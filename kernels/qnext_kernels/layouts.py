@@ -38,7 +38,7 @@ def once_per_layout(function: FunctionT) -> FunctionT:
     def call(*arguments):  # type: ignore[no-untyped-def]
         if arguments[0].is_cpu or torch.compiler.is_compiling():
             return function(*arguments)
-        layout = tuple([(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in arguments])
+        layout = tuple([(x.shape, x.dtype, x.get_device()) if isinstance(x, Tensor) else x for x in arguments])
         try:
             return known[layout]
         except KeyError:

@@ -141,6 +141,9 @@ def vector_rows(x: Tensor, vector: int) -> tuple[Tensor, int, int]:
     It is copied only where no view does, or where a row begins inside a vector: so what Triton compiles, and with it
     the order of a sum, follows from shapes and dtypes alone.
     """
+    if x.is_contiguous() and (vector == 1 or x.data_ptr() % ALIGNMENT == 0):
+        inner = x.shape[-1] // vector
+        return x, inner_rows(x) * inner, inner
     x = rows(x.flatten(0, -3) if x.dim() > 3 else x)
     outer, inner = _outer_and_inner(x)
     if vector > 1 and (x.data_ptr() % ALIGNMENT or outer % vector or inner % vector):
@@ -154,6 +157,7 @@ def inner_rows(x: Tensor) -> int:
     return x.shape[-2] if x.dim() > 1 else 1
 
 
+@cache
 def row_tile(width: int, elements: int = ELEMENTS) -> dict[str, int]:
     """Block sizes and warps of a program that holds whole rows: ``elements`` of short ones, 16 a thread at most widths.
 

@@ -30,7 +30,7 @@ class TritonCausalConv1d(TritonBackend):
     ) -> Tensor:
         from qnext_kernels.causal_conv1d.triton_conv import run_prefill
 
-        y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(x):
             run_prefill(x, weight, y, conv_state, slots, query_start_loc, has_initial, snapshots, key_dim)
         return y

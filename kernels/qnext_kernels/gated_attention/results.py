@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,6 @@ def empty_heads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Empty q, k, v and gate of :func:`qnext_kernels.qk_norm_rope_gate`."""
     tokens, head_dim = qkv.shape[0], q_weight.shape[0]
-    q, gate = qkv.new_empty(tokens, num_heads * head_dim), qkv.new_empty(tokens, num_heads * head_dim)
-    k, v = qkv.new_empty(tokens, num_kv_heads * head_dim), qkv.new_empty(tokens, num_kv_heads * head_dim)
+    widths = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim, num_heads * head_dim)
+    q, k, v, gate = [torch.empty(tokens, width, dtype=qkv.dtype, device=qkv.device) for width in widths]
     return q, k, v, gate

@@ -267,7 +267,8 @@ def run_fused(
     qkvz, ba, slots = rows(qkvz), rows(ba), slots.contiguous()
     weights = aligned_rows(conv_weight.contiguous()), *(w.contiguous() for w in (A_log, dt_bias, norm_weight))
     group, width = value_heads // key_heads, conv_weight.shape[1]
-    mixed = qkvz.new_empty(num_tokens, key_heads, 2 * key_dim + group * value_dim)
+    mixed_width = 2 * key_dim + group * value_dim
+    mixed = torch.empty(num_tokens, key_heads, mixed_width, dtype=qkvz.dtype, device=qkvz.device)
     config: dict[str, Any] = configuration(key_dim, value_dim)
     with torch.cuda.device_of(qkvz):
         launch(
@@ -287,7 +288,7 @@ def run_fused(
             eps,
             CALL=(DECODE if query_start_loc is None else VERIFY).value, IN_STEPS=steps is not None,
             H=key_heads, G=group, K=key_dim, V=value_dim, W=width,
-            BLOCK_W=power_of_two(width), BLOCK_C=power_of_two(mixed.shape[2]),
+            BLOCK_W=power_of_two(width), BLOCK_C=power_of_two(mixed_width),
             EPS=L2_NORM_EPS, enable_fp_fusion=False, **config,
         )  # fmt: skip
     return out

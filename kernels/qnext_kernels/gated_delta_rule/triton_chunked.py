@@ -249,16 +249,19 @@ def solve_chunks(
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Launch :func:`chunk_kernel`; return solve, attend, factors and decays, and what the next kernels share with it.
 
-    These are, in bfloat16, 16 KiB for every chunk and value head: 256 bytes a token and head.
+    Of solve and attend, the rows of all chunks lie in one dimension. They are, in bfloat16, 16 KiB for every chunk and
+    value head: 256 bytes a token and head.
     """
     q, k, v, a, b, A_log, dt_bias = tokens
     num_tokens, value_heads = v.shape[:2]
     key_heads, key_dim = q.shape[1:]
     sequences = slots.shape[0]
-    entries = (num_tokens // CHUNK_SIZE + sequences, value_heads)
-    solve, attend = torch.empty(2, *entries, CHUNK_SIZE, CHUNK_SIZE, dtype=config.products, device=v.device)
-    factors = torch.empty(*entries, 3, CHUNK_SIZE, dtype=torch.float32, device=v.device)
-    decays = torch.empty(entries, dtype=torch.float32, device=v.device)
+    entries = num_tokens // CHUNK_SIZE + sequences
+    count = entries * value_heads
+    solve = torch.empty(count * CHUNK_SIZE, CHUNK_SIZE, dtype=config.products, device=v.device)
+    attend = torch.empty(count * CHUNK_SIZE, CHUNK_SIZE, dtype=config.products, device=v.device)
+    factors = torch.empty(count, 3, CHUNK_SIZE, dtype=torch.float32, device=v.device)
+    decays = torch.empty(count, dtype=torch.float32, device=v.device)
     shapes: dict[str, Any] = {
         "H": key_heads,
         "HV": value_heads,
@@ -269,7 +272,7 @@ def solve_chunks(
         "enable_fp_fusion": True,
     }
     launch(
-        chunk_kernel, (entries[0] * value_heads,),
+        chunk_kernel, (count,),
         q, k, a, b, A_log, dt_bias, slots, query_start_loc, solve, attend, factors, decays,
         *q.stride()[:2], *k.stride()[:2], a.stride(0), b.stride(0), sequences,
         SHORT=RECURRENT_TOKENS, KEYS=config.keys, EPS=L2_NORM_EPS, INVERSE=config.inverse,

@@ -20,6 +20,8 @@ from qnext_kernels.gated_delta_rule.triton_chunked import Configuration, product
 from qnext_kernels.triton_launch import launch
 from qnext_kernels.triton_support import ALIGNMENT, ceil_div, current_target
 
+NO_TILES = (None,) * 5
+
 
 @triton.jit
 def rows_at(place, token: tl.constexpr, columns, C: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -274,16 +276,17 @@ def state_kernel(  # type: ignore[no-untyped-def]
 
 def tiles_of(q: Tensor, k: Tensor, v: Tensor, chunks: tuple[Tensor, ...], config: Configuration) -> tuple[Any, ...]:
     """Tensor descriptors of q, k, v, solve and attend, in tiles of a whole chunk; None where they cannot have any."""
-    if not config.tiles or len(q) < CHUNK_SIZE or any(x.stride(0) * x.itemsize % ALIGNMENT for x in (q, k, v)):
-        return (None,) * 5
-
-    def rows(x: Tensor, columns: int) -> TensorDescriptor:
-        width = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
-        return TensorDescriptor(x, [len(x), width], [x.stride(0), 1], [CHUNK_SIZE, columns])
-
-    matrices = (x.view(-1, CHUNK_SIZE) for x in chunks[:2])
-    squares = (TensorDescriptor(x, [*x.shape], [CHUNK_SIZE, 1], [CHUNK_SIZE, CHUNK_SIZE]) for x in matrices)
-    return rows(q, config.block_k), rows(k, config.block_k), rows(v, config.block_v), *squares
+    if not config.tiles or q.shape[0] < CHUNK_SIZE:
+        return NO_TILES
+    found = []
+    for x, columns in ((q, config.block_k), (k, config.block_k), (v, config.block_v)):
+        (tokens, heads, dim), (token, head, _) = x.shape, x.stride()
+        if token * x.itemsize % ALIGNMENT:
+            return NO_TILES
+        found.append(TensorDescriptor(x, [tokens, (heads - 1) * head + dim], [token, 1], [CHUNK_SIZE, columns]))
+    for x in chunks[:2]:
+        found.append(TensorDescriptor(x, [*x.shape], [CHUNK_SIZE, 1], [CHUNK_SIZE, CHUNK_SIZE]))
+    return tuple(found)
 
 
 def run_chunked(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.dispatch import is_deterministic
+from qnext_kernels.layouts import once_per_layout
 from qnext_kernels.moe.configurations import Configuration, Few, Shape, choose, few
 from qnext_kernels.operators import operator
 from qnext_kernels.triton_support import Target, TritonBackend, aligned_rows, current_target
@@ -94,6 +95,7 @@ class TritonMoe(TritonBackend):
             return run_fp8(tokens[0], routed, extra, *tokens[1:], config, target)
 
 
+@once_per_layout
 def configuration(x: Tensor, w2: Tensor, topk_ids: Tensor, target: Target) -> Configuration | Few:
     """The configuration of a call: for few tokens, measured on this GPU, or by rule.
 
@@ -113,8 +115,9 @@ def gpu_name(x: Tensor) -> str | None:
 
 
 def _empty_choice(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    shape = router_logits.shape[0], top_k
-    return router_logits.new_empty(shape, dtype=torch.float32), router_logits.new_empty(shape, dtype=torch.int32)
+    tokens, device = router_logits.shape[0], router_logits.device
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
+    return weights, torch.empty(tokens, top_k, dtype=torch.int32, device=device)
 
 
 @operator(_empty_choice)
@@ -129,7 +132,7 @@ def triton_topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool) ->
 
 
 def _empty_half(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    return torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=x.dtype, device=x.device)
 
 
 @operator(_empty_half)

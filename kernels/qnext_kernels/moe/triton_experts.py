@@ -400,7 +400,7 @@ class Call:
 
     def up(self, x: Tensor, x_scale: Tensor | None = None) -> Tensor:
         """Launch :func:`up_kernel`; the result is in the dtype of the result of the call."""
-        middle = self.x.new_empty(self.rows, self.width)
+        middle = torch.empty(self.rows, self.width, dtype=self.x.dtype, device=self.x.device)
         w13, scale = self.routed.w13, or_other(self.routed.w13_scale, x)
         shared = self.routed if self.shared is None else self.shared.weights
         product = self.config.up
@@ -415,7 +415,7 @@ class Call:
 
     def down(self, middle: Tensor, middle_scale: Tensor | None = None) -> Tensor:
         """Launch :func:`down_kernel`; the result is in the dtype of the result of the call."""
-        results = self.x.new_empty(self.rows, self.x.shape[1])
+        results = torch.empty(self.rows, self.x.shape[1], dtype=self.x.dtype, device=self.x.device)
         w2, scale = self.routed.w2, or_other(self.routed.w2_scale, middle)
         shared = self.routed if self.shared is None else self.shared.weights
         product = self.config.down
@@ -431,7 +431,7 @@ class Call:
     def sum(self, results: Tensor) -> Tensor:
         """Launch :func:`sum_kernel`."""
         tokens, hidden = self.x.shape
-        out = self.x.new_empty(tokens, hidden)
+        out = torch.empty(tokens, hidden, dtype=self.x.dtype, device=self.x.device)
         block = power_of_two(hidden)
         launch(
             sum_kernel, (tokens,),

@@ -219,7 +219,8 @@ def run_few(
         "BLOCK_D": max(group, power_of_two(hidden)), "GROUP": group, "DECODE": decode,
         "num_stages": 1, "enable_fp_fusion": True, **overlapping(target),
     }  # fmt: skip
-    between, out = x.new_empty(tokens * count, width), torch.empty_like(x, memory_format=torch.contiguous_format)
+    between = torch.empty(tokens * count, width, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     scale, other = or_other(routed.w13_scale, x), or_other(own.w13_scale, x)
     launch(
         few_up_kernel, (tokens * count * ceil_div(width, few.up_columns),),

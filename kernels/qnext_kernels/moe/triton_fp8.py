@@ -54,8 +54,9 @@ def quantize(x: Tensor, decode: bool, overlap: Mapping[str, bool] = APART) -> tu
     """Launch :func:`quantize_kernel` over [rows, SIZE]; returns what it writes."""
     rows, size = x.shape
     count = ceil_div(size, FP8_GROUP)
-    quantized = x.new_empty(rows, size, dtype=torch.bfloat16 if decode else torch.float8_e4m3fn)
-    scales = x.new_empty(rows, count, dtype=torch.float32)
+    dtype = torch.bfloat16 if decode else torch.float8_e4m3fn
+    quantized = torch.empty(rows, size, dtype=dtype, device=x.device)
+    scales = torch.empty(rows, count, dtype=torch.float32, device=x.device)
     at_once = min(GROUPS_AT_ONCE, power_of_two(rows * count))
     launch(
         quantize_kernel, (ceil_div(rows * count, at_once),),
