@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -294,7 +293,6 @@ def run_fused(
     return out
 
 
-@cache
 def configuration(key_dim: int, value_dim: int) -> dict[str, int]:
     """Block sizes and warps: from shapes, never from the batch.
 
