@@ -99,11 +99,12 @@ class ServedModel(nn.Module):
 
 
 class Qwen3NextModel(nn.Module):
-    """Embedding, layers, final norm."""
+    """Embedding, layers, final norm, with the ``forward`` that SGLang's graphs of prefill capture on its own."""
 
     def __init__(self, config: Qwen3NextConfig, engine: SglangEngine, embedding: nn.Module, *, prefix: str) -> None:
         super().__init__()
         self.embed_tokens = embedding
+        self._batch = engine.batch
         self.layers = nn.ModuleList(
             DecoderLayer(config, engine, kind, sparse=config.is_sparse(n), prefix=f"{prefix}.layers.{n}")
             for n, kind in enumerate(config.layer_types)
@@ -115,7 +116,20 @@ class Qwen3NextModel(nn.Module):
 
             self._stack = DecoderLayers(list(self.layers), engine)  # type: ignore[arg-type]
 
-    def forward(self, hidden_states: Tensor, positions: Tensor, forward_batch: api.ForwardBatch) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        forward_batch: api.ForwardBatch,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if forward_batch.forward_mode.is_idle():
+            return hidden_states
+        with self._batch.of(forward_batch):
+            return self._run(hidden_states, positions, forward_batch)
+
+    def _run(self, hidden_states: Tensor, positions: Tensor, forward_batch: api.ForwardBatch) -> Tensor:
         behind = None
         if self._stack is not None:
             behind = self._stack.run(hidden_states, positions, forward_batch)
@@ -150,10 +164,7 @@ class Qwen3NextForCausalLM(ServedModel):
         inputs_embeds: Tensor | None = None,
         **_: Any,
     ) -> Any:
-        hidden_states = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if not forward_batch.forward_mode.is_idle():
-            with self.engine.batch.of(forward_batch):
-                hidden_states = self.model(hidden_states, positions, forward_batch)
+        hidden_states = self.model(input_ids, positions, forward_batch, inputs_embeds)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

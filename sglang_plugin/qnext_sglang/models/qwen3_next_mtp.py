@@ -6,14 +6,38 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qnext_plugins.model import MultiTokenPredictor, checked_weights, expected_shapes
+from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights, expected_shapes
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_plugins.packed_methods import unpacked_weights
 from qnext_sglang import sglang_api as api
+from qnext_sglang.engine import SglangEngine
 from qnext_sglang.loading import load_parameters
 from qnext_sglang.models.qwen3_next import ServedModel
+
+
+class DraftModel(MultiTokenPredictor):
+    """Embedding and the shared draft, with the ``forward`` that SGLang's graphs of prefill capture on its own."""
+
+    def __init__(self, config: Qwen3NextConfig, engine: SglangEngine, embedding: nn.Module, *, prefix: str) -> None:
+        super().__init__(config, engine, prefix=prefix)
+        self.embed_tokens = embedding
+        self._batch = engine.batch
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        forward_batch: api.ForwardBatch,
+        input_embeds: Tensor | None = None,
+    ) -> Tensor:
+        hidden_states = forward_batch.spec_info.hidden_states
+        if forward_batch.forward_mode.is_idle():
+            return hidden_states
+        embeddings = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        with self._batch.of(forward_batch):
+            return self.draft(embeddings, hidden_states, positions)
 
 
 class Qwen3NextForCausalLMMTP(ServedModel):
@@ -21,8 +45,9 @@ class Qwen3NextForCausalLMMTP(ServedModel):
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__(config, quant_config)
-        self.model = MultiTokenPredictor(self.qnext_config, self.engine, prefix=api.add_prefix("mtp", prefix))
-        self.model.embed_tokens = self.make_embedding()
+        self.model = DraftModel(
+            self.qnext_config, self.engine, self.make_embedding(), prefix=api.add_prefix("mtp", prefix)
+        )
         self.lm_head = self.make_head(prefix)
 
     @torch.no_grad()
@@ -34,11 +59,7 @@ class Qwen3NextForCausalLMMTP(ServedModel):
         input_embeds: Tensor | None = None,
         **_: Any,
     ) -> Any:
-        embeddings = self.model.embed_tokens(input_ids) if input_embeds is None else input_embeds
-        hidden_states = forward_batch.spec_info.hidden_states
-        if not forward_batch.forward_mode.is_idle():
-            with self.engine.batch.of(forward_batch):
-                hidden_states = self.model.draft(embeddings, hidden_states, positions)
+        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
