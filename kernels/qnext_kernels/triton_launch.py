@@ -42,7 +42,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """``kernel[grid](*arguments, **constants)``, the tensors on the current device.
 
     The first launch of a kernel, and the first of a case, go through Triton. So does every one on AMD's GPUs, where
-    what is compiled also depends on the size of the memory that a tensor is part of, and in the interpreter.
+    what is compiled also depends on the size of the memory that a tensor is part of, and in the interpreter and wherever
+    else Triton gives back nothing that it has compiled.
 
     Args:
         kernel: made by ``triton.jit``.
@@ -74,6 +75,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         run(*addresses, *arguments[own.tensors :], *parameters)
         return
     compiled = kernel[grid](*arguments, **constants)
+    if compiled is None:
+        return
     names = [*inspect.signature(kernel.fn).parameters][len(arguments) :]
     if len(own.known) >= MOST_REMEMBERED:
         own.known.clear()
