@@ -42,8 +42,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """``kernel[grid](*arguments, **constants)``, the tensors on the current device.
 
     The first launch of a kernel, and the first of a case, go through Triton. So does every one on AMD's GPUs, where
-    what is compiled also depends on the size of the memory that a tensor is part of, and in the interpreter and wherever
-    else Triton gives back nothing that it has compiled.
+    what is compiled also depends on the size of the memory that a tensor is part of, and wherever Triton gives back
+    nothing that it has compiled, as its interpreter does.
 
     Args:
         kernel: made by ``triton.jit``.

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qnext_kernels import triton_launch
 from qnext_kernels.triton_launch import launch
@@ -24,6 +25,13 @@ def scale_kernel(x, index, y, stride, count, factor, BLOCK: tl.constexpr, TWICE:
     place = tl.load(index + at, mask=at < count, other=0)
     value = tl.load(x + place * stride, mask=at < count, other=0.0).to(tl.float32) * factor
     tl.store(y + at, value + value if TWICE else value, mask=at < count)
+
+
+@triton.jit
+def copy_kernel(x, y, tiles, count, SIZE: tl.constexpr, TILES: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, SIZE)
+    value = tl.reshape(tiles.load([0, 0]), [SIZE]) if TILES else tl.load(x + at, mask=at < count, other=0.0)
+    tl.store(y + at, value, mask=at < count)
 
 
 def arguments(dtype: torch.dtype = BF16, index: torch.dtype = INT, offset: int = 0, stride: int = 16) -> list[Any]:
@@ -70,7 +78,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     triton.runtime.driver.set_active(driver)
     yield driver
     triton.runtime.driver._active = active
-    scale_kernel.device_caches.clear()
+    for kernel in (scale_kernel, copy_kernel):
+        kernel.device_caches.clear()
 
 
 @pytest.fixture
@@ -107,6 +116,17 @@ def test_a_case_goes_through_triton_until_it_is_known(recorder: Recorder, lookup
     launch(scale_kernel, grid, *given[:4], 63, *given[5:], **options)
     assert len(lookups) == 3
     assert len(recorder.launched) == 6
+
+
+def test_tensors_that_are_described_are_those_of_every_launch(recorder: Recorder, lookups: list[Any]) -> None:
+    for _ in range(4):
+        x, y = torch.empty(16, 16, dtype=BF16), torch.empty(256, dtype=BF16)
+        tiles = TensorDescriptor(x, [16, 16], [16, 1], [16, 16])
+        for described in (tiles, None):
+            launch(copy_kernel, (1,), x, y, described, 256, SIZE=256, TILES=described is not None)
+            _, _, *given = recorder.launched[-1]
+            assert given == [x.data_ptr(), y.data_ptr(), described, 256, 256, described is not None]
+    assert len(lookups) == 3
 
 
 def test_other_memory_of_the_same_layout_is_the_same_case(recorder: Recorder, lookups: list[Any]) -> None:
