@@ -27,9 +27,13 @@ def silu(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def row_start(row, inner, outer_stride, inner_stride):  # type: ignore[no-untyped-def]
-    """Where rows [ROWS] begin that lie outer × inner, in the unit of the strides."""
-    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+def outer_and_inner(row, inner, rows):  # type: ignore[no-untyped-def]
+    """row // inner and row % inner of rows [ROWS] below ``rows``; one outer row costs no division before the loads."""
+    outer, within = tl.zeros_like(row), row
+    if rows > inner:
+        outer = row // inner
+        within = row - outer * inner
+    return outer.to(tl.int64), within.to(tl.int64)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
-from qnext_kernels.triton_support import Target
+from qnext_kernels.triton_support import Target, current_target
 
 APART: Mapping[str, bool] = {"OVERLAPS": False}
 """Options of a launch that begins when the one in front has ended."""
@@ -32,3 +32,8 @@ def wait_for_launch_in_front(OVERLAPS: tl.constexpr):  # type: ignore[no-untyped
 def overlapping(target: Target, wanted: bool = True) -> Mapping[str, bool]:
     """Options of a launch that may begin before the one in front has ended, where the GPU can do that."""
     return {"OVERLAPS": True, "launch_pdl": True} if wanted and target.overlaps else APART
+
+
+def overlapping_here() -> Mapping[str, bool]:
+    """:func:`overlapping` on the current GPU, for kernels that wait before they load or store anything."""
+    return overlapping(current_target())

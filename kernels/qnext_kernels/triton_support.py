@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16
 """Bytes of the widest load of a thread. Triton compiles a second kernel for pointers that are not multiples of it."""
 
-ELEMENTS = 2048
-"""Of short rows, so many belong to one program: two vectors of 16 bytes a thread in bfloat16."""
+VECTOR = 8
+"""Elements of a thread: 16 bytes in bfloat16. With more, the few rows of a step have few threads, which take long."""
+ELEMENTS = 1024
+"""Of short rows, so many belong to one program, which has four warps. An H200 starts at most one a nanosecond."""
 
 
 class TritonBackend(Backend):
@@ -104,15 +106,13 @@ def current_target() -> Target:
 
     if interpreting():
         return Target(nvidia=True, shared_memory=1 << 20, tensor_maps=True, wgmma=True)
-    return _target(driver.active.get_current_target(), driver.active.get_current_device())
+    return _target(driver.active, driver.active.get_current_device())
 
 
 @cache
-def _target(gpu: object, device: int) -> Target:
-    from triton.runtime import driver
-
-    properties = driver.active.utils.get_device_properties(device)
-    backend, arch = gpu.backend, gpu.arch  # type: ignore[attr-defined]
+def _target(driver: Any, device: int) -> Target:
+    properties = driver.utils.get_device_properties(device)
+    backend, arch = (gpu := driver.get_current_target()).backend, gpu.arch
     nvidia = backend == "cuda"
     e4m3 = arch >= 89 if nvidia else arch == "gfx950"
     hopper_on = nvidia and arch >= 90
@@ -159,13 +159,14 @@ def inner_rows(x: Tensor) -> int:
 
 @cache
 def row_tile(width: int, elements: int = ELEMENTS) -> dict[str, int]:
-    """Block sizes and warps of a program that holds whole rows: ``elements`` of short ones, 16 a thread at most widths.
+    """Block sizes and warps of a program that holds whole rows: ``elements`` of short ones, VECTOR of them a thread.
 
     They follow from the width alone, so that a row has the same bits in any batch.
     """
     block = power_of_two(width)
-    warps = min(16, max(4, block // 512))
-    return {"ROWS": max(1, elements // block), "BLOCK": block, "num_warps": warps, "num_stages": 1}
+    rows = max(1, elements // block)
+    warps = min(16, rows * block // (32 * VECTOR))
+    return {"ROWS": rows, "BLOCK": block, "num_warps": warps, "num_stages": 1}
 
 
 def _outer_and_inner(x: Tensor) -> tuple[int, int]:

@@ -13,12 +13,15 @@ from torch import Tensor
 from qnext_kernels.gated_delta_rule.triton_chunked import sequence_of_chunk
 from qnext_kernels.triton_elementwise import silu
 from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_overlap import overlapping_here, wait_for_launch_in_front
 from qnext_kernels.triton_support import aligned_rows, ceil_div, power_of_two, rows
 
 CHANNELS, RUNS, STEPS = 128, 16, 8
 """Of a program of a prefill: so many runs of so many tokens; a thread goes along one with a vector of 16 bytes."""
-VERIFIED_CHANNELS = 256
-"""Of a program of a verify or decode: a warp's vectors of 16 bytes."""
+FEW, MANY = (256, 4), (1024, 4)
+"""Channels and warps of a program of a verify or decode. Where programs are few, a thread has two channels and is soon
+done; many would take longer to start than to run, and a thread takes vectors of 16 bytes. The bits are the same."""
+FEW_PROGRAMS = 2048
 LONGEST_BLOCK = 8
 """Tokens that a program of a verify loads at once."""
 _NOT_COMPILED_IN = ["sequences", "with_snapshots", "most_columns", "most_steps"]
@@ -49,12 +52,19 @@ def inputs_behind(  # type: ignore[no-untyped-def]
 @triton.jit
 def taps_of(weight, channel, inside, W: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
     """The W weights of each channel, float32 [channels] each; ``weight``: contiguous [D, W]."""
-    tap = tl.arange(0, BLOCK_W)[None, :]
-    # A thread loads the weights of a channel at once. Adding −0 to the one that is meant changes nothing.
-    taps = tl.load(weight + channel[:, None] * W + tap, mask=inside[:, None] & (tap < W), other=0.0).to(tl.float32)
     apart = []
-    for w in tl.static_range(W):
-        apart += [tl.sum(tl.where(tap == w, taps, -0.0), axis=1)]
+    if W == 4 and weight.dtype.element_ty.primitive_bitwidth == 16:
+        # Those of a channel are one integer, so that a thread takes them as it takes the channel.
+        four = tl.load(weight.to(tl.pointer_type(tl.int64)) + channel, mask=inside, other=0)
+        for w in tl.static_range(W):
+            tap = (four >> (16 * w)).to(tl.int16).to(weight.dtype.element_ty, bitcast=True)
+            apart += [tap.to(tl.float32)]
+    else:
+        tap = tl.arange(0, BLOCK_W)[None, :]
+        # A thread loads the weights of a channel at once. Adding −0 to the one that is meant changes nothing.
+        taps = tl.load(weight + channel[:, None] * W + tap, mask=inside[:, None] & (tap < W), other=0.0).to(tl.float32)
+        for w in tl.static_range(W):
+            apart += [tl.sum(tl.where(tap == w, taps, -0.0), axis=1)]
     return apart
 
 
@@ -73,7 +83,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     x, weight, y, pool, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths,
     x_token, x_head, pool_slot, pool_channel, pool_column, sequences, with_snapshots,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, COLUMNS: tl.constexpr,
-    RUNS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    RUNS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """RUNS · STEPS tokens of one sequence, CHANNELS of their channels.
 
@@ -106,6 +116,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     within = (block - part * OF_KEYS) * CHANNELS + tl.arange(0, CHANNELS)
     inside = within < size
     channel = of_part + within
+    wait_for_launch_in_front(OVERLAPS)
     n = sequence_of_chunk(chunk, query_start_loc, sequences, TOKENS)
     start = tl.load(query_start_loc + n).to(tl.int64)
     length = (tl.load(query_start_loc + n + 1) - start).to(tl.int32)
@@ -170,7 +181,7 @@ def verify_kernel(  # type: ignore[no-untyped-def]
     x_token, pool_slot, pool_channel, pool_column, steps_row, steps_step, steps_channel, steps_column,
     most_columns, most_steps,
     RAGGED: tl.constexpr, IN_STEPS: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    BLOCK_W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """All tokens of one sequence, CHANNELS of their channels.
 
@@ -188,6 +199,7 @@ def verify_kernel(  # type: ignore[no-untyped-def]
     n = (tl.program_id(0) // BLOCKS).to(tl.int64)
     channel = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < D
+    wait_for_launch_in_front(OVERLAPS)
     slot = tl.load(slots + n).to(tl.int64)
     live = slot >= 0
     own = pool + slot * pool_slot + channel.to(tl.int64) * pool_channel
@@ -267,6 +279,7 @@ def run_prefill(
         *x.stride()[:2], *pool.stride(), sequences, int(snapshots is not None),
         H=heads, K=key_dim, V=value_dim, W=width, BLOCK_W=power_of_two(width), COLUMNS=power_of_two(width - 1),
         RUNS=RUNS, STEPS=STEPS, CHANNELS=CHANNELS, num_warps=8, num_stages=1, enable_fp_fusion=False,
+        **overlapping_here(),
     )  # fmt: skip
 
 
@@ -292,12 +305,15 @@ def run_verify(
         step_pool, step_rows, most = steps[0], steps[1].contiguous(), steps[0].shape[1]
     # Later tokens find every input before them in x: what a program overwrites, its first block has read.
     block = max(min(most, LONGEST_BLOCK), 1 if query_start_loc is None or steps is not None else width - 1)
+    of_program, warps = FEW if sequences * ceil_div(channels, FEW[0]) <= FEW_PROGRAMS else MANY
+    # A thread takes several channels at once where they are contiguous; else it has one, as of the pool so of x.
+    if pool.stride(1) != 1:
+        of_program, warps = FEW[0], FEW[0] // 32
     launch(
-        verify_kernel, (sequences * ceil_div(channels, VERIFIED_CHANNELS),),
+        verify_kernel, (sequences * ceil_div(channels, of_program),),
         x, aligned_rows(weight.contiguous()), y, pool, step_pool, slots, offsets, taken, step_rows,
         x.stride(0), *pool.stride(), *((0, 0, 0, 0) if steps is None else step_pool.stride()), pool.shape[2], most,
         RAGGED=query_start_loc is not None, IN_STEPS=steps is not None, D=channels, W=width,
-        BLOCK_W=power_of_two(width), TOKENS=block, CHANNELS=VERIFIED_CHANNELS,
-        # A thread can take 16 bytes at once where channels are contiguous; else it has one, as of the pool so of x.
-        num_warps=1 if pool.stride(1) == 1 else VERIFIED_CHANNELS // 32, num_stages=1, enable_fp_fusion=False,
+        BLOCK_W=power_of_two(width), TOKENS=block, CHANNELS=of_program,
+        num_warps=warps, num_stages=1, enable_fp_fusion=False, **overlapping_here(),
     )  # fmt: skip

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qnext_kernels.triton_elementwise import row_start, sigmoid
+from qnext_kernels.triton_elementwise import outer_and_inner, sigmoid
 from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_overlap import overlapping_here, wait_for_launch_in_front
 from qnext_kernels.triton_support import ELEMENTS, ceil_div, inner_rows, power_of_two, vector_of, vector_rows
 
 
@@ -15,7 +16,7 @@ from qnext_kernels.triton_support import ELEMENTS, ceil_div, inner_rows, power_o
 def sigmoid_gate_kernel(  # type: ignore[no-untyped-def]
     x, gate, out, x_outer, x_inner, gate_outer, gate_inner, inner, rows,
     WIDTH: tl.constexpr, VECTOR: tl.constexpr, GATE_WIDTH: tl.constexpr, GATE_VECTOR: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """x · sigmoid(gate) for ROWS rows and BLOCK of their columns.
 
@@ -28,8 +29,10 @@ def sigmoid_gate_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row[:, None] < rows) & (column[None, :] < WIDTH)
-    x_at = row_start(row, inner, x_outer, x_inner)[:, None] * VECTOR + column[None, :]
-    gate_at = row_start(row, inner, gate_outer, gate_inner)[:, None] * GATE_VECTOR
+    outer, within = outer_and_inner(row, inner, rows)
+    x_at = (outer * x_outer + within * x_inner)[:, None] * VECTOR + column[None, :]
+    gate_at = (outer * gate_outer + within * gate_inner)[:, None] * GATE_VECTOR
+    wait_for_launch_in_front(OVERLAPS)
     if GATE_WIDTH == 1:
         g = tl.load(gate + gate_at, mask=row[:, None] < rows, other=0.0).to(tl.float32)
     else:
@@ -52,4 +55,5 @@ def run_sigmoid_gate(x: Tensor, gate: Tensor, out: Tensor) -> None:
         x, gate, out, *x_strides, *gate_strides, inner_rows(x), rows,
         WIDTH=width, VECTOR=vector, GATE_WIDTH=gate_width, GATE_VECTOR=gate_vector,
         ROWS=ELEMENTS // block, BLOCK=block, num_warps=4, num_stages=1, enable_fp_fusion=False,
+        **overlapping_here(),
     )  # fmt: skip

@@ -21,6 +21,7 @@ from qnext_kernels.gated_delta_rule.triton_token import (
     store_parts,
 )
 from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_overlap import overlapping_here, wait_for_launch_in_front
 from qnext_kernels.triton_support import ceil_div, power_of_two
 
 DECODE, VERIFY, TAIL = map(tl.constexpr, range(3))
@@ -40,6 +41,7 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
     state_slot, written_row, written_step, columns, most_tokens, num_tokens,
     CALL: tl.constexpr, IN_STEPS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     PART: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, SHORT: tl.constexpr, EPS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Some rows of the state of one value head of one sequence, over its tokens.
 
@@ -55,7 +57,8 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
 
     Bytes: of the state, N · HV · V · K elements read and as many written behind every token; q, k, v and out are less
     than a hundredth of that. Operations: 7 a state element and token, about one a byte. What keeps memory busy are few
-    instructions a row and many small programs: a decode takes 600 of a warp for 8 rows, 72 registers of a thread.
+    instructions a row and many small programs: a decode takes 600 of a warp for 8 rows, 78 registers of a thread. A
+    program is one warp, which waits for no other behind every token.
 
     Args:
         q, k: [T, H, K]; v: [T, HV, V]; a, b: [T, HV]; A_log, dt_bias: [HV]; out: contiguous [T, HV, V].
@@ -80,6 +83,7 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
     tile = head * V * K + values[:, None] * K
     key_head = head // (HV // H)
 
+    wait_for_launch_in_front(OVERLAPS)
     A = tl.load(A_log + head).to(tl.float32)
     bias = tl.load(dt_bias + head).to(tl.float32)
     known = n >= 0
@@ -146,7 +150,7 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
 @cache
 def configuration(key_dim: int, value_dim: int) -> dict[str, int]:
     """Block sizes and warps: from shapes, never from the batch, so that a sequence has the same bits in any batch."""
-    return {"PART": part_of(key_dim), "BLOCK_V": min(16, power_of_two(value_dim)), "num_warps": 2, "num_stages": 1}
+    return {"PART": part_of(key_dim), "BLOCK_V": min(8, power_of_two(value_dim)), "num_warps": 1, "num_stages": 1}
 
 
 def run_recurrent(
@@ -195,4 +199,5 @@ def run_recurrent(
         H=key_heads, HV=value_heads, K=key_dim, V=value_dim, C=CHUNK_SIZE, SHORT=RECURRENT_TOKENS, EPS=L2_NORM_EPS,
         enable_fp_fusion=False,
         **config,
+        **overlapping_here(),
     )  # fmt: skip

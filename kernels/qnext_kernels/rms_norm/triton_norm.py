@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qnext_kernels.triton_elementwise import inverse_rms, row_start
+from qnext_kernels.triton_elementwise import inverse_rms, outer_and_inner
 from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_overlap import overlapping_here, wait_for_launch_in_front
 from qnext_kernels.triton_support import aligned_rows, ceil_div, inner_rows, row_tile, vector_of, vector_rows
 
 
@@ -15,6 +16,7 @@ from qnext_kernels.triton_support import aligned_rows, ceil_div, inner_rows, row
 def rms_norm_kernel(  # type: ignore[no-untyped-def]
     x, residual, weight, out, total, x_outer, x_inner, residual_outer, residual_inner, inner, rows, eps,
     WITH_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """r = x + residual, rounded, and r / √(mean(r²) + eps) · (1 + weight), for ROWS rows.
 
@@ -28,10 +30,12 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     inside = (row[:, None] < rows) & (column[None, :] < WIDTH)
     at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    x_at = row_start(row, inner, x_outer, x_inner)[:, None] * VECTOR + column[None, :]
+    outer, within = outer_and_inner(row, inner, rows)
+    x_at = (outer * x_outer + within * x_inner)[:, None] * VECTOR + column[None, :]
+    wait_for_launch_in_front(OVERLAPS)
     r = tl.load(x + x_at, mask=inside, other=0.0).to(tl.float32)
     if WITH_RESIDUAL:
-        residual_at = row_start(row, inner, residual_outer, residual_inner)[:, None] * VECTOR + column[None, :]
+        residual_at = (outer * residual_outer + within * residual_inner)[:, None] * VECTOR + column[None, :]
         rounded = (r + tl.load(residual + residual_at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
         tl.store(total + at, rounded, mask=inside)
         r = rounded.to(tl.float32)
@@ -52,4 +56,5 @@ def run_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
         rms_norm_kernel, (ceil_div(rows, config["ROWS"]),),
         x, added, aligned_rows(weight), out, total, *x_strides, *added_strides, inner_rows(x), rows, eps,
         WITH_RESIDUAL=residual is not None, WIDTH=width, VECTOR=vector, enable_fp_fusion=False, **config,
+        **overlapping_here(),
     )  # fmt: skip

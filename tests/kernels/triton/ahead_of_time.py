@@ -93,6 +93,11 @@ def compiling_for(name: str) -> Iterator[list[Compiled]]:
         layouts.forget()
 
 
+def waits_before_it_touches_memory(kernel: Compiled) -> bool:
+    """Whether a kernel that may begin early waits for the launch in front before its first load or store."""
+    return 0 < kernel.assembly.find("griddepcontrol.wait") < re.search(r"(ld|st)\.global", kernel.assembly).start()
+
+
 def _described(kernel: Any) -> Compiled:
     if "cubin" in kernel.asm:
         registers, spilled = _resources_of_cubin(kernel.asm["cubin"])

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from qnext_kernels.gated_delta_rule.triton import TritonGatedDeltaRule
-from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, TARGETS, Compiled, compiling_for
+from tests.kernels.triton.ahead_of_time import (
+    SHARED_MEMORY,
+    TARGETS,
+    Compiled,
+    compiling_for,
+    waits_before_it_touches_memory,
+)
 
 KERNELS = [*3 * ["recurrent_kernel"], "chunk_kernel", "state_kernel", "recurrent_kernel"]
 """Of decode, of both kinds of verify and of a prefill, which ends with the last few tokens."""
@@ -122,6 +128,10 @@ def test_what_runs_token_by_token_sums_over_keys_in_one_order(target: str, ranks
 def test_states_are_loaded_and_stored_in_16_bytes_a_thread() -> None:
     for kernel in of_tokens("sm_90"):
         assert kernel.assembly.count("ld.global.v4.b32") == kernel.assembly.count("st.global.v4.b32") > 0
+
+
+def test_what_runs_token_by_token_begins_early_and_waits_before_it_touches_memory() -> None:
+    assert all(map(waits_before_it_touches_memory, of_tokens("sm_90")))
 
 
 def test_products_run_on_tensor_cores_and_the_next_chunk_is_loaded_meanwhile() -> None:

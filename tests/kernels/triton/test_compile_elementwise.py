@@ -18,9 +18,15 @@ from qnext_kernels.gated_attention.triton import TritonGatedAttention
 from qnext_kernels.gated_norm.triton import TritonGatedNorm
 from qnext_kernels.moe.triton import TritonMoe
 from qnext_kernels.rms_norm.triton import TritonRmsNorm
-from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, TARGETS, Compiled, compiling_for
+from tests.kernels.triton.ahead_of_time import (
+    SHARED_MEMORY,
+    TARGETS,
+    Compiled,
+    compiling_for,
+    waits_before_it_touches_memory,
+)
 
-N, T, SLOTS, HIDDEN, EPS = 8, 1000, 100, 2048, 1e-6
+N, MANY, T, SLOTS, HIDDEN, EPS = 8, 4096, 1000, 100, 2048, 1e-6
 
 
 class Rank:
@@ -59,12 +65,14 @@ class Rank:
         for snapshots in (None, (self.indices(), self.indices())):
             TritonCausalConv1d().prefill(x, weight, pool, *batch, snapshots, key_dim)
 
-    def decode(self, pool: Tensor) -> None:
-        TritonCausalConv1d().decode(*self.convolved(N, pool))
+    def decode(self, pool: Tensor, sequences: int = N) -> None:
+        TritonCausalConv1d().decode(*self.convolved(sequences, pool)[:3], self.indices(sequences))
 
-    def verify(self, pool: Tensor, in_steps: bool) -> None:
-        steps = (self.empty(N, 4, self.channels, 3), self.indices()) if in_steps else None
-        TritonCausalConv1d().verify(*self.convolved(3 * N, pool), self.indices(N + 1), self.indices(), steps)
+    def verify(self, pool: Tensor, in_steps: bool, sequences: int = N) -> None:
+        steps = (self.empty(sequences, 4, self.channels, 3), self.indices(sequences)) if in_steps else None
+        offsets, indices = self.indices(sequences + 1), self.indices(sequences)
+        x, weight, pool, _ = self.convolved(3 * sequences, pool)
+        TritonCausalConv1d().verify(x, weight, pool, indices, offsets, indices, steps)
 
     def rms_norm(self) -> None:
         TritonRmsNorm().rms_norm(self.empty(T, HIDDEN), self.empty(HIDDEN), EPS, None)
@@ -98,6 +106,7 @@ class Rank:
 SPLIT_BY_RANKS: dict[str, Callable[[Rank], None]] = {
     "prefill": lambda rank: rank.prefill(rank.channels_last()),
     "verify": lambda rank: rank.verify(rank.channels_last(), in_steps=False),
+    "verify many": lambda rank: rank.verify(rank.channels_last(), in_steps=False, sequences=MANY),
     "gated norm": Rank.gated_norm,
     "qk norm": Rank.qk_norm_rope_gate,
     "sigmoid gate": Rank.sigmoid_gate,
@@ -111,6 +120,7 @@ SAME_ON_EVERY_RANK: dict[str, Callable[[Rank], None]] = {
 }
 OF_POOLS: dict[str, Callable[[Rank], None]] = {
     "decode": lambda rank: rank.decode(rank.channels_last()),
+    "decode many": lambda rank: rank.decode(rank.channels_last(), MANY),
     "decode, channels first": lambda rank: rank.decode(rank.channels_first()),
     "prefill, channels first": lambda rank: rank.prefill(rank.channels_first(), grouped=False),
     "verify into steps": lambda rank: rank.verify(rank.channels_first(), in_steps=True),
@@ -159,11 +169,23 @@ def test_rows_are_read_and_written_in_16_bytes_a_thread() -> None:
 
 
 def test_the_convolution_reads_and_writes_16_bytes_a_thread_where_channels_are_contiguous() -> None:
-    kernels = compile_for("sm_90", ["prefill", "decode"], Rank(1, torch.bfloat16))
+    kernels = compile_for("sm_90", ["prefill", "decode many"], Rank(1, torch.bfloat16))
     # A thread of a prefill goes along a run of tokens behind three inputs, which lie before them or in the pool.
     assert accesses(kernels["prefill"], "ld").count("v4.b32") == STEPS + 2 * 3
     assert accesses(kernels["prefill"], "st").count("v4.b32") == STEPS
-    assert set(accesses(kernels["decode"], "st")) == {"v4.b32"}
+    assert set(accesses(kernels["decode many"], "st")) == {"v4.b32"}
+
+
+def test_kernels_begin_early_from_sm_90_on_and_wait_before_they_touch_memory() -> None:
+    assert all(map(waits_before_it_touches_memory, compile_for("sm_90", LAUNCHES, Rank(1, torch.bfloat16)).values()))
+    for kernel in compile_for("sm_80", SAME_ON_EVERY_RANK, Rank(1, torch.bfloat16)).values():
+        assert "griddepcontrol" not in kernel.assembly
+
+
+def test_threads_exchange_nothing_but_sums_of_a_row() -> None:
+    rank = Rank(1, torch.bfloat16)
+    for kernel in compile_for("sm_90", ("decode", "verify many", "gated norm", "qk norm", "top-k"), rank).values():
+        assert kernel.shared == 0, kernel[:-1]
 
 
 def test_a_sum_over_a_row_is_one_kernel_wherever_the_rows_lie_and_however_many_there_are() -> None:

@@ -61,3 +61,11 @@ def test_results_do_not_depend_on_the_order_of_programs() -> None:
     with shuffled_programs(seed=1):
         shuffled = *topk_softmax(logits, 5, True), silu_and_mul(x)
     assert all(same_bits(ours, theirs) for ours, theirs in zip(shuffled, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_of_zeros_of_either_sign_the_lower_index_comes_first(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0, 0.0, -2.0, -torch.inf]], dtype=dtype)
+    weights, ids = topk_softmax(logits, 7, False)
+    assert ids.tolist() == [[1, 2, 3, 4, 0, 5, 6]]
+    assert_close(weights, torch.softmax(logits.double(), dim=-1).sort(descending=True).values, {torch.float32: 7})
