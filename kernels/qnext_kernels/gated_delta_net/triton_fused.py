@@ -25,6 +25,7 @@ from qnext_kernels.gated_delta_rule.triton_token import (
 )
 from qnext_kernels.gated_norm.triton_norm import normalised_and_gated
 from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_overlap import overlapping_here, wait_for_launch_in_front
 from qnext_kernels.triton_support import aligned_rows, power_of_two, rows
 
 LARGEST_TILE = 64 * 128
@@ -116,7 +117,7 @@ def gated_delta_net_kernel(  # type: ignore[no-untyped-def]
     CALL: tl.constexpr, IN_STEPS: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     PART: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
-    ROWS: tl.constexpr, EPS: tl.constexpr,
+    ROWS: tl.constexpr, EPS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One key head of one sequence, with its value heads one after the other.
 
@@ -145,6 +146,7 @@ def gated_delta_net_kernel(  # type: ignore[no-untyped-def]
     key_head = tl.program_id(0) % H
     n = (tl.program_id(0) // H).to(tl.int64)
 
+    wait_for_launch_in_front(OVERLAPS)
     own = tl.load(slots + n * columns).to(tl.int64)
     slot = conv + own * conv_slot
     if CALL == DECODE:
@@ -288,7 +290,7 @@ def run_fused(
             CALL=(DECODE if query_start_loc is None else VERIFY).value, IN_STEPS=steps is not None,
             H=key_heads, G=group, K=key_dim, V=value_dim, W=width,
             BLOCK_W=power_of_two(width), BLOCK_C=power_of_two(mixed_width),
-            EPS=L2_NORM_EPS, enable_fp_fusion=False, **config,
+            EPS=L2_NORM_EPS, enable_fp_fusion=False, **config, **overlapping_here(),
         )  # fmt: skip
     return out
 

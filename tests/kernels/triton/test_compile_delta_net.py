@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from qnext_kernels.gated_delta_net.triton_fused import run_fused
-from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, TARGETS, Compiled, compiling_for
+from tests.kernels.triton.ahead_of_time import (
+    SHARED_MEMORY,
+    TARGETS,
+    Compiled,
+    compiling_for,
+    waits_before_it_touches_memory,
+)
 from tests.kernels.triton.test_compile import SUMS, sums_over_keys
 
 BATCH, COLUMNS, SLOTS, WIDTH, DIM = 8, 4, 100, 4, 128
@@ -63,3 +69,7 @@ def test_every_rank_of_tensor_parallelism_has_kernels_without_spills(ranks: int,
 @pytest.mark.parametrize(("target", "ranks"), [("sm_90", 1), ("sm_90", 8), ("sm_80", 1), ("gfx942", 1)])
 def test_keys_are_summed_in_the_order_of_the_recurrent_kernel(target: str, ranks: int) -> None:
     assert [sums_over_keys(kernel) for kernel in compile_fused(target, ranks)] == [SUMS] * 3
+
+
+def test_it_begins_early_and_waits_before_it_touches_memory() -> None:
+    assert all(map(waits_before_it_touches_memory, compile_fused("sm_90", 1)))
