@@ -146,6 +146,7 @@ def gated_delta_net_kernel(  # type: ignore[no-untyped-def]
     key_head = tl.program_id(0) % H
     n = (tl.program_id(0) // H).to(tl.int64)
 
+    EVICTION: tl.constexpr = "evict_first" if CALL == DECODE else ""  # as in recurrent_kernel
     wait_for_launch_in_front(OVERLAPS)
     own = tl.load(slots + n * columns).to(tl.int64)
     slot = conv + own * conv_slot
@@ -162,7 +163,8 @@ def gated_delta_net_kernel(  # type: ignore[no-untyped-def]
     known = live & (tokens > 0)
     key = keys_of_part(PART)
     value = tl.arange(0, BLOCK_V)
-    following = load_parts(state + value[:, None] * K, key[None, :], known & (value < V)[:, None], K, PART)
+    there = known & (value < V)[:, None]
+    following = load_parts(state + value[:, None] * K, key[None, :], there, K, PART, EVICTION)
     x += start * x_token + key_head * x_head
     ba += start * ba_token + key_head * ba_head
     mixed += (start * H + key_head) * C
@@ -208,12 +210,12 @@ def gated_delta_net_kernel(  # type: ignore[no-untyped-def]
             S, o = step(S, q_t, k_t, v_t, a_t, b_t, A, bias, K, EPS)
             rounded = cast_parts(S, written.dtype.element_ty)
             S = cast_parts(rounded, tl.float32)
-            store_parts(place + row, key[None, :], rounded, there & kept, K, PART)
+            store_parts(place + row, key[None, :], rounded, there & kept, K, PART, EVICTION)
             o = tl.where(live, o, 0.0).to(out.dtype.element_ty)
             tl.store(out + t * (H * G * V) + member * V + values, o, mask=has_value)
         member, values = (tile + 1) // BLOCKS, (tile + 1) % BLOCKS * BLOCK_V + value
         there = known & (member < G) & (values < V)[:, None]
-        following = load_parts(state + (member * V + values[:, None]) * K, key[None, :], there, K, PART)
+        following = load_parts(state + (member * V + values[:, None]) * K, key[None, :], there, K, PART, EVICTION)
     tl.debug_barrier()
 
     for first_row in range(0, tokens * G, ROWS):

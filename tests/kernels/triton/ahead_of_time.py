@@ -93,6 +93,11 @@ def compiling_for(name: str) -> Iterator[list[Compiled]]:
         layouts.forget()
 
 
+def accesses(kernel: Compiled, instruction: str) -> list[str]:
+    """The widths of a kernel's loads (ld) or stores (st) of global memory, however they lie in the caches."""
+    return re.findall(rf"{instruction}\.global(?:\.L\d::\w+)*\.(\S+)", kernel.assembly)
+
+
 def waits_before_it_touches_memory(kernel: Compiled) -> bool:
     """Whether a kernel that may begin early waits for the launch in front before its first load or store."""
     return 0 < kernel.assembly.find("griddepcontrol.wait") < re.search(r"(ld|st)\.global", kernel.assembly).start()

@@ -10,6 +10,7 @@ from tests.kernels.triton.ahead_of_time import (
     SHARED_MEMORY,
     TARGETS,
     Compiled,
+    accesses,
     compiling_for,
     waits_before_it_touches_memory,
 )
@@ -58,7 +59,8 @@ def test_decode_and_verify_are_one_kernel_each_that_does_not_spill(target: str) 
             # Two programs of 256 threads fill a multiprocessor.
             assert kernel.registers <= 128, kernel[:4]
             # What is loaded first of a state, its next rows, and what is stored.
-            assert kernel.assembly.count("ld.global.v4.b32") == 2 * kernel.assembly.count("st.global.v4.b32") > 0
+            loads, stores = (accesses(kernel, instruction).count("v4.b32") for instruction in ("ld", "st"))
+            assert loads == 2 * stores > 0
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float16), (4, torch.float32), (8, torch.bfloat16)])

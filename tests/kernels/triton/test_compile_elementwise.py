@@ -5,7 +5,6 @@ The tensors lie on the meta device: code that read a value on the host, and so w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -22,6 +21,7 @@ from tests.kernels.triton.ahead_of_time import (
     SHARED_MEMORY,
     TARGETS,
     Compiled,
+    accesses,
     compiling_for,
     waits_before_it_touches_memory,
 )
@@ -155,11 +155,6 @@ def test_every_rank_of_tensor_parallelism_has_kernels_without_spills(ranks: int)
 def test_other_pools_and_dtypes_compile_without_spills(names: dict[str, object], dtype: torch.dtype) -> None:
     kernels = compile_for("sm_90", names, Rank(1, dtype))
     assert [kernel.spilled for kernel in kernels.values()] == [0] * len(names)
-
-
-def accesses(kernel: Compiled, instruction: str) -> list[str]:
-    """The widths of a kernel's loads or stores of global memory."""
-    return re.findall(rf"{instruction}\.global\.(\S+)", kernel.assembly)
 
 
 def test_rows_are_read_and_written_in_16_bytes_a_thread() -> None:
