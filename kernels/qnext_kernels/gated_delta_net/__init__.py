@@ -40,6 +40,7 @@ from qnext_kernels.triton_support import TritonBackend
 __all__ = ["gated_delta_net_decode", "gated_delta_net_prefill", "gated_delta_net_verify", "prepare_layer"]
 
 PARTS = (causal_conv1d.operation, gated_delta_rule.operation, gated_norm.operation)
+_rule_backend = once_per_layout(gated_delta_rule.select_backend)
 
 
 def gated_delta_net_decode(
@@ -76,7 +77,7 @@ def gated_delta_net_decode(
     convolution = causal_conv1d.operation.select(qkvz.device, qkvz.dtype)
     convolved = convolution.decode(ungrouped(grouped_qkv, state.shape[3]), conv_weight, conv_state, slots)
     q, k, v = split_convolved(convolved, state)
-    rule = gated_delta_rule.select_backend(q, v, a, state, "decode")
+    rule = _rule_backend(q, v, a, state, "decode")
     return _normalise(rule.decode(q, k, v, a, b, A_log, dt_bias, state, slots), z, norm_weight, eps, out)
 
 
@@ -121,7 +122,7 @@ def gated_delta_net_prefill(
     convolved = convolution.prefill(grouped_qkv, conv_weight, conv_state, *where, snapshots, state.shape[3])
     q, k, v = split_convolved(convolved, state)
     features = () if snapshots is None else ("snapshots",)
-    rule = gated_delta_rule.select_backend(q, v, a, state, "prefill", features)
+    rule = _rule_backend(q, v, a, state, "prefill", features)
     o = rule.prefill(q, k, v, a, b, A_log, dt_bias, state, *where, snapshots)
     return _normalise(o, z, norm_weight, eps, out)
 
@@ -178,7 +179,7 @@ def gated_delta_net_verify(
     convolution = causal_conv1d.operation.select(qkvz.device, qkvz.dtype)
     convolved = convolution.verify(mixed_qkv, conv_weight, conv_state, slots[:, 0], *offsets, conv_steps)
     q, k, v = split_convolved(convolved, state)
-    rule = gated_delta_rule.select_backend(q, v, a, state, "verify", () if steps is None else ("step pool",))
+    rule = _rule_backend(q, v, a, state, "verify", () if steps is None else ("step pool",))
     o = rule.verify(q, k, v, a, b, A_log, dt_bias, state, slots, *offsets, rule_steps)
     return _normalise(o, z, norm_weight, eps, out)
 

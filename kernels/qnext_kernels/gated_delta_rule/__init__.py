@@ -265,7 +265,6 @@ def _decode_backend(
     return select_backend(q, v, a, state, "decode")
 
 
-@once_per_layout
 def select_backend(q: Tensor, v: Tensor, a: Tensor, state: Tensor, method: str, features: tuple[str, ...] = ()) -> Any:
     """The backend for a call of ``method`` whose arguments have been checked."""
     if v.is_cpu:
