@@ -255,9 +255,9 @@ def _check_out(out: Tensor | None, qkvz: Tensor, state: Tensor) -> None:
 
 def _normalise(o: Tensor, z: Tensor, weight: Tensor, eps: float, out: Tensor | None) -> Tensor:
     """Gated norm of the rule's outputs o [T, HV, V], into ``out`` [T, HV · V] or else in place; z [T, H, G, V]."""
-    o = o.contiguous().view(z.shape)
+    o = o.contiguous().view(*z.shape)
     norm = gated_norm.operation.select(o.device, o.dtype)
-    norm.gated_rms_norm(o, z, weight, eps, o if out is None else out.view(z.shape))
+    norm.gated_rms_norm(o, z, weight, eps, o if out is None else out.view(*z.shape))
     return o.flatten(1) if out is None else out
 
 
