@@ -28,7 +28,7 @@ def keys_of_part(PART: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def load_parts(  # type: ignore[no-untyped-def]
-    at, key, there, K: tl.constexpr, PART: tl.constexpr, EVICTION: tl.constexpr = ""
+    at, key, there, K: tl.constexpr, PART: tl.constexpr, EVICTION: tl.constexpr
 ):
     """The keys of one row, or of several, in parts; zeros where not ``there`` and behind K.
 
@@ -47,7 +47,7 @@ def load_parts(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def store_parts(  # type: ignore[no-untyped-def]
-    at, key, x, there, K: tl.constexpr, PART: tl.constexpr, EVICTION: tl.constexpr = ""
+    at, key, x, there, K: tl.constexpr, PART: tl.constexpr, EVICTION: tl.constexpr
 ):
     """Rows x where :func:`load_parts` finds them."""
     tl.store(at + key, x[0], mask=there & (key < K), eviction_policy=EVICTION)
@@ -70,8 +70,8 @@ def load_token(  # type: ignore[no-untyped-def]
     """A token as memory has it, q and k in parts; zeros from ``end`` on. q to b: where token 0 lies."""
     there = token < end
     return (
-        load_parts(q + token * q_token, key, there, K, PART),
-        load_parts(k + token * k_token, key, there, K, PART),
+        load_parts(q + token * q_token, key, there, K, PART, ""),
+        load_parts(k + token * k_token, key, there, K, PART, ""),
         tl.load(v + token * v_token, mask=has_value & there, other=0.0),
         tl.load(a + token * a_token, mask=there, other=0.0),
         tl.load(b + token * b_token, mask=there, other=0.0),
