@@ -178,27 +178,34 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
 )
 def verify_kernel(  # type: ignore[no-untyped-def]
     x, weight, y, pool, steps, slots, query_start_loc, accepted, step_rows,
-    x_token, pool_slot, pool_channel, pool_column, steps_row, steps_step, steps_channel, steps_column,
+    x_token, x_head, pool_slot, pool_channel, pool_column, steps_row, steps_step, steps_channel, steps_column,
     most_columns, most_steps,
-    RAGGED: tl.constexpr, IN_STEPS: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    RAGGED: tl.constexpr, IN_STEPS: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     BLOCK_W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """All tokens of one sequence, CHANNELS of their channels.
+    """All tokens of one sequence, CHANNELS of the channels of a key head.
 
-    Grid: N · ceil(D / CHANNELS). Bytes: x and the inputs before it read; y and as many inputs as those and the tokens
-    behind the first written, or W − 1 a token into a step pool.
+    Grid: N · H · ceil((2 K + V) / CHANNELS). Bytes: x and the inputs before it read; y and as many inputs as those and
+    the tokens behind the first written, or W − 1 a token into a step pool.
 
     Args:
-        x: [T, D]; weight: contiguous [D, W]; y: contiguous [T, D].
+        x, weight, y: of ``prefill_kernel``.
         pool: [slots, D, most_columns], steps: [rows, most_steps, D, W − 1], of any strides.
         slots, accepted, step_rows: contiguous [N]; query_start_loc: [N + 1].
         RAGGED: else a decode: sequence n is token n behind one accepted; offsets and ``accepted`` are not read.
         IN_STEPS: else there is no step pool, and the inputs go to columns 0 and further of the slot.
     """
-    BLOCKS: tl.constexpr = (D + CHANNELS - 1) // CHANNELS
-    n = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    channel = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < D
+    D: tl.constexpr = H * (2 * K + V)
+    BLOCKS: tl.constexpr = (2 * K + V + CHANNELS - 1) // CHANNELS
+    n = (tl.program_id(0) // (H * BLOCKS)).to(tl.int64)
+    head = tl.program_id(0) // BLOCKS % H
+    within = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
+    inside = within < 2 * K + V
+    channel = within
+    if H > 1:
+        of_keys = tl.where(within < K, head * K, (H - 1 + head) * K)
+        channel += tl.where(within < 2 * K, of_keys, 2 * (H - 1) * K + head * V)
+    x += head * x_head + within
     wait_for_launch_in_front(OVERLAPS)
     slot = tl.load(slots + n).to(tl.int64)
     live = slot >= 0
@@ -219,7 +226,7 @@ def verify_kernel(  # type: ignore[no-untyped-def]
     taps = taps_of(weight, channel, inside, W, BLOCK_W)
 
     for first in range(0, length, TOKENS):
-        tokens = x + (start + first) * x_token + channel
+        tokens = x + (start + first) * x_token
         inputs = []
         for w in tl.static_range(W - 1):
             source = first + w - (W - 1)
@@ -292,12 +299,19 @@ def run_verify(
     query_start_loc: Tensor | None = None,
     accepted: Tensor | None = None,
     steps: tuple[Tensor, Tensor] | None = None,
+    key_dim: int | None = None,
 ) -> None:
-    """Launch :func:`verify_kernel`, without offsets for a decode; y [T, D], contiguous, and a pool are written."""
-    channels, width, sequences = x.shape[1], weight.shape[1], slots.shape[0]
+    """Launch :func:`verify_kernel`, without offsets for a decode; y [T, D], contiguous, and a pool are written.
+
+    Args:
+        x: [T, D]; or with ``key_dim`` [T, H, 2 K + V], what a key head has side by side.
+    """
+    (channels, width), sequences = weight.shape, slots.shape[0]
     if sequences == 0 or channels == 0:
         return
-    x, slots = rows(x), slots.contiguous()
+    x, slots = rows(x[:, None] if key_dim is None else x), slots.contiguous()
+    key_dim = key_dim or 0
+    heads, of_head = x.shape[1:]
     offsets, taken, step_pool, step_rows, most = slots, slots, pool, slots, 1
     if query_start_loc is not None and accepted is not None:
         offsets, taken, most = query_start_loc.contiguous(), accepted.contiguous(), pool.shape[2] - width + 2
@@ -305,15 +319,17 @@ def run_verify(
         step_pool, step_rows, most = steps[0], steps[1].contiguous(), steps[0].shape[1]
     # Later tokens find every input before them in x: what a program overwrites, its first block has read.
     block = max(min(most, LONGEST_BLOCK), 1 if query_start_loc is None or steps is not None else width - 1)
-    of_program, warps = FEW if sequences * ceil_div(channels, FEW[0]) <= FEW_PROGRAMS else MANY
+    of_program, warps = FEW if key_dim or sequences * ceil_div(channels, FEW[0]) <= FEW_PROGRAMS else MANY
     # A thread takes several channels at once where they are contiguous; else it has one, as of the pool so of x.
     if pool.stride(1) != 1:
         of_program, warps = FEW[0], FEW[0] // 32
     launch(
-        verify_kernel, (sequences * ceil_div(channels, of_program),),
+        verify_kernel, (sequences * heads * ceil_div(of_head, of_program),),
         x, aligned_rows(weight.contiguous()), y, pool, step_pool, slots, offsets, taken, step_rows,
-        x.stride(0), *pool.stride(), *((0, 0, 0, 0) if steps is None else step_pool.stride()), pool.shape[2], most,
-        RAGGED=query_start_loc is not None, IN_STEPS=steps is not None, D=channels, W=width,
+        *x.stride()[:2], *pool.stride(), *((0, 0, 0, 0) if steps is None else step_pool.stride()),
+        pool.shape[2], most,
+        RAGGED=query_start_loc is not None, IN_STEPS=steps is not None,
+        H=heads, K=key_dim, V=of_head - 2 * key_dim, W=width,
         BLOCK_W=power_of_two(width), TOKENS=block, CHANNELS=of_program,
         num_warps=warps, num_stages=1, enable_fp_fusion=False, **overlapping_here(),
     )  # fmt: skip

@@ -2,9 +2,9 @@
 
     q, k, v ← causal_conv1d(q, k, v)      o ← gated_delta_rule(q, k, v, a, b)      out = gated_rms_norm(o, z)
 
-Where Triton or C++ serves all three, a decode and a verify run as one kernel, which reads what the projections wrote
-where it lies; otherwise, and in a prefill, they are called one after the other. Either way what one of them leaves to
-the next is rounded to the dtype of ``qkvz``.
+Where C++ serves all three, a decode and a verify run as one kernel, which reads what the projections wrote where it
+lies; where Triton does, a decode, and a verify as three launches that read it so. Otherwise, and in a prefill, they are
+called one after the other. Either way what one of them leaves to the next is rounded to the dtype of ``qkvz``.
 
 Common arguments:
 

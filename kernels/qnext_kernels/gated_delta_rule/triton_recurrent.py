@@ -27,7 +27,7 @@ from qnext_kernels.triton_support import ceil_div, power_of_two
 DECODE, VERIFY, TAIL = map(tl.constexpr, range(3))
 """What a launch runs: sequence n is token n; all tokens of ragged sequences; what chunks leave of a prefill."""
 _NOT_COMPILED_IN = [
-    "v_token", "v_head", "a_token", "b_token", "columns", "most_tokens", "num_tokens",
+    "v_token", "v_head", "a_token", "a_head", "b_token", "b_head", "columns", "most_tokens", "num_tokens",
 ]  # fmt: skip
 _OF_ANY_ALIGNMENT = [
     "v", "a", "b", "A_log", "dt_bias", "out", "slots", "query_start_loc", "accepted", "has_initial", "step_rows",
@@ -37,7 +37,7 @@ _OF_ANY_ALIGNMENT = [
 @triton.jit(do_not_specialize=_NOT_COMPILED_IN, do_not_specialize_on_alignment=_OF_ANY_ALIGNMENT)
 def recurrent_kernel(  # type: ignore[no-untyped-def]
     q, k, v, a, b, A_log, dt_bias, out, state, written, slots, query_start_loc, accepted, has_initial, step_rows,
-    q_token, q_head, k_token, k_head, v_token, v_head, a_token, b_token,
+    q_token, q_head, k_token, k_head, v_token, v_head, a_token, a_head, b_token, b_head,
     state_slot, written_row, written_step, columns, most_tokens, num_tokens,
     CALL: tl.constexpr, IN_STEPS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     PART: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, SHORT: tl.constexpr, EPS: tl.constexpr,
@@ -61,7 +61,7 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
     program is one warp, which waits for no other behind every token.
 
     Args:
-        q, k: [T, H, K]; v: [T, HV, V]; a, b: [T, HV]; A_log, dt_bias: [HV]; out: contiguous [T, HV, V].
+        q, k: [T, H, K]; v: [T, HV, V]; a, b: [T, H, HV / H]; A_log, dt_bias: [HV]; out: contiguous [T, HV, V].
         state: [slots, HV, V, K], read; a slot is ``state_slot`` elements from the next.
         written: the pool that states are written to: ``state``, or the step pool [rows, steps, HV, V, K].
         slots: contiguous [N, columns]; query_start_loc: [N + 1]; accepted, has_initial, step_rows: [N].
@@ -83,8 +83,6 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
     tile = head * V * K + values[:, None] * K
     key_head = head // (HV // H)
 
-    # Nobody reads a state again before the next step. Of a verify's, written three times, it slows the many.
-    EVICTION: tl.constexpr = "evict_first" if CALL == DECODE else ""
     wait_for_launch_in_front(OVERLAPS)
     A = tl.load(A_log + head).to(tl.float32)
     bias = tl.load(dt_bias + head).to(tl.float32)
@@ -106,7 +104,7 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
         known = known & (start < end)
         count = (end - start).to(tl.int32)
     live = first >= 0
-    S = load_parts(state + first * state_slot + tile, key[None, :], known & live & rows, K, PART, EVICTION)
+    S = load_parts(state + first * state_slot + tile, key[None, :], known & live & rows, K, PART)
     S = cast_parts(S, tl.float32)
     if IN_STEPS:
         step_row = tl.load(step_rows + n).to(tl.int64)
@@ -115,8 +113,8 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
     q += key_head * q_head
     k += key_head * k_head
     v += head * v_head + values
-    a += head
-    b += head
+    a += key_head * a_head + head % (HV // H)
+    b += key_head * b_head + head % (HV // H)
     out += head * V + values
     q_0, k_0, v_0, a_0, b_0 = load_token(
         start, end, q, k, v, a, b, q_token, k_token, v_token, a_token, b_token, key, has_value, K, PART
@@ -137,7 +135,7 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
         S, o = step(S, q_0, k_0, v_0, a_0, b_0, A, bias, K, EPS)
         rounded = cast_parts(S, written.dtype.element_ty)
         S = cast_parts(rounded, tl.float32)
-        store_parts(place + tile, key[None, :], rounded, kept & rows, K, PART, EVICTION)
+        store_parts(place + tile, key[None, :], rounded, kept & rows, K, PART)
         o = tl.where(live, o, 0.0).to(out.dtype.element_ty)
         tl.store(out + token * (HV * V), o, mask=has_value)
         if CALL != DECODE:
@@ -168,7 +166,7 @@ def run_recurrent(
     """Launch :func:`recurrent_kernel`: a verify given ``accepted``, a tail given ``has_initial``, else a decode.
 
     Args:
-        tokens: q, k, v (rows of unit stride), a, b (so too), A_log and dt_bias (contiguous).
+        tokens: q, k, v (rows of unit stride), a, b (so too; [T, HV] or [T, H, HV / H]), A_log and dt_bias (contiguous).
         out: [T, HV, V], written.
         state, slots [N, columns] or [N], query_start_loc, accepted, steps, has_initial: of the public functions,
             indices and flags contiguous.
@@ -176,6 +174,7 @@ def run_recurrent(
     q, k, v, a, b, A_log, dt_bias = tokens
     value_heads, value_dim = v.shape[1:]
     key_heads, key_dim = q.shape[1:]
+    group = value_heads // key_heads
     sequences, columns = slots.shape if slots.dim() == 2 else (len(slots), 1)
     written, step_rows = (state, slots) if steps is None else steps
     config: dict[str, Any] = configuration(key_dim, value_dim)
@@ -189,7 +188,7 @@ def run_recurrent(
         slots if accepted is None else accepted,
         slots if has_initial is None else has_initial,
         step_rows,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0),
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *strides_of_gates(a, group), *strides_of_gates(b, group),
         state.stride(0),
         0 if steps is None else written.stride(0),
         0 if steps is None else written.stride(1),
@@ -203,3 +202,9 @@ def run_recurrent(
         **config,
         **overlapping_here(),
     )  # fmt: skip
+
+
+def strides_of_gates(x: Tensor, group: int) -> tuple[int, int]:
+    """Between tokens, and between the ``group`` value heads of one key head and those of the next."""
+    token, head, *_ = x.stride()
+    return (token, head) if x.dim() == 3 else (token, group)

@@ -27,33 +27,28 @@ def keys_of_part(PART: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def load_parts(  # type: ignore[no-untyped-def]
-    at, key, there, K: tl.constexpr, PART: tl.constexpr, EVICTION: tl.constexpr
-):
+def load_parts(at, key, there, K: tl.constexpr, PART: tl.constexpr):  # type: ignore[no-untyped-def]
     """The keys of one row, or of several, in parts; zeros where not ``there`` and behind K.
 
     Args:
         at: where rows begin, a pointer or [R, 1] of them; ``there``: of the same shape.
         key: those of the first part, [PART] or [1, PART].
-        EVICTION: how they lie in the caches, as ``tl.load`` takes it.
     """
     return (
-        tl.load(at + key, mask=there & (key < K), other=0.0, eviction_policy=EVICTION),
-        tl.load(at + (key + PART), mask=there & (key + PART < K), other=0.0, eviction_policy=EVICTION),
-        tl.load(at + (key + 2 * PART), mask=there & (key + 2 * PART < K), other=0.0, eviction_policy=EVICTION),
-        tl.load(at + (key + 3 * PART), mask=there & (key + 3 * PART < K), other=0.0, eviction_policy=EVICTION),
+        tl.load(at + key, mask=there & (key < K), other=0.0),
+        tl.load(at + (key + PART), mask=there & (key + PART < K), other=0.0),
+        tl.load(at + (key + 2 * PART), mask=there & (key + 2 * PART < K), other=0.0),
+        tl.load(at + (key + 3 * PART), mask=there & (key + 3 * PART < K), other=0.0),
     )
 
 
 @triton.jit
-def store_parts(  # type: ignore[no-untyped-def]
-    at, key, x, there, K: tl.constexpr, PART: tl.constexpr, EVICTION: tl.constexpr
-):
+def store_parts(at, key, x, there, K: tl.constexpr, PART: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows x where :func:`load_parts` finds them."""
-    tl.store(at + key, x[0], mask=there & (key < K), eviction_policy=EVICTION)
-    tl.store(at + (key + PART), x[1], mask=there & (key + PART < K), eviction_policy=EVICTION)
-    tl.store(at + (key + 2 * PART), x[2], mask=there & (key + 2 * PART < K), eviction_policy=EVICTION)
-    tl.store(at + (key + 3 * PART), x[3], mask=there & (key + 3 * PART < K), eviction_policy=EVICTION)
+    tl.store(at + key, x[0], mask=there & (key < K))
+    tl.store(at + (key + PART), x[1], mask=there & (key + PART < K))
+    tl.store(at + (key + 2 * PART), x[2], mask=there & (key + 2 * PART < K))
+    tl.store(at + (key + 3 * PART), x[3], mask=there & (key + 3 * PART < K))
 
 
 @triton.jit
@@ -70,8 +65,8 @@ def load_token(  # type: ignore[no-untyped-def]
     """A token as memory has it, q and k in parts; zeros from ``end`` on. q to b: where token 0 lies."""
     there = token < end
     return (
-        load_parts(q + token * q_token, key, there, K, PART, ""),
-        load_parts(k + token * k_token, key, there, K, PART, ""),
+        load_parts(q + token * q_token, key, there, K, PART),
+        load_parts(k + token * k_token, key, there, K, PART),
         tl.load(v + token * v_token, mask=has_value & there, other=0.0),
         tl.load(a + token * a_token, mask=there, other=0.0),
         tl.load(b + token * b_token, mask=there, other=0.0),

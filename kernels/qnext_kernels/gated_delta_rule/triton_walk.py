@@ -73,12 +73,12 @@ def walk_kernel(  # type: ignore[no-untyped-def]
     place = state + slot * state_slot + row
     known = live & (tl.load(has_initial + n) != 0)
     rows = has_value[:, None]
-    S = cast_parts(load_parts(place, key[None, :], rows & known, K, PART, ""), tl.float32)
+    S = cast_parts(load_parts(place, key[None, :], rows & known, K, PART), tl.float32)
 
     snapshot = tl.load(snapshot_slots + n, mask=live & (with_snapshots != 0), other=-1).to(tl.int64)
     behind = tl.load(snapshot_lengths + n, mask=snapshot >= 0, other=-1).to(tl.int64)
     kept = state + snapshot * state_slot + row
-    store_parts(kept, key[None, :], cast_parts(S, state.dtype.element_ty), rows & (behind == 0), K, PART, "")
+    store_parts(kept, key[None, :], cast_parts(S, state.dtype.element_ty), rows & (behind == 0), K, PART)
 
     q += key_head * q_head
     k += key_head * k_head
@@ -104,11 +104,11 @@ def walk_kernel(  # type: ignore[no-untyped-def]
         rounded = cast_parts(S, state.dtype.element_ty)
         S = cast_parts(rounded, tl.float32)
         if t + 1 == behind:
-            store_parts(kept, key[None, :], rounded, rows, K, PART, "")
+            store_parts(kept, key[None, :], rounded, rows, K, PART)
         q_0, k_0, v_0, a_0, b_0 = q_1, k_1, v_1, a_1, b_1
         q_1, k_1, v_1, a_1, b_1 = q_2, k_2, v_2, a_2, b_2
     last = cast_parts(S, state.dtype.element_ty)
-    store_parts(place, key[None, :], last, rows & live & (start < end), K, PART, "")
+    store_parts(place, key[None, :], last, rows & live & (start < end), K, PART)
 
 
 def run_walk(

@@ -94,8 +94,8 @@ def compiling_for(name: str) -> Iterator[list[Compiled]]:
 
 
 def accesses(kernel: Compiled, instruction: str) -> list[str]:
-    """The widths of a kernel's loads (ld) or stores (st) of global memory, however they lie in the caches."""
-    return re.findall(rf"{instruction}\.global(?:\.L\d::\w+)*\.(\S+)", kernel.assembly)
+    """The widths of a kernel's loads (ld) or stores (st) of global memory."""
+    return re.findall(rf"{instruction}\.global\.(\S+)", kernel.assembly)
 
 
 def waits_before_it_touches_memory(kernel: Compiled) -> bool:
