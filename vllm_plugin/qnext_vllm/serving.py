@@ -7,7 +7,7 @@ import torch
 import qnext_plugins
 from qnext_kernels import selected_backends
 from qnext_kernels.dispatch import is_deterministic
-from qnext_plugins.gpus import ENGINES_OWN, UNTRIED
+from qnext_plugins.gpus import ENGINES_OWN
 from qnext_vllm import determinism, logger
 from qnext_vllm import vllm_api as api
 from qnext_vllm.host_kernels import register_host_kernels
@@ -26,8 +26,6 @@ def prepare_process(vllm_config: api.VllmConfig, architecture: str) -> None:
     withhold_generators()
     device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
     on_gpu = device.type != "cpu"
-    if on_gpu:
-        logger.warning(UNTRIED)
     backends = selected_backends(device, dtype, but=ENGINES_OWN if on_gpu else ())
     kernels = ", ".join(f"{name}={backend}" for name, backend in backends.items())
     determinism.prepare(vllm_config)
