@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import qnext_sglang
 from qnext_kernels import experts as our_experts
-from qnext_kernels import experts_fp8, force_backend, topk_softmax, triton_support
+from qnext_kernels import experts_fp8, force_backend, layouts, topk_softmax, triton_support
 from qnext_kernels.dispatch import OPERATIONS, deterministic
 from qnext_plugins import gpus
 from qnext_plugins.model import Qwen3NextConfig, SparseMoe
@@ -50,6 +50,14 @@ PREFIX = "model.layers.0.mlp.experts"
 MAX_BATCH = 4
 TOLERANCE = 1e-4
 """Of outputs and states of order one in float32, whose sums two kernels take in another order."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    """What these tests change, operations would remember: which backend serves a GPU."""
+    layouts.forget()
+    yield
+    layouts.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +207,7 @@ class TestExperts:
                 patch.setattr(experts.api, "get_server_args", lambda f=field, v=value: args_with(f, v))
                 assert field.replace("_", "-") in obstacle()
         monkeypatch.setattr(triton_support, "why_missing", lambda device_type, index: "no")
+        layouts.forget()
         assert obstacle() == "only the reference serves them in torch.bfloat16"
 
 

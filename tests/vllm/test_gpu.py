@@ -33,7 +33,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata, GDNAttentionMetadataBuilder
 
 import qnext_vllm
-from qnext_kernels import force_backend, triton_support, without_kernels
+from qnext_kernels import force_backend, layouts, triton_support, without_kernels
 from qnext_kernels.dispatch import OPERATIONS, deterministic, is_deterministic
 from qnext_kernels.triton_support import TritonBackend
 from qnext_plugins.gpus import ENGINES_OWN
@@ -76,6 +76,14 @@ class RocmGpu(OldGpu):
 class Tpu(Platform):
     _enum = PlatformEnum.TPU
     device_name = "tpu"
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    """What these tests change, operations would remember: which backend serves a GPU."""
+    layouts.forget()
+    yield
+    layouts.forget()
 
 
 @pytest.fixture
@@ -513,4 +521,5 @@ def test_what_only_vllms_experts_do_keeps_them(gpu_config: VllmConfig, monkeypat
         patch.setattr(gpu_config, "lora_config", LoRAConfig())
         assert "LoRA" in (experts.obstacle(gpu_config) or "")
     monkeypatch.setattr(triton_support, "why_missing", lambda device_type, index: "no")
+    layouts.forget()
     assert experts.obstacle(gpu_config) == "only the reference serves them in torch.bfloat16"
