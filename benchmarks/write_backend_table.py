@@ -28,8 +28,10 @@ from qnext_plugins.cli.bench.inputs import BF16, REAL, Sizes
 
 RESULT_COLUMNS = ("op", "shape", "ours_ms", "backend", "peer", "peer_ms", "ratio", "roof_pct")
 DEVICE = re.compile(r"#\s*device: (?P<name>.+?)(, (sm_|gfx)\w+.*)?$")
-SHAPE = re.compile(r"(?P<count>[BMT]=\d+)( × (?P<each>\d+) tokens)?( tp=(?P<ranks>\d+))?")
-"""Of a case that the table tells apart: not of several ragged sequences, and not of a context."""
+SHAPE = re.compile(
+    r"(?P<count>[BMT]=\d+)( × (?P<each>\d+) tokens)?( N=(?P<sequences>\d+) ragged)?( tp=(?P<ranks>\d+))?"
+)
+"""Of a case that the table tells apart: not of a context."""
 
 
 class Case(NamedTuple):
@@ -62,6 +64,8 @@ class Result(NamedTuple):
     tokens: int
     backend: str
     ms: float
+    described: str = ""
+    """The shape as the results have it: of several sequences, or of one."""
 
 
 class ResultError(ValueError):
@@ -89,8 +93,9 @@ def results(path: Path, device: str | None = None) -> Iterator[Result]:
         if backend not in BACKEND_NAMES:
             raise ResultError(f"{where}: backend: expected one of {', '.join(BACKEND_NAMES)}, got {backend!r}")
         sizes = REAL.shard(int(found["ranks"] or 1))
-        tokens = int(found["count"].partition("=")[2]) * int(found["each"] or 1)
-        yield Result(named, (case.operation, case.method, BF16, case.shape(sizes)), tokens, backend, _time(where, ms))
+        tokens = int(found["count"].partition("=")[2]) * int(found["each"] or 1) // int(found["sequences"] or 1)
+        key = (case.operation, case.method, BF16, case.shape(sizes))
+        yield Result(named, key, tokens, backend, _time(where, ms), shape)
 
 
 def _time(where: str, text: str) -> float:
@@ -104,23 +109,29 @@ def _time(where: str, text: str) -> float:
 
 
 def fastest(found: Iterable[Result], margin: float) -> list[Measured]:
-    """A line for each case of which several backends were measured.
+    """A line for each number of tokens at which several backends were measured.
 
     Args:
-        found: times; of several of one backend the least counts.
-        margin: by how much, relative, a backend must be faster than one that stands before it in the operation's list.
+        found: times; of several of one backend in one case the least counts.
+        margin: by how much, relative, a backend must be faster than one that stands before it in the operation's list,
+            in each case of as many tokens a sequence.
     """
-    times: dict[tuple[str, Key, int], dict[str, float]] = {}
+    times: dict[tuple[str, Key, int], dict[str, dict[str, float]]] = {}
     for each in found:
-        of_case = times.setdefault((each.device, each.key, each.tokens), {})
+        of_case = times.setdefault((each.device, each.key, each.tokens), {}).setdefault(each.described, {})
         of_case[each.backend] = min(each.ms, of_case.get(each.backend, math.inf))
     lines = []
-    for (device, key, tokens), of_case in times.items():
-        if len(of_case) > 1:
-            enough = (1 + margin) * min(of_case.values())
-            names = [backend.name for backend in OPERATIONS[key[0]].backends if backend.name in of_case]
-            chosen = next(name for name in names if of_case[name] <= enough)
-            lines.append(Measured(device, key, tokens, chosen, of_case[chosen]))
+    for (device, key, tokens), cases in times.items():
+        order = [backend.name for backend in OPERATIONS[key[0]].backends]
+        chosen: list[tuple[int, float]] = []
+        for of_case in cases.values():
+            if len(of_case) > 1:
+                enough = (1 + margin) * min(of_case.values())
+                name = next(name for name in order if of_case.get(name, math.inf) <= enough)
+                chosen.append((order.index(name), of_case[name]))
+        if chosen:
+            place, ms = min(chosen)
+            lines.append(Measured(device, key, tokens, order[place], ms))
     return lines
 
 

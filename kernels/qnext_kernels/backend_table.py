@@ -9,7 +9,7 @@
     method      of its backends (``prefill``)
     dtype       of the activations (``bfloat16``)
     shape       the sizes in ``Call.shape``, joined by ``x``: heads are those of one rank (``16x32x128x128``)
-    tokens      of the batch that was measured
+    tokens      of the batch that was measured; of a prefill of the delta rule those of a sequence, on average
     backend     the fastest
     ms          its time
 

@@ -48,6 +48,7 @@ class Call(NamedTuple):
     method: str
     """Of the backend, which is about to be called."""
     tokens: int
+    """Of the batch; in a prefill of the delta rule those of a sequence, on average."""
     shape: tuple[int, ...]
     """Sizes that all calls of one layer share, as the operation lists them."""
     dtypes: tuple[torch.dtype, ...] = ()

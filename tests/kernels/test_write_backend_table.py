@@ -25,6 +25,10 @@ ROWS = [
     "delta rule prefill,T=8192,1.00,triton,,,,50",
     "delta rule prefill,T=8192,0.97,flashinfer,,,,50",
     "delta rule prefill,T=8192 N=16 ragged,0.50,flashinfer,,,,50",
+    "delta rule prefill,T=32768 N=16 ragged tp=2,0.50,triton,,,,50",
+    "delta rule prefill,T=32768 N=16 ragged tp=2,0.90,flashinfer,,,,50",
+    "delta rule prefill,T=2048 tp=2,0.05,triton,,,,50",
+    "delta rule prefill,T=2048 tp=2,0.04,flashinfer,,,,50",
     "delta rule prefill,T=8192 tp=4,0.30,triton,,,,50",
     "delta rule prefill,T=8192 tp=4,0.20,flash_qla,,,,50",
     "delta rule decode,B=8,0.02,triton,,,,50",
@@ -55,6 +59,8 @@ def test_the_fastest_backend_of_every_case_is_written(tmp_path: Path) -> None:
         ("gated_delta_rule", "prefill", DELTA_RULE, 2048): ("flashinfer", 0.20),
         # Three hundredths faster is not enough to go before one that stands before it.
         ("gated_delta_rule", "prefill", DELTA_RULE, 8192): ("triton", 1.0),
+        # Of as many tokens a sequence one backend is faster for many sequences, the other for one.
+        ("gated_delta_rule", "prefill", (8, 16, 128, 128), 2048): ("triton", 0.50),
         ("gated_delta_rule", "prefill", (4, 8, 128, 128), 8192): ("flash_qla", 0.20),
         ("gated_delta_rule", "verify", DELTA_RULE, 24): ("triton", 0.02),
     }

@@ -203,9 +203,9 @@ def _prefill_backend(
     expect_shape("has_initial_state", has_initial_state, (num_sequences,))
     expect_dtype("has_initial_state", has_initial_state, (torch.bool,))
     if snapshot_slots is None or snapshot_lengths is None:
-        return select_backend(q, v, a, state, "prefill")
+        return select_backend(q, v, a, state, "prefill", sequences=num_sequences)
     expect_snapshots(snapshot_slots, snapshot_lengths, query_start_loc, state.shape[0], multiple_of=CHUNK_SIZE)
-    return select_backend(q, v, a, state, "prefill", ("snapshots",))
+    return select_backend(q, v, a, state, "prefill", ("snapshots",), num_sequences)
 
 
 @once_per_layout
@@ -265,14 +265,21 @@ def _decode_backend(
     return select_backend(q, v, a, state, "decode")
 
 
-def select_backend(q: Tensor, v: Tensor, a: Tensor, state: Tensor, method: str, features: tuple[str, ...] = ()) -> Any:
-    """The backend for a call of ``method`` whose arguments have been checked."""
+def select_backend(
+    q: Tensor, v: Tensor, a: Tensor, state: Tensor, method: str, features: tuple[str, ...] = (), sequences: int = 1
+) -> Any:
+    """The backend for a call of ``method`` whose arguments have been checked.
+
+    Args:
+        sequences: of a prefill: what is fastest for one long sequence is not for as many tokens of short ones.
+    """
     if v.is_cpu:
         return operation.select(v.device, v.dtype)
     num_tokens, num_value_heads, value_dim = v.shape
     # Key heads, value heads, key dim, value dim; dtypes of states and of a.
     shape = (q.shape[1], num_value_heads, q.shape[2], value_dim)
-    return operation.select(v.device, v.dtype, Call(method, num_tokens, shape, (state.dtype, a.dtype), features))
+    call = Call(method, num_tokens // max(1, sequences), shape, (state.dtype, a.dtype), features)
+    return operation.select(v.device, v.dtype, call)
 
 
 def refuse_rounded_state(state: Tensor) -> None:
