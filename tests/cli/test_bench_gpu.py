@@ -143,7 +143,8 @@ def test_part_of_a_long_row_is_what_the_reference_says_of_the_whole(monkeypatch:
         | {"expert_tokens": (300,), "prefills": (300,), "conv_prefills": (300,), "packed": ((300, 0, 270),)}
     )
     seen = set()
-    for row in rows_of(sizes):
+    # The reference of a whole does not serve in the deterministic mode.
+    for row in (row for row in rows_of(sizes) if "deterministic" not in row.op):
         if ("prefill" in row.op or row.op == "experts") and (case := row.build()).part is not None:
             with force_backend("reference"), torch.inference_mode():
                 part = case.part.ours()

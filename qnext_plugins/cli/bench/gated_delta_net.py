@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -266,15 +267,22 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         slots, starts, initial = fresh((tokens,))
         halfway = (int32([2]), int32([tokens // 2 // CHUNK_SIZE * CHUNK_SIZE])) if snapshot else ()
 
+        def call(own: Tensor) -> Tensor:
+            arguments = *split(convolved), *rest, own, slots, starts, initial
+            return qnext_kernels.gated_delta_rule_prefill(*arguments, *halfway)
+
         def ours(i: int) -> Tensor:
-            arguments = *split(convolved), *rest, pool, slots, starts, initial, *halfway
-            if snapshot:
-                return qnext_kernels.gated_delta_rule_prefill(*arguments)
-            with deterministic():
-                return qnext_kernels.gated_delta_rule_prefill(*arguments)
+            with nullcontext() if snapshot else deterministic():
+                return call(pool)
+
+        def of_reference() -> tuple[Tensor, ...]:
+            own = pool.clone()
+            return call(own), own[1:2]
 
         moved = 2 * tokens * (s.channels + value_dims) + (1 + snapshot) * one_state
-        return case(ours, pool, [int32([1, 2][: 1 + snapshot])], "", lambda *_: None, tokens, moved)
+        # The reference does not serve in the deterministic mode.
+        part = None if snapshot else Part(of_reference, lambda out, states: (out, *states))
+        return case(ours, pool, [int32([1, 2][: 1 + snapshot])], "", lambda *_: None, tokens, moved, part)
 
     def decode(batch: int) -> Case:
         convolved, rest = inputs(batch)
@@ -316,7 +324,7 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
     for tokens in s.prefills_alone:
         yield row("delta rule prefill, a snapshot", f"T={tokens}", partial(prefill_alone, tokens, snapshot=True))
         alone = partial(prefill_alone, tokens, snapshot=False)
-        yield row("delta rule prefill, deterministic", f"T={tokens}", alone, borrowed=OTHER_PREFILLS)
+        yield row("delta rule prefill, deterministic", f"T={tokens}", alone, heavy=True, borrowed=OTHER_PREFILLS)
     for batch in s.batches:
         yield row("delta rule decode", f"B={batch}", partial(decode, batch), stepped=True, borrowed=OTHER_PREFILLS)
     for batch in s.batches:
