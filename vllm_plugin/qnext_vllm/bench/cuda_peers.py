@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +17,16 @@ from vllm.third_party.flash_linear_attention.ops import (
     fused_post_conv_prep,
     fused_sigmoid_gating_delta_rule_update,
 )
+from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
 from qnext_plugins.cli.bench.inputs import PerTensor
 from qnext_vllm.bench.inductor_peers import InductorPeers
+
+
+def _prefill_metadata(starts: Tensor) -> SimpleNamespace:
+    """What ``causal_conv1d_fn`` reads of the metadata that vLLM builds for a step with prefills."""
+    nums_dict, batch_ptr, offsets = compute_causal_conv1d_metadata(starts.cpu(), device=starts.device)
+    return SimpleNamespace(nums_dict=nums_dict, batch_ptr=batch_ptr, token_chunk_offset_ptr=offsets)
 
 
 class Convolution:
@@ -28,6 +36,8 @@ class Convolution:
         self.weight, self.state = weight, pool.transpose(1, 2)
         # A decode writes its result over its input, which the others still need.
         self._own = PerTensor(lambda x: x.clone())
+        # An engine makes it once a step, for all layers.
+        self._batch = PerTensor(_prefill_metadata)
 
     @staticmethod
     def name(call: Callable[[], Any]) -> str:
@@ -48,6 +58,7 @@ class Convolution:
             cache_indices=slots,
             has_initial_state=torch.zeros(len(slots), dtype=torch.bool, device=x.device),
             activation="silu",
+            metadata=self._batch(starts),
         ).transpose(0, 1)
 
     def verify(self, x: Tensor, slots: Tensor, starts: Tensor, accepted: Tensor) -> Tensor:
