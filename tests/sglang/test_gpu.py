@@ -478,7 +478,7 @@ def test_a_layer_launches_its_kernels_without_reading_a_tensor(
         run = backend.forward_decode if mode.is_decode() else backend.forward_extend
         out = run(layer, batch, mixed_qkv=x.qkvz.bfloat16().to("meta"), a=x.ba.bfloat16().to("meta"), b=None)
     assert out.shape == (1, tokens, runs.VALUE_HEADS, runs.HEAD_DIM)
-    assert {"gated_delta_net_kernel", "chunk_kernel"} & {kernel.name for kernel in compiled}
+    assert {"gated_delta_net_kernel", "recurrent_kernel"} & {kernel.name for kernel in compiled}
 
 
 def test_metadata_that_sglang_puts_back_brings_its_batch_along() -> None:
