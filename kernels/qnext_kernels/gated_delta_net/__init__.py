@@ -122,7 +122,7 @@ def gated_delta_net_prefill(
     convolved = convolution.prefill(grouped_qkv, conv_weight, conv_state, *where, snapshots, state.shape[3])
     q, k, v = split_convolved(convolved, state)
     features = () if snapshots is None else ("snapshots",)
-    rule = _rule_backend(q, v, a, state, "prefill", features)
+    rule = _rule_backend(q, v, a, state, "prefill", features, len(slots))
     o = rule.prefill(q, k, v, a, b, A_log, dt_bias, state, *where, snapshots)
     return _normalise(o, z, norm_weight, eps, out)
 

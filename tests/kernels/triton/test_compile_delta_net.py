@@ -1,10 +1,14 @@
-"""The kernel of a whole Gated DeltaNet layer compiles for every GPU we name, and sums as the one that it stands for."""
+"""What a Gated DeltaNet layer launches compiles for every GPU we name, and its decode sums as the rule's own."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
+from qnext_kernels import gated_delta_net_prefill, gated_delta_rule, gated_delta_rule_prefill
+from qnext_kernels.dispatch import Call
 from qnext_kernels.gated_delta_net.triton_fused import run_fused
 from tests.kernels.triton.ahead_of_time import (
     SHARED_MEMORY,
@@ -79,3 +83,26 @@ def test_keys_are_summed_in_the_order_of_the_recurrent_kernel(target: str, ranks
 
 def test_it_begins_early_and_waits_before_it_touches_memory() -> None:
     assert all(map(waits_before_it_touches_memory, compile_fused("sm_90", 1)))
+
+
+def test_a_prefill_of_a_layer_and_of_its_rule_ask_for_the_tokens_of_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Call] = []
+    select = gated_delta_rule.operation.select
+
+    def recorded(device: torch.device, dtype: torch.dtype, call: Call) -> Any:
+        calls.append(call)
+        return select(device, dtype, call)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    tokens, sequences, dim = 150, 3, 16
+    pools = empty(5, 3 * dim, 3), empty(5, 1, dim, dim, dtype=torch.float32)
+    batch = empty(3, dtype=torch.int32), empty(4, dtype=torch.int32), empty(3, dtype=torch.bool)
+    qkvz, ba, gates = empty(tokens, 1, 4 * dim), empty(tokens, 1, 2), (empty(1), empty(1))
+    monkeypatch.setattr(gated_delta_rule.operation, "select", recorded)
+    with compiling_for("sm_90"):
+        gated_delta_net_prefill(qkvz, ba, empty(3 * dim, 4), *gates, empty(dim), 1e-6, *pools, *batch)
+        q, k, v = (empty(tokens, 1, dim) for _ in range(3))
+        gated_delta_rule_prefill(q, k, v, empty(tokens, 1), empty(tokens, 1), *gates, pools[1], *batch)
+    assert [(call.method, call.tokens) for call in calls] == [("prefill", tokens // sequences)] * 2
