@@ -20,7 +20,8 @@ CHANNELS, RUNS, STEPS = 128, 16, 8
 """Of a program of a prefill: so many runs of so many tokens; a thread goes along one with a vector of 16 bytes."""
 FEW, MANY = (256, 4), (1024, 4)
 """Channels and warps of a program of a verify or decode. Where programs are few, a thread has two channels and is soon
-done; many would take longer to start than to run, and a thread takes vectors of 16 bytes. The bits are the same."""
+done; many would take longer to start than to run, and a thread takes vectors of 16 bytes. Channels that lie head by
+head, of which one has 512 in the published model, are always taken as few. The bits are the same."""
 FEW_PROGRAMS = 2048
 LONGEST_BLOCK = 8
 """Tokens that a program of a verify loads at once."""
