@@ -126,7 +126,7 @@ def recurrent_kernel(  # type: ignore[no-untyped-def]
                 token + 1, end, q, k, v, a, b, q_token, k_token, v_token, a_token, b_token, key, has_value, K, PART
             )
         if IN_STEPS:
-            place, kept = written + t * written_step, live & (t < most_tokens) & (step_row >= 0)
+            place, kept = written + (token - start) * written_step, live & (t < most_tokens) & (step_row >= 0)
         elif CALL == VERIFY:
             slot = tl.load(slots + n * columns + t, mask=t < most_tokens, other=-1).to(tl.int64)
             place, kept = written + slot * state_slot, live & (slot >= 0)

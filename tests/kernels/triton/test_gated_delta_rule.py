@@ -350,6 +350,21 @@ def test_counts_that_no_host_checks_are_clamped_and_write_only_where_there_is_ro
     assert only_written(pool, before, bytes_before, slots.flatten())
 
 
+def test_steps_of_a_pool_may_lie_further_apart_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, apart = Shape(1, 1, 4, 4), 1 << 30
+    gates = random_gates(shape)
+    run = Run(random_tokens(shape, 3, torch.float32), random_state(shape, torch.float32))
+    pool, slots = place([run], torch.float32)
+    # By steps in memory, of which a system has none behind what is never touched.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    steps = torch.empty(2 * apart + 16, dtype=torch.float16).as_strided((1, 3, *shape.state), (16, apart, 16, 4, 1))
+    near = torch.empty(1, 3, *shape.state, dtype=torch.float16)
+    batch = *run.tokens, *gates, pool, slots, start_offsets([3]), torch.ones(1, dtype=torch.int32)
+    for kept in (steps, near):
+        TritonGatedDeltaRule().verify(*batch, (kept, torch.zeros(1, dtype=torch.int32)))
+    assert same_bits(steps, near)
+
+
 def test_a_pool_that_is_not_contiguous_within_a_slot_is_refused_by_name() -> None:
     shape = Shape(2, 1, 16, 16)
     tokens, gates = random_tokens(shape, 1, torch.float32), random_gates(shape)
