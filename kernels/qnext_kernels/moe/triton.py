@@ -53,13 +53,13 @@ class TritonMoe(TritonBackend):
 
         if x.numel() == 0:
             return torch.empty_like(x, memory_format=torch.contiguous_format)
-        target = current_target()
-        config = configuration(x, w2, topk_ids, target)
         extra = None
         if shared is not None:
             extra = Shared(Weights(*map(matrices, shared[:2])), shared[2].contiguous())
         x, topk_weights, topk_ids = aligned_rows(x), topk_weights.contiguous(), topk_ids.contiguous()
         with torch.cuda.device_of(x):
+            target = current_target()
+            config = configuration(x, w2, topk_ids, target)
             weights = Weights(matrices(w13), matrices(w2))
             if isinstance(config, Few):
                 return run_few(x, weights, extra, topk_weights, topk_ids, config, target)
@@ -82,8 +82,6 @@ class TritonMoe(TritonBackend):
 
         if x.numel() == 0:
             return torch.empty_like(x, memory_format=torch.contiguous_format)
-        target = current_target()
-        config = configuration(x, w2, topk_ids, target)
         routed = Weights(matrices(w13), matrices(w2), matrices(w13_scale), matrices(w2_scale))
         extra = None
         if shared is not None:
@@ -91,6 +89,8 @@ class TritonMoe(TritonBackend):
             weights = Weights(matrices(up), matrices(down), matrices(up_scale), matrices(down_scale))
             extra = Shared(weights, gate.contiguous())
         with torch.cuda.device_of(x):
+            target = current_target()
+            config = configuration(x, w2, topk_ids, target)
             tokens = aligned_rows(x), topk_weights.contiguous(), topk_ids.contiguous()
             return run_fp8(tokens[0], routed, extra, *tokens[1:], config, target)
 

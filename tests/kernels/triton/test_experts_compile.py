@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from qnext_kernels.dispatch import deterministic
 from qnext_kernels.moe import triton as moe_triton
 from qnext_kernels.moe.configurations import Shape, file_of, load, rule
 from qnext_kernels.moe.triton import TritonMoe
-from qnext_kernels.triton_support import current_target
+from qnext_kernels.triton_support import Target, current_target
 from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, TARGETS, Compiled, compiling_for
 
 EXPERTS, TOP_K, HIDDEN, MIDDLE = 512, 10, 2048, 512
@@ -163,6 +164,28 @@ def test_the_deterministic_mode_runs_the_same_kernels_whatever_the_number_of_tok
     for kernels in others:
         assert set(kernels) - sorting == names
         assert all(kernels[name].assembly == first[name].assembly for name in names)
+
+
+@pytest.mark.parametrize("compile_call", [compile_experts, compile_fp8])
+def test_experts_are_configured_for_the_gpu_that_they_lie_on(
+    compile_call: Callable[[str, int], dict[str, Compiled]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one may be current where they are called."""
+    devices: list[torch.device] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        devices.append(x.device)
+        yield
+        devices.pop()
+
+    def target_of_tensors() -> Target:
+        assert devices
+        return current_target()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(moe_triton, "current_target", target_of_tensors)
+    assert set(FEW_PRODUCTS) <= set(compile_call("sm_90", FEW))
 
 
 def test_a_router_runs_the_same_kernel_whatever_the_number_of_tokens() -> None:
