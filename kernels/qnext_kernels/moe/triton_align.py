@@ -216,6 +216,6 @@ def align(topk_ids: Tensor, num_experts: int, rows: int, overlap: Mapping[str, b
     launch(
         align_kernel, (programs,),
         topk_ids, counts, order, table, pairs, programs, table.shape[1],
-        E=num_experts, BINS=bins, STEP=STEP, PART=32, ROWS=rows, num_warps=max(1, min(8, bins // 64)), **options,
+        E=num_experts, BINS=bins, STEP=STEP, PART=32, ROWS=rows, num_warps=max(4, min(8, bins // 64)), **options,
     )  # fmt: skip
     return Blocks(order, table, rows)

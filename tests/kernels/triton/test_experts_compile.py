@@ -13,6 +13,7 @@ from qnext_kernels.dispatch import deterministic
 from qnext_kernels.moe import triton as moe_triton
 from qnext_kernels.moe.configurations import Shape, file_of, load, rule
 from qnext_kernels.moe.triton import TritonMoe
+from qnext_kernels.moe.triton_align import align
 from qnext_kernels.triton_support import Target, current_target
 from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, TARGETS, Compiled, compiling_for
 
@@ -130,6 +131,15 @@ def test_every_rank_of_tensor_parallelism_has_products_without_spills(ranks: int
         assert "cp.async.cg.shared.global" in kernel.assembly or "ld.global.v4.b32" in kernel.assembly
         assert "wgmma.mma_async" in kernel.assembly
     assert "cp.async.cg.shared.global" in compiled["up_kernel"].assembly
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_choices_among_the_experts_of_a_rank_are_sorted_without_spills(ranks: int) -> None:
+    with compiling_for("sm_90") as compiled:
+        align(empty(SOME, TOP_K, dtype=torch.int32), EXPERTS // ranks, rows=64)
+    assert [(kernel.name, kernel.spilled) for kernel in compiled] == [
+        (name, 0) for name in ("count_kernel", "scan_kernel", "align_kernel")
+    ]
 
 
 @pytest.mark.parametrize(("ranks", "tokens"), [(1, SOME), (1, PREFILL), (8, SOME)])
