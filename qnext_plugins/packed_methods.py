@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -169,9 +170,11 @@ def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable
         packable: whether nothing but this layer reads its weight (a head may be tied to the embedding).
     """
     method = ours.get(type(layer.quant_method))
+    if method is None:  # quantized; in four bits there is no parameter called weight
+        return layer
     weight = layer.weight
     on_cpu = weight.device.type == "cpu"  # on a GPU the engine's own serve, whatever QNEXT_BACKEND forces on the others
-    if method is not None and on_cpu and OPERATIONS["linear"].select(weight.device, weight.dtype).name == "native":
+    if on_cpu and OPERATIONS["linear"].select(weight.device, weight.dtype).name == "native":
         layer.quant_method = method()
         layer.packable, layer.packed = packable, False
         use_huge_pages(layer.weight)
@@ -201,16 +204,19 @@ def unpacked_weights(model: nn.Module) -> Iterator[None]:
 
     On a CPU they stay so until the engine processes them as after the first loading. On a GPU they are packed again at
     once, since a CUDA graph goes on reading them as they were when it was captured. vLLM's reload puts tensors without
-    memory in their place before, and processes each layer that it has filled.
+    memory in their place before, and processes each layer that it has filled: such a one is not loaded any more.
     """
     loaded = []
     _version.rise()
+    filling = any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)
         if isinstance(method, PackedLinear | PackedExperts | Fp8Experts) and layer.packed:
-            if not next(layer.parameters()).is_meta:
-                method.unpack(layer)
-                loaded.append((method, layer))
+            if filling:
+                layer.packed = not next(layer.parameters()).is_meta  # type: ignore[assignment]
+                continue
+            method.unpack(layer)
+            loaded.append((method, layer))
             layer.packed = False  # type: ignore[assignment]
     yield
     for method, layer in loaded:

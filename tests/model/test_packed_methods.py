@@ -106,3 +106,9 @@ def test_experts_are_packed_behind_loading_and_unpacked_before_they_are_loaded_a
             assert same_bits(layer.w13_weight.data, w13)
             assert same_bits(layer.w2_weight.data, w2)
             assert same_bits(method.run(layer, x, *routing), before)
+
+
+def test_quantized_layer_that_may_have_no_weight_keeps_the_engines_method() -> None:
+    layer: Any = nn.Module()
+    layer.quant_method = of_the_engine = object()
+    assert replace_method(layer, {EngineMethod: OurLinear}, packable=True).quant_method is of_the_engine
