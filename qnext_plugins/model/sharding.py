@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -11,15 +9,14 @@ from torch import Tensor, nn
 def sharded_parameter(segments: tuple[int, ...], *rest: int, dtype: torch.dtype, rank: int, ranks: int) -> nn.Parameter:
     """A parameter [Σ segments / ranks, *rest], each segment of dim 0 split over the ranks, in order.
 
-    Its ``weight_loader(parameter, loaded)``, which the engines' loaders call, copies this rank's share of the whole.
+    Its ``weight_loader(param, loaded_weight)``, which the engines' loaders call, copies this rank's share of the whole.
     """
     parameter = nn.Parameter(torch.empty(sum(segments) // ranks, *rest, dtype=dtype), requires_grad=False)
-    loader = partial(load_segments, segments=segments, rank=rank, ranks=ranks)
-    parameter.weight_loader = loader  # type: ignore[attr-defined]
+
+    # A function with these names, as the engines' own: when vLLM loads weights again, it puts another ``param`` in.
+    def weight_loader(param: Tensor, loaded_weight: Tensor) -> None:
+        shares = [segment.chunk(ranks)[rank] for segment in loaded_weight.split(segments)]
+        param.data.copy_(torch.cat(shares))
+
+    parameter.weight_loader = weight_loader  # type: ignore[attr-defined]
     return parameter
-
-
-def load_segments(parameter: Tensor, loaded: Tensor, *, segments: tuple[int, ...], rank: int, ranks: int) -> None:
-    """Copy this rank's share of each segment along dim 0 of ``loaded`` into ``parameter``."""
-    shares = [segment.chunk(ranks)[rank] for segment in loaded.split(segments)]
-    parameter.data.copy_(torch.cat(shares))

@@ -53,7 +53,8 @@ class VllmEngine:
 
     def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:
         options = self._linear(prefix)
-        if not quantized:
+        # Checkpoints in NVFP4 have the draft's `fc` in bfloat16, but do not list it as left out.
+        if not quantized or (self.quant_config is not None and self.quant_config.get_name() == "modelopt_fp4"):
             options["quant_config"] = None
         return on_our_kernel(api.ReplicatedLinear(input_size, output_size, **options))
 

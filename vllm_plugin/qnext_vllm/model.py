@@ -48,6 +48,19 @@ PACKED_MODULES = {
 }
 
 
+def expects_checkpoint(vllm_config: api.VllmConfig) -> bool:
+    """Whether the first weights to be loaded are those of a whole unquantized checkpoint of a language model."""
+    trained = vllm_config.load_config.load_format == "dummy"  # a trainer sends its tensors one by one
+    pooling = vllm_config.model_config.runner_type == "pooling"  # where vLLM puts another head on the model
+    return vllm_config.quant_config is None and not trained and not pooling
+
+
+def reads_experts_of_a_rank(vllm_config: api.VllmConfig) -> bool:
+    """Whether vLLM passes over the experts of other ranks in a checkpoint's files."""
+    parallel = vllm_config.parallel_config
+    return parallel.enable_expert_parallel and parallel.enable_ep_weight_filter
+
+
 class MixtureOfExpertsInfo(api.MixtureOfExperts):
     """What vLLM's expert-parallel load balancer asks of a model."""
 
@@ -141,6 +154,10 @@ class Qwen3NextModel(nn.Module, api.EagleModelMixin):
         hidden_states, _ = self.norm(hidden_states, residual)
         return (hidden_states, auxiliary) if auxiliary else hidden_states
 
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load what is left when the whole model's loader has named the scales of a cache, no parts of ``qkv_proj``."""
+        return api.AutoWeightsLoader(self).load_weights(weights, mapper=STACKED)
+
     def _one_by_one(
         self, hidden_states: Tensor, residual: Tensor | None, positions: Tensor, auxiliary: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -171,7 +188,8 @@ class Qwen3NextForCausalLM(
         prepare_process(vllm_config, "Qwen3NextForCausalLM")
         self.vllm_config = vllm_config
         self.config = vllm_config.model_config.hf_text_config
-        if vllm_config.quant_config is None and vllm_config.load_config.load_format in ("auto", "safetensors"):
+        self.expects_checkpoint = expects_checkpoint(vllm_config)
+        if self.expects_checkpoint and vllm_config.load_config.load_format in ("auto", "safetensors"):
             shapes = expected_shapes(Qwen3NextConfig.from_hf(self.config))
             check_files(Path(vllm_config.model_config.model), shapes, passing=(MTP_PREFIX,))
         self.quant_config = vllm_config.quant_config
@@ -205,13 +223,19 @@ class Qwen3NextForCausalLM(
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint; raises CheckpointError if an unquantized one has missing, surplus or misshapen tensors."""
-        if self.quant_config is None:
+        """Load a checkpoint, or then what a trainer sends of one.
+
+        Raises:
+            CheckpointError: an unquantized checkpoint has missing, surplus or misshapen tensors.
+        """
+        if self.expects_checkpoint:
             shapes = expected_shapes(Qwen3NextConfig.from_hf(self.config))
-            weights = checked_weights(weights, shapes, passing=(MTP_PREFIX,))
+            of_a_rank = reads_experts_of_a_rank(self.vllm_config)
+            weights = checked_weights(weights, shapes, passing=(MTP_PREFIX,), experts_of_a_rank=of_a_rank)
+            self.expects_checkpoint = False
         skipped = api.WeightsMapper(orig_to_new_prefix={MTP_PREFIX: None})
         with unpacked_weights(self):
-            return api.AutoWeightsLoader(self).load_weights(weights, mapper=skipped | STACKED)
+            return api.AutoWeightsLoader(self).load_weights(weights, mapper=skipped)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: api.VllmConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

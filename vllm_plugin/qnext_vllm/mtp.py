@@ -12,7 +12,13 @@ from qnext_plugins.packed_methods import unpacked_weights
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.linear import on_our_kernel
-from qnext_vllm.model import PACKED_MODULES, STACKED, MixtureOfExpertsInfo
+from qnext_vllm.model import (
+    PACKED_MODULES,
+    STACKED,
+    MixtureOfExpertsInfo,
+    expects_checkpoint,
+    reads_experts_of_a_rank,
+)
 from qnext_vllm.serving import prepare_process
 
 
@@ -40,6 +46,10 @@ class Qwen3NextMultiTokenPredictor(MultiTokenPredictor):
             inputs_embeds = self.embed_input_ids(input_ids)
         return self.draft(inputs_embeds, hidden_states, positions, spec_step_idx)
 
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """As that of the target."""
+        return api.AutoWeightsLoader(self).load_weights(weights, mapper=STACKED)
+
 
 class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
     """The class that vLLM's registry resolves ``Qwen3NextMTP`` to."""
@@ -51,6 +61,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
         prepare_process(vllm_config, "Qwen3NextMTP")
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
+        self.vllm_config, self.expects_checkpoint = vllm_config, expects_checkpoint(vllm_config)
         self.model = Qwen3NextMultiTokenPredictor(vllm_config=vllm_config, prefix=api.maybe_prefix(prefix, "mtp"))
         self.lm_head = on_our_kernel(
             api.ParallelLMHead(
@@ -79,14 +90,19 @@ class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the draft's tensors; raises CheckpointError if an unquantized checkpoint's are missing or misshapen."""
+        """Load the draft's tensors of a checkpoint, or then what a trainer sends of them.
+
+        Raises:
+            CheckpointError: in an unquantized checkpoint they are missing or misshapen.
+        """
         weights = ((name, tensor) for name, tensor in weights if self._is_ours(name))
-        if self.quant_config is None:
+        if self.expects_checkpoint:
             shapes = expected_shapes(Qwen3NextConfig.from_hf(self.config), target=False, mtp=True)
-            weights = checked_weights(weights, shapes)
+            weights = checked_weights(weights, shapes, experts_of_a_rank=reads_experts_of_a_rank(self.vllm_config))
+            self.expects_checkpoint = False
         renamed = api.WeightsMapper(orig_to_new_prefix={MTP_PREFIX: "model."})
         with unpacked_weights(self):
-            return api.AutoWeightsLoader(self).load_weights(weights, mapper=renamed | STACKED)
+            return api.AutoWeightsLoader(self).load_weights(weights, mapper=renamed)
 
     @staticmethod
     def _is_ours(name: str) -> bool:

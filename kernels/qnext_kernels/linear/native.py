@@ -29,8 +29,8 @@ class LinearNative(NativeBackend, CpuBackend):
 
 
 def packable(weight: Tensor) -> bool:
-    """Whether a weight [..., N, K] can be packed in place: contiguous, and K whole steps of 32 bits."""
-    return weight.is_contiguous() and weight.shape[-1] * weight.element_size() % 4 == 0
+    """Whether a weight [..., N, K] can be packed in place: in memory, contiguous, and K whole steps of 32 bits."""
+    return not weight.is_meta and weight.is_contiguous() and weight.shape[-1] * weight.element_size() % 4 == 0
 
 
 def _empty(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool) -> Tensor:

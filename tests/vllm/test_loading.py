@@ -1,0 +1,143 @@
+"""Checkpoints that are quantized or read in part, and weights that a trainer sends to a model that serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import parallel_state
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.utils import initialize_model
+
+from qnext_plugins.model import CheckpointError
+from qnext_plugins.packed_methods import PackedLinear, unpacked_weights
+from qnext_vllm.engine import VllmEngine
+from qnext_vllm.mtp import Qwen3NextMTP
+from tests.checkpoints import TINY
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmConfig]:
+    """Of the tiny checkpoint, in a process that makes vLLM's layers."""
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as vLLM's worker on a CPU does
+    found = EngineArgs(str(TINY), dtype="float32", max_model_len=128).create_engine_config()
+    with set_current_vllm_config(found):
+        parallel_state.init_distributed_environment(1, 0, f"file://{tmp_path}/ranks", 0, "gloo")
+        parallel_state.initialize_model_parallel()
+        yield found
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+
+
+def checkpoint() -> dict[str, Tensor]:
+    return load_file(TINY / "model.safetensors")
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """As they are loaded."""
+    with unpacked_weights(model):
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
+
+
+def test_a_trainer_sends_tensor_by_tensor_and_vllm_puts_each_layer_together_anew(config: VllmConfig) -> None:
+    model: Any = get_model(vllm_config=config)
+    addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    initialize_layerwise_reload(model)
+    for name, tensor in checkpoint().items():
+        model.load_weights([(name, 2 * tensor)])
+    finalize_layerwise_reload(model, config.model_config)
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == addresses
+    found = parameters(model)
+    config.compilation_config.static_forward_context.clear()
+    expected = {name: 2 * tensor for name, tensor in parameters(get_model(vllm_config=config)).items()}
+    assert differing(found, expected) == []
+
+
+def test_a_trainer_fills_a_model_that_has_been_loaded_from_nothing(config: VllmConfig) -> None:
+    expected = parameters(get_model(vllm_config=config))
+    config.compilation_config.static_forward_context.clear()
+    config.load_config.load_format = "dummy"
+    model: Any = get_model(vllm_config=config)
+    assert differing(parameters(model), expected)
+    for name, tensor in checkpoint().items():
+        model.load_weights([(name, tensor)])
+    assert differing(parameters(model), expected) == []
+
+
+def test_a_trainer_sends_the_drafts_tensors_one_by_one(config: VllmConfig) -> None:
+    config.load_config.load_format = "dummy"
+    draft = Qwen3NextMTP(vllm_config=config)
+    loaded = set().union(*(draft.load_weights([weight]) for weight in checkpoint().items()))
+    assert loaded == {name for name, _ in draft.named_parameters()}
+
+
+def test_scales_of_a_cache_in_fp8_go_to_the_attention_whatever_projection_they_are_named_after(
+    config: VllmConfig,
+) -> None:
+    config.quant_config = Fp8Config(ignored_layers=["layers"])
+    config.quant_config.ignored_layers_match_mode = "substring"
+    model: Any = initialize_model(config)
+    model.load_weights([("model.layers.3.self_attn.k_proj.output_scale", torch.tensor(0.5))])
+    assert model.model.layers[3].self_attn.attn.k_scale == 0.5
+
+
+def test_experts_of_other_ranks_may_be_missing_where_vllm_does_not_read_them(config: VllmConfig) -> None:
+    config.load_config.load_format = "dummy"
+    model: Any = get_model(vllm_config=config)
+    without = {name: tensor for name, tensor in checkpoint().items() if ".experts.0." not in name}
+    model.expects_checkpoint = True
+    with pytest.raises(CheckpointError, match=r"missing model\.layers\.0\.mlp\.experts\.0\."):
+        model.load_weights(without.items())
+    config.parallel_config.enable_expert_parallel = config.parallel_config.enable_ep_weight_filter = True
+    model.load_weights(without.items())
+    del without["model.norm.weight"]
+    model.expects_checkpoint = True
+    with pytest.raises(CheckpointError, match=r"missing model\.norm\.weight$"):
+        model.load_weights(without.items())
+
+
+IN_FOUR_BITS: dict[str, dict[str, Any]] = {
+    "gptq": {"bits": 4, "group_size": 32, "desc_act": False, "sym": True},
+    "awq": {"bits": 4, "group_size": 32, "zero_point": True},
+    "compressed-tensors": {
+        "format": "pack-quantized",
+        "config_groups": {
+            "all": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+            }
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("method", IN_FOUR_BITS)
+def test_a_linear_in_four_bits_is_vllms(config: VllmConfig, method: str) -> None:
+    options = IN_FOUR_BITS[method] | {"quant_method": method}
+    config.quant_config = get_quantization_config(method).from_config(options)
+    linear = VllmEngine(config).column_linear(128, 256, prefix="model.layers.0.linear_attn.in_proj_qkvz")
+    assert not hasattr(linear, "weight")
+    assert not isinstance(linear.quant_method, PackedLinear | UnquantizedLinearMethod)
+
+
+def test_in_a_checkpoint_in_nvfp4_the_drafts_fc_is_not_quantized(config: VllmConfig) -> None:
+    config.quant_config = ModelOptNvFp4Config()
+    fc = VllmEngine(config).replicated_linear(256, 128, quantized=True, prefix="mtp.fc")
+    assert isinstance(fc.quant_method, UnquantizedLinearMethod)
