@@ -110,6 +110,7 @@ FIELDS: dict[str, set[str]] = {
         "num_accepted_tokens",
     },
     "vllm.forward_context.ForwardContext": {"attn_metadata", "no_compile_layers", "additional_kwargs"},
+    "vllm.config.VllmConfig": {"additional_config"},
     "vllm.config.CacheConfig": {"mamba_ssm_cache_dtype", "mamba_cache_dtype"},
     "vllm.config.CompilationConfig": {"static_forward_context", "splitting_ops"},
     "vllm.config.KernelConfig": {"moe_backend", "linear_backend", "linear_backend_per_quant"},
@@ -119,6 +120,7 @@ FIELDS: dict[str, set[str]] = {
         "data_parallel_size",
         "enable_eplb",
         "enable_expert_parallel",
+        "enable_ep_weight_filter",
         "eplb_config",
     },
     "vllm.model_executor.layers.fused_moe.config.FusedMoEConfig": {

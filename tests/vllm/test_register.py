@@ -8,11 +8,14 @@ from importlib.metadata import entry_points
 
 import pytest
 import vllm
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.registry import ModelRegistry, _LazyRegisteredModel
 
 import qnext_vllm
 from qnext_kernels.dispatch import deterministic, is_deterministic
 from qnext_vllm import ARCHITECTURES, UnsupportedEngineError, register
+from qnext_vllm.serving import prepare_process
+from tests.checkpoints import TINY
 
 IN_TREE = {
     "Qwen3NextForCausalLM": "vllm.model_executor.models.qwen3_next",
@@ -116,3 +119,16 @@ def test_the_deterministic_mode_raises_where_the_in_tree_model_would_serve(monke
     monkeypatch.setenv("QNEXT_DETERMINISTIC", "1")
     with pytest.raises(UnsupportedEngineError, match=r"0\.31\.0"):
         register()
+
+
+def test_what_is_forced_gets_compiled_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key() -> str:
+        config = EngineArgs(str(TINY), dtype="bfloat16", max_model_len=128).create_engine_config()
+        prepare_process(config, "Qwen3NextForCausalLM")
+        return config.compute_hash()
+
+    monkeypatch.delenv("QNEXT_BACKEND", raising=False)
+    default = key()
+    assert key() == default
+    monkeypatch.setenv("QNEXT_BACKEND", "moe=cpu")
+    assert key() != default
