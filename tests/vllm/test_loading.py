@@ -113,6 +113,18 @@ def test_experts_of_other_ranks_may_be_missing_where_vllm_does_not_read_them(con
         model.load_weights(without.items())
 
 
+def test_a_classifier_has_a_head_of_its_own(config: VllmConfig) -> None:
+    classifier = EngineArgs(
+        str(TINY), dtype="float32", max_model_len=128, runner="pooling", convert="classify"
+    ).create_engine_config()
+    model: Any = initialize_model(classifier)
+    weights = checkpoint()
+    del weights["lm_head.weight"]
+    head = weights["score.weight"] = torch.randn_like(model.score.weight)
+    model.load_weights(weights.items())
+    assert torch.equal(model.score.weight, head)
+
+
 IN_FOUR_BITS: dict[str, dict[str, Any]] = {
     "gptq": {"bits": 4, "group_size": 32, "desc_act": False, "sym": True},
     "awq": {"bits": 4, "group_size": 32, "zero_point": True},
