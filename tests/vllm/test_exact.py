@@ -32,6 +32,15 @@ class TestEager:
         assert running.prefix_cache_hits() > before, "prompts of several blocks were batched before: they are cached"
         assert first_difference([reference.greedy(checkpoint, prompt) for prompt in prompts], alone) is None
 
+    def test_tokens_equal_transformers_after_the_weights_are_loaded_again(
+        self, running: Engine, checkpoint: Path
+    ) -> None:
+        prompts = reference.prompts(checkpoint)[::4]
+        running.llm.collective_rpc("reload_weights")
+        assert running.llm.reset_prefix_cache()
+        expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
+        assert first_difference(expected, running.greedy(prompts)) is None
+
 
 @pytest.mark.parametrize(("checkpoint", "running"), [("tiny", {"eager": False})], indirect=True, scope="class")
 class TestCompiled:
