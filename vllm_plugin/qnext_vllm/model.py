@@ -48,11 +48,14 @@ PACKED_MODULES = {
 }
 
 
+READ_AT_ONCE = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "npcache", "pt", "runai_streamer")
+"""Load formats whose first weights are all of a checkpoint; behind others a trainer may send its tensors one by one."""
+
+
 def expects_checkpoint(vllm_config: api.VllmConfig) -> bool:
     """Whether the first weights to be loaded are those of a whole unquantized checkpoint of a language model."""
-    trained = vllm_config.load_config.load_format == "dummy"  # a trainer sends its tensors one by one
-    pooling = vllm_config.model_config.runner_type == "pooling"  # where vLLM puts another head on the model
-    return vllm_config.quant_config is None and not trained and not pooling
+    read = vllm_config.quant_config is None and vllm_config.load_config.load_format in READ_AT_ONCE
+    return read and vllm_config.model_config.runner_type != "pooling"  # where vLLM puts another head on the model
 
 
 def reads_experts_of_a_rank(vllm_config: api.VllmConfig) -> bool:
