@@ -7,6 +7,14 @@ from typing import Any
 
 LINEAR_ATTENTION = "linear_attention"
 FULL_ATTENTION = "full_attention"
+MAY_BE_ZERO = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "intermediate_size",
+    "num_nextn_predict_layers",
+)
 
 
 class ConfigError(ValueError):
@@ -60,6 +68,8 @@ class Qwen3NextConfig:
                 if not default:
                     raise ConfigError(f"config.json: {name} is missing")
                 return default[0]
+            if cls.__annotations__.get(name) == "int":
+                _check_number(name, value, 0 if name in MAY_BE_ZERO else 1)
             return value
 
         num_layers, heads = field("num_hidden_layers"), field("num_attention_heads")
@@ -138,8 +148,14 @@ class Qwen3NextConfig:
             )
 
 
+def _check_number(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"config.json: {name}: expected a whole number from {least} on, got {value!r}")
+
+
 def _interval_layer_types(hf_config: Any, num_layers: int) -> list[str]:
     interval = getattr(hf_config, "full_attention_interval", None)
     if not interval:
         raise ConfigError("config.json: neither layer_types nor full_attention_interval is there")
+    _check_number("full_attention_interval", interval, 1)
     return [FULL_ATTENTION if (layer + 1) % interval == 0 else LINEAR_ATTENTION for layer in range(num_layers)]

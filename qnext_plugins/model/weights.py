@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qnext_plugins.model.config import FULL_ATTENTION, Qwen3NextConfig
@@ -17,7 +17,7 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint has missing, surplus or misshapen tensors."""
+    """A checkpoint has missing, surplus or misshapen tensors, or a file that cannot be read."""
 
 
 def expected_shapes(config: Qwen3NextConfig, *, target: bool = True, mtp: bool = False) -> dict[str, tuple[int, ...]]:
@@ -76,32 +76,44 @@ def checked_weights(
     _check_complete(missing)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a loader would read, there or not: those of the index, or ``model.safetensors``.
+
+    Raises:
+        CheckpointError: the index is none.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise CheckpointError(f"checkpoint: {index}: expected a weight_map from tensors to files") from None
+
+
 def check_files(folder: Path, shapes: dict[str, tuple[int, ...]], *, passing: tuple[str, ...] = ()) -> None:
     """Check the headers of a checkpoint's safetensors files, before anything is allocated or read.
 
     Args:
-        folder: of the checkpoint. Only the files that its index names are looked at, or ``model.safetensors``; without
-            either nothing is checked.
+        folder: of the checkpoint. Only its :func:`weight_files` are looked at; without any nothing is checked.
         shapes: of :func:`expected_shapes`.
         passing: prefixes of names that belong to another model.
 
     Raises:
-        CheckpointError: a tensor is missing, surplus or misshapen.
+        CheckpointError: a tensor is missing, surplus or misshapen, or a file cannot be read.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    elif single.is_file():
-        files = [single]
-    else:
+    if not (files := weight_files(folder)):
         return
     missing = dict(shapes)
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                if not (name.startswith(passing) or name.endswith(IGNORED_SUFFIXES)):
-                    _check_tensor(name, tuple(tensors.get_slice(name).get_shape()), shapes)
-                    missing.pop(name, None)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                    if not (name.startswith(passing) or name.endswith(IGNORED_SUFFIXES)):
+                        _check_tensor(name, tuple(tensors.get_slice(name).get_shape()), shapes)
+                        missing.pop(name, None)
+        except SafetensorError as error:
+            raise CheckpointError(f"checkpoint: {file} cannot be read: {error}") from None
     _check_complete(missing)
 
 

@@ -135,3 +135,18 @@ def test_headers_of_the_files_are_checked_before_anything_is_loaded(tmp_path: Pa
         with pytest.raises(CheckpointError, match=named):
             check_files(tmp_path, shapes, passing=("mtp.",))
     check_files(tmp_path / "hub-name", {"a": (1,)})
+
+
+@pytest.mark.parametrize("content", [b"no header", b"\x00" * 100])
+def test_a_file_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model-00002.safetensors").write_bytes(content)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"^checkpoint: \S+/model-00002\.safetensors cannot be read: "):
+        check_files(tmp_path, {"a": (1,)})
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": 3}', "{}", "[]", '{"weight_map": ', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_none_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json: expected a weight_map"):
+        check_files(tmp_path, {"a": (1,)})
