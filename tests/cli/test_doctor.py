@@ -19,11 +19,13 @@ from qnext_kernels import OPERATIONS, backend_table, dispatch, force_backend, tr
 from qnext_kernels.backend_table import Measured, Table, TableError
 from qnext_plugins.cli.doctor import Finding, Status, Subject, kernels, ok
 from qnext_plugins.cli.doctor import checkpoint_checks as checks
+from qnext_plugins.cli.doctor.command import examine
 from qnext_plugins.cli.doctor.environment import companions, settings
 from qnext_plugins.cli.doctor.findings import run_checks
-from qnext_plugins.cli.doctor.kernels import deterministic_mode, judge_determinism, measured_backends
+from qnext_plugins.cli.doctor.kernels import deterministic_mode, judge_determinism, measured_backends, selection
 from qnext_plugins.cli.doctor.machine import check_binding, cpu_flags, judge_threads, parse_cores
 from qnext_plugins.cli.doctor.report import Threads
+from qnext_plugins.settings import Settings
 from qnext_vllm.doctor import model_length, openmp_preload, quantization
 from tests.checkpoints import TINY
 
@@ -207,6 +209,7 @@ def test_a_forced_backend_that_does_not_exist_fails_everything_that_computes() -
     assert "QNEXT_BACKEND" in message
     assert "fastest" in message
     assert report["backends"] == []
+    assert [check["name"] for check in report["checks"] if check["status"] == "failure"] == ["environment.settings"]
 
 
 @pytest.mark.slow
@@ -256,6 +259,17 @@ def test_a_field_that_is_not_served_is_told_by_its_name(tmp_path: Path) -> None:
     assert "hidden_act: expected 'silu', got 'gelu'" in finding.message
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_experts", "sixteen"), ("num_attention_heads", 0), ("num_hidden_layers", None)]
+)
+def test_a_field_that_is_missing_or_of_another_type_is_told_once(field: str, value: Any, tmp_path: Path) -> None:
+    results = checked(edited(tmp_path / "checkpoint", **{field: value}))
+    (name,) = (name for name, result in results.items() if result.status == Status.FAILURE)
+    assert name == "checkpoint.architecture"
+    assert results[name].message.startswith("config.json: ")
+    assert field in results[name].message
+
+
 def test_a_config_that_disagrees_with_the_tensors_is_told(tmp_path: Path) -> None:
     finding = checked(edited(tmp_path / "checkpoint", num_experts=17))["checkpoint.weights"]
     assert finding.status == Status.FAILURE
@@ -281,7 +295,17 @@ def test_a_file_that_was_cut_off_is_told(tmp_path: Path) -> None:
     folder = edited(tmp_path / "checkpoint")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    assert checked(folder)["checkpoint.weights"].status == Status.FAILURE
+    finding = checked(folder)["checkpoint.weights"]
+    assert finding.status == Status.FAILURE
+    assert f"{folder / 'model.safetensors'} cannot be read" in finding.message
+
+
+def test_an_index_that_is_none_is_told_once(tmp_path: Path) -> None:
+    folder = edited(tmp_path / "checkpoint")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    results = checked(folder)
+    assert [name for name, result in results.items() if result.status == Status.FAILURE] == ["checkpoint.weights"]
+    assert "expected a weight_map" in results["checkpoint.weights"].message
 
 
 def test_a_checkpoint_without_draft_is_complete_but_does_not_speculate(tmp_path: Path) -> None:
@@ -389,8 +413,17 @@ def test_a_setting_of_a_wrong_value_is_told(variable: str, value: str, monkeypat
     monkeypatch.setenv(variable, value)
     finding = settings(Subject())
     assert finding.status == Status.FAILURE
-    assert variable in finding.message
-    assert value in finding.message
+    assert finding.message == f"{variable}: expected 1 or 0, got {value!r}"
+    report = examine(Subject())
+    assert [check.name for check in report.checks if check.status == Status.FAILURE] == ["environment.settings"]
+
+
+@pytest.mark.parametrize("variable", ["QNEXT_BACKEND", "QNEXT_CACHE_DIR", "QNEXT_DETERMINISTIC", "QNEXT_STRICT"])
+def test_an_empty_variable_is_one_that_is_not_set(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Settings()
+    monkeypatch.setenv(variable, "")
+    assert Settings() == expected
+    assert settings(Subject()).status == Status.OK
 
 
 def test_a_companion_package_that_does_not_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,6 +470,18 @@ def test_on_a_gpu_the_deterministic_mode_is_served_beside_the_engines(monkeypatc
     finding = judge_determinism("VLLM_BATCH_INVARIANT=1", True, Subject(config={"quantization_config": {}}))
     assert finding.status == Status.OK
     assert "beside the engine's own mode" in finding.message
+
+
+def test_on_a_gpu_the_kernels_that_serve_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "device_type", lambda: "cuda")
+    monkeypatch.setattr(triton_support, "why_missing", lambda device_type, index: None)
+    finding = selection(Subject())
+    assert (finding.status, finding.message) == (
+        Status.OK,
+        "triton kernels serve all 6 operations in bfloat16 and float32; linear and paged_attention are the engine's",
+    )
+    monkeypatch.setattr(triton_support, "why_missing", lambda device_type, index: "triton is not installed")
+    assert selection(Subject()).status == Status.WARNING
 
 
 def test_what_was_measured_on_the_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,8 @@ def test_unsupported_version_leaves_the_in_tree_model_with_one_line(
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "named"), [("QNEXT_BACKEND", "fastest", "fastest"), ("QNEXT_DISABLE", "perhaps", "disable")]
+    ("variable", "value", "named"),
+    [("QNEXT_BACKEND", "fastest", "fastest"), ("QNEXT_DISABLE", "perhaps", "QNEXT_DISABLE: expected 1 or 0")],
 )
 def test_unknown_value_leaves_the_in_tree_model_with_one_line(
     monkeypatch: pytest.MonkeyPatch, lines: list[str], variable: str, value: str, named: str

@@ -85,7 +85,7 @@ def test_strict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_strict_raises_beside_an_invalid_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QNEXT_STRICT", "1")
     monkeypatch.setenv("QNEXT_DISABLE", "maybe")
-    with pytest.raises(UnsupportedEngineError, match="disable"):
+    with pytest.raises(UnsupportedEngineError, match="QNEXT_DISABLE: expected 1 or 0, got 'maybe'"):
         register()
 
 

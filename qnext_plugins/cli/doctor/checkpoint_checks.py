@@ -78,20 +78,32 @@ def architecture(subject: Subject) -> Finding | None:
 
 def model_config(config: dict[str, Any]) -> Any:
     """The configuration as the model reads it, behind transformers' defaults; raises ConfigError."""
-    from qnext_plugins.model import Qwen3NextConfig
+    from qnext_plugins.model import ConfigError, Qwen3NextConfig
 
     try:
         from transformers import Qwen3NextConfig as Stored
     except ImportError:
         return Qwen3NextConfig.from_hf(SimpleNamespace(**config))
-    return Qwen3NextConfig.from_hf(Stored.from_dict(config))
+    try:
+        stored = Stored.from_dict(config)
+    # Of many kinds: by the field, and by the version of transformers.
+    except Exception as error:
+        raise ConfigError(f"config.json: transformers refuses it: {' '.join(str(error).split())}") from None
+    return Qwen3NextConfig.from_hf(stored)
 
 
 def weights(subject: Subject) -> Finding | None:
     """Every file of the index is there, every tensor has its shape."""
-    if subject.folder is None or subject.config is None or ARCHITECTURE not in subject.config.get("architectures", ()):
+    if subject.folder is None or subject.config is None:
         return None
-    files = weight_files(subject.folder)
+    if ARCHITECTURE not in (subject.config.get("architectures") or ()):
+        return None
+    from qnext_plugins.model import CheckpointError, weight_files
+
+    try:
+        files = weight_files(subject.folder)
+    except CheckpointError as error:
+        return failure(str(error), "download the checkpoint again")
     if not files:
         return failure(f"{subject.folder} has no safetensors files", "download the checkpoint's weights")
     missing = [file.name for file in files if not file.is_file()]
@@ -105,18 +117,19 @@ def weights(subject: Subject) -> Finding | None:
     return _tensors(subject)
 
 
-def _tensors(subject: Subject) -> Finding:
-    from safetensors import SafetensorError
-
-    from qnext_plugins.model import CheckpointError, check_files, expected_shapes
+def _tensors(subject: Subject) -> Finding | None:
+    from qnext_plugins.model import CheckpointError, ConfigError, check_files, expected_shapes
     from qnext_plugins.model.weights import MTP_PREFIX
 
     assert subject.folder is not None
     assert subject.config is not None
-    config = model_config(subject.config)
+    try:
+        config = model_config(subject.config)
+    except ConfigError:  # which the check of the architecture tells
+        return None
     try:
         check_files(subject.folder, expected_shapes(config), passing=(MTP_PREFIX,))
-    except (CheckpointError, SafetensorError) as error:
+    except CheckpointError as error:
         return failure(f"{error}", "download the checkpoint again, or correct its config.json")
     draft = expected_shapes(config, target=False, mtp=True)
     try:
@@ -126,19 +139,17 @@ def _tensors(subject: Subject) -> Finding:
     return ok("every tensor of the model and of its draft is there, with its shape")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a loader would read, whether they exist or not."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    return [file for file in [folder / "model.safetensors"] if file.is_file()]
-
-
 def memory(subject: Subject) -> Finding | None:
     """The weights fit into the memory."""
     if subject.folder is None or device_type() != "cpu":
         return None
-    size = sum(file.stat().st_size for file in weight_files(subject.folder) if file.is_file())
+    from qnext_plugins.model import CheckpointError, weight_files
+
+    try:
+        files = weight_files(subject.folder)
+    except CheckpointError:  # which the check of the weights tells
+        return None
+    size = sum(file.stat().st_size for file in files if file.is_file())
     here = memory_bytes()
     total, available = here["MemTotal"], here["MemAvailable"]
     sizes = f"{size / GIB:.2f} GiB of weights, {available / GIB:.1f} of {total / GIB:.1f} GiB memory available"

@@ -77,12 +77,14 @@ def examine(subject: Subject) -> Report:
             return None
 
     doctors = section("environment.doctors", environment.doctors) or []
+    # Without them nothing that computes can be imported, and everything would say the same.
+    valid = environment.settings(subject).status != Status.FAILURE
     report = Report(
         qnext_plugins=qnext_plugins.__version__,
         machine=section("machine.machine", machine.machine),
         threads=section("machine.threads", machine.threads),
-        library=section("kernels.library", kernels.library),
-        backends=section("kernels.backends", kernels.backends) or [],
+        library=section("kernels.library", kernels.library) if valid else None,
+        backends=(section("kernels.backends", kernels.backends) if valid else None) or [],
         engines=[environment.engine(doctor) for doctor in doctors],
         variables=environment.variables(),
         model=subject.model,
@@ -90,12 +92,13 @@ def examine(subject: Subject) -> Report:
     )
     checks += run_checks("environment", environment.CHECKS, subject)
     checks += run_checks("machine", (machine.thread_count,), subject)
-    checks += run_checks("kernels", kernels.CHECKS, subject)
-    checks += run_checks("checkpoint", checkpoint_checks.CHECKS, subject)
-    for engine in doctors:
-        if environment.installed_version(engine) is not None:
-            own = (environment.version_check(engine), environment.entry_point_check(engine), *engine.checks)
-            checks += run_checks(engine.name, own, subject)
+    if valid:
+        checks += run_checks("kernels", kernels.CHECKS, subject)
+        checks += run_checks("checkpoint", checkpoint_checks.CHECKS, subject)
+        for engine in doctors:
+            if environment.installed_version(engine) is not None:
+                own = (environment.version_check(engine), environment.entry_point_check(engine), *engine.checks)
+                checks += run_checks(engine.name, own, subject)
     report.checks = checks
     return report
 

@@ -31,6 +31,7 @@ PREFIX = "QNEXT_"
 NO_SETTINGS = re.compile(r"QNEXT_(VENV|\w+_PYTHON)")
 """``QNEXT_*`` variables that name environments, not settings of a serving process."""
 REINSTALL = "install qnext-plugins again in this environment (pip install .)"
+UNCHECKED = "kernels, checkpoint and engines are checked then"
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 TRY_IMPORTS = """
 import importlib, json, sys
@@ -74,19 +75,15 @@ def engine(doctor: EngineDoctor) -> Engine:
 
 def settings(subject: Subject) -> Finding:
     """The ``QNEXT_*`` variables are known and valid."""
-    from pydantic import ValidationError
-
-    from qnext_plugins.settings import Settings
+    from qnext_plugins.settings import Settings, SettingsError
 
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
     try:
         Settings().forced_backends()
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = f"{PREFIX}{str(first['loc'][0]).upper()}"
-        return failure(f"{name}: {first['msg']}, got {first['input']!r}", f"unset {name}, or give it a value it takes")
+    except SettingsError as error:
+        return failure(str(error), f"unset it, or give it a value it takes; {UNCHECKED}")
     except RuntimeError as error:
-        return failure(str(error), "unset QNEXT_BACKEND, or name a backend that there is")
+        return failure(str(error), f"unset it, or name a backend that there is; {UNCHECKED}")
     if unknown := {name for name in variables().keys() - known if not NO_SETTINGS.fullmatch(name)}:
         return warning(
             f"{', '.join(sorted(unknown))}: no such setting (there are {', '.join(sorted(known))})",

@@ -9,7 +9,7 @@ from qnext_plugins.cli.doctor.machine import device_type
 from qnext_plugins.cli.doctor.report import Library, Serving
 
 DTYPES = ("bfloat16", "float32")
-FAST = {"cpu": "native"}
+FAST = {"cpu": "native", "cuda": "triton"}
 """The backend that is meant to serve every operation on a device."""
 SERVES_TOO = "serves too"
 """In place of a reason: the backend would serve if the one before it did not."""
@@ -84,10 +84,12 @@ def _fix(found: Library) -> str:
 def selection(subject: Subject) -> Finding:
     """Every operation has a backend, and a fast one unless the user forces another."""
     from qnext_kernels.dispatch import deterministic, parse_forced
+    from qnext_plugins.gpus import ENGINES_OWN
     from qnext_plugins.settings import Settings
 
+    device = device_type()
     with deterministic(False):  # which has a check of its own
-        table, device = backends(), device_type()
+        table = [row for row in backends() if device == "cpu" or row.operation not in ENGINES_OWN]
     forced = parse_forced(Settings().backend)
     unserved = sorted({f"{row.operation} in {row.dtype}" for row in table if row.backend is None})
     if unserved:
@@ -97,7 +99,8 @@ def selection(subject: Subject) -> Finding:
     if fast is None:
         return note(f"this release has no fast kernels for {device}: the engine's own model stays in place there")
     if not slow:
-        return ok(f"{fast} kernels serve all {len(table) // len(DTYPES)} operations in {' and '.join(DTYPES)}")
+        others = "" if device == "cpu" else f"; {' and '.join(ENGINES_OWN)} are the engine's"
+        return ok(f"{fast} kernels serve all {len(table) // len(DTYPES)} operations in {' and '.join(DTYPES)}{others}")
     if forced:
         return note(f"QNEXT_BACKEND={Settings().backend} keeps {fast} kernels from {', '.join(slow)}")
     return warning(f"{fast} kernels do not serve {', '.join(slow)}", "see the reasons in the table of kernels")
