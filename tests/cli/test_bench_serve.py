@@ -118,6 +118,7 @@ def test_environment_without_the_engine_is_one_line(tmp_path: Path) -> None:
     [
         (("nonsense",), "'nonsense': expected a URL (http://...), or vllm:MODEL"),
         (("hf:model",), "SERVER: expected a URL, vllm:MODEL or sglang:MODEL, got 'hf:model'"),
+        (("vllm:/nowhere/model",), "'vllm:/nowhere/model': expected a model's folder, and there is no /nowhere/model"),
         (("http://host", "--tool", "ab"), "--tool: expected vllm or sglang, got 'ab'"),
         (("http://host", "--concurrency", "1,x"), "--concurrency: expected positive numbers with commas, such as 1,4"),
         (("http://host", "--json", "/none/x.json"), "--json: expected a file in a folder that can be written to"),

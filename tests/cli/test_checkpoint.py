@@ -387,6 +387,9 @@ def test_too_small_a_disk_is_named_before_anything_is_written(tmp_path: Path) ->
     ("arguments", "line"),
     [
         (["--layers", 3], "--layers: expected at least 4, got 3"),
+        (["--layers", 0], "--layers: expected at least 4, got 0"),
+        (["--experts", 0], "--experts: expected at least 1, got 0"),
+        (["--experts-per-token", 0], "--experts-per-token: expected at least 1, got 0"),
         (["--mtp-acceptance", 1.5], "--mtp-acceptance: expected between 0 and 1, got 1.5"),
         (["--kind", "random", "--mtp-acceptance", 0.5], "--mtp-acceptance: expected with a structured checkpoint"),
         (["--no-mtp", "--mtp-acceptance", 0.5], "got --no-mtp"),

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from qnext_plugins.cli.compare import referee, servers
+from qnext_plugins.cli.compare.answers import SideError
 from qnext_plugins.cli.compare.command import compare
 from qnext_plugins.cli.compare.report import Kind, Report, Side, Status, Unit
 from qnext_plugins.cli.compare.servers import Server
@@ -80,6 +81,12 @@ def is_gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] == "Z"
+
+
+def test_a_folder_of_logs_that_cannot_be_had_is_named_by_its_option(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SideError, match=r"^--output: expected a folder that can be written to, got \S+/file \("):
+        Server(parse_side("hf:m"), sys.executable, tmp_path / "file" / "log.txt")
 
 
 def test_side_that_is_started_agrees_with_the_same_model_elsewhere(tmp_path: Path, good: str) -> None:

@@ -86,12 +86,15 @@ def test_pythons_come_from_the_environment_else_are_this_one(monkeypatch: pytest
     ]
 
 
-@pytest.mark.parametrize("text", ["llama:m", "m", "vllm", "vllm:", "http://", "vllm:m --x 'open"])
+@pytest.mark.parametrize(
+    "text", ["llama:m", "m", "vllm", "vllm:", "http://", "vllm:m --x 'open", "vllm:m --port 1", "hf:m --port=1"]
+)
 def test_what_names_no_side_is_refused_with_the_text(text: str) -> None:
     with pytest.raises(SpecError) as error:
         parse_side(text)
     assert repr(text) in str(error.value)
     assert "expected" in str(error.value)
+    assert "unpack" not in str(error.value), "which is about our code"
 
 
 def test_shipped_prompts_are_distinct_and_short_and_long() -> None:
@@ -137,5 +140,7 @@ def test_wrong_arguments_are_refused_before_anything_starts(tmp_path: Path) -> N
     assert "--concurrency" in refused("hf:a", "hf:b", "--concurrency", "many")
     assert "--referee" in refused("hf:a", "hf:b", "--referee", "c")
     assert "at least one prompt" in refused("hf:a", "hf:b", "--prompts", str(empty))
-    assert "cannot be read" in refused("hf:a", "hf:b", "--prompts", str(tmp_path / "missing.jsonl"))
+    missing = refused("hf:a", "hf:b", "--prompts", str(tmp_path / "missing.jsonl"))
+    assert "--prompts" in missing
+    assert "cannot be read" in missing
     assert "--html" in refused("hf:a", "hf:b", "--html", str(tmp_path / "missing" / "page.html"))

@@ -133,10 +133,11 @@ def serve(
     """
     from qnext_plugins.cli.bench.serve import TOOLS, Options, ServeBench
     from qnext_plugins.cli.bench.terminal import show_serve
-    from qnext_plugins.cli.compare.sides import Pythons, SpecError, parse_side
+    from qnext_plugins.cli.compare.sides import Pythons, SpecError, check_model, parse_side
 
     try:
         spec = parse_side(target)
+        check_model(spec)
         if spec.kind == "hf":
             raise ArgumentError(f"SERVER: expected a URL, vllm:MODEL or sglang:MODEL, got {target!r}")
         if tool is not None and tool not in TOOLS:

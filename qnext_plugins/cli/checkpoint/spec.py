@@ -100,6 +100,8 @@ SLICE = Widths(
     max_position_embeddings=262144,
 )
 WIDTHS = {Kind.TINY: TINY, Kind.SLICE: SLICE, Kind.RANDOM: TINY}
+OPTIONS = {"num_experts": "experts", "num_experts_per_tok": "experts-per-token"}
+"""Options that are not called as their fields are."""
 
 
 class Spec(BaseModel):
@@ -175,10 +177,10 @@ class Spec(BaseModel):
 def check(spec: Spec) -> None:
     """Raise SpecError unless the checkpoint can be made and engines can read it."""
     widths = spec.widths
-    for name, value in widths.model_dump().items():
-        _expect(name, value >= 1, "at least 1", value)
     _expect("vocab-size", widths.vocab_size >= 16, "at least 16", widths.vocab_size)
     _expect("layers", widths.num_hidden_layers >= INTERVAL, f"at least {INTERVAL}", widths.num_hidden_layers)
+    for name, value in widths.model_dump().items():
+        _expect(OPTIONS.get(name, name), value >= 1, "at least 1", value)
     _expect(
         "experts-per-token",
         widths.num_experts_per_tok <= widths.num_experts,

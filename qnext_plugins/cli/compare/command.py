@@ -118,7 +118,9 @@ def compare(
         )
         for name, file in (("--json", json_file), ("--html", html_file)):
             check_writable(name, file)
-    except (ArgumentError, SpecError, PromptsError) as error:
+    except PromptsError as error:
+        _fail(f"--prompts: {error}")
+    except (ArgumentError, SpecError) as error:
         _fail(str(error))
     with ends_on_sigterm():
         report = make(specs, options, Progress(Console(stderr=True, highlight=False)))

@@ -93,7 +93,12 @@ class Server:
         self.started = time.monotonic()
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("w") as output:
+            output = log.open("w")
+        except OSError as error:
+            reason = f"expected a folder that can be written to, got {log.parent} ({error.strerror})"
+            raise SideError(f"--output: {reason}") from error
+        try:
+            with output:
                 self.process = subprocess.Popen(
                     self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
                 )

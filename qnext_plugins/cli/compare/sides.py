@@ -103,9 +103,14 @@ def parse_side(text: str, *, dtype: str | None = None) -> SideSpec:
     if kind not in ENGINES or not colon:
         raise SpecError(f"{text!r}: {FORMS}")
     try:
-        model, *flags = shlex.split(described)
+        words = shlex.split(described)
     except ValueError as error:
         raise SpecError(f"{text!r}: expected a model and flags, got {described!r} ({error})") from error
+    if not words:
+        raise SpecError(f"{text!r}: expected a model behind the colon, got none")
+    model, *flags = words
+    if any(flag.partition("=")[0] == "--port" for flag in flags):
+        raise SpecError(f"{text!r}: expected flags without --port (the server gets a free one), got {described!r}")
     if dtype and not any(flag.partition("=")[0] == "--dtype" for flag in flags):
         flags += ["--dtype", dtype]
     if model.startswith("~"):
@@ -113,16 +118,20 @@ def parse_side(text: str, *, dtype: str | None = None) -> SideSpec:
     return SideSpec(text, named["name"] if named else kind, kind, model, tuple(flags))
 
 
+def check_model(side: SideSpec) -> None:
+    """Raise SpecError for a model that is the path of no folder: engines take it for a name, and say so only later."""
+    if side.started and side.target.startswith(("/", "./", "../")) and not Path(side.target).exists():
+        raise SpecError(f"{side.spec!r}: expected a model's folder, and there is no {side.target}")
+
+
 def parse_sides(texts: list[str], *, dtype: str | None = None, without_speculation: bool = False) -> list[SideSpec]:
     """All sides, with names of their own; with ``without_speculation`` each that speculates once more without.
 
-    Raises SpecError, also for a model that is the path of no folder: engines take it for a name to download, and say so
-    only after a while.
+    Raises SpecError, as :func:`check_model` does too.
     """
     sides: list[SideSpec] = []
     for side in (parse_side(text, dtype=dtype) for text in texts):
-        if side.started and side.target.startswith(("/", "./", "../")) and not Path(side.target).exists():
-            raise SpecError(f"{side.spec!r}: expected a model's folder, and there is no {side.target}")
+        check_model(side)
         taken = {other.name for other in sides}
         names = (f"{side.name}-{number}" for number in count(2))
         free = side.name if side.name not in taken else next(name for name in names if name not in taken)
