@@ -4,6 +4,7 @@
 python examples/transformers_generate.py                      random weights, the layer widths of the 80B model
 python examples/transformers_generate.py examples/tiny/checkpoint
 
+Needs `pip install "transformers>=5.16.1,<5.20"` where neither engine has brought it.
 Generates the same tokens twice, says whether they agree and by how much faster ours are. Ends with status 1 if tokens
 differ in float32; in bfloat16 both round, each in its own order.
 """

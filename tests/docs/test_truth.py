@@ -15,6 +15,7 @@ from qnext_plugins.settings import Settings
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PAGES = {file.stem: file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
+README = (ROOT / "README.md").read_text()
 SOURCES = [
     file
     for folder in ("kernels", "qnext_plugins", "vllm_plugin", "sglang_plugin")
@@ -84,6 +85,8 @@ def test_supported_versions_are_those_of_the_plugins() -> None:
     assert "vLLM 0.32 (0.33 is accepted" in PAGES["index"]
     assert "SGLang 0.5.23" in PAGES["index"]
     assert "| version | 0.32, 0.33 | 0.5.23 |" in PAGES["install"]
+    assert re.search(r"^\| versions \| 0\.32; 0\.33 .* \| 0\.5\.23 \|$", README, re.M)
+    assert "vllm 0.32 or 0.33, or sglang 0.5.23" in README
 
 
 def test_every_flag_that_sglang_is_not_served_with_is_listed() -> None:
@@ -104,3 +107,24 @@ def test_every_setting_that_the_sglang_plugin_chooses_is_listed_with_its_value()
     assert f"| `max_running_requests` | {requests} |" in listed
     assert f"| `max_total_tokens` | {tokens.replace('_', ' ')} |" in listed
     assert "ten slots of recurrent state" in listed
+
+
+def test_every_figure_of_the_readme_is_one_of_the_pages() -> None:
+    measured = README.partition("\n## What is measured\n")[2].partition("\n## ")[0]
+    figures = re.findall(r"\b\d+\.\d+\b", re.sub(r"(vLLM|SGLang) [\d.]+", "", measured))
+    assert len(figures) > 30
+    known = PAGES["features"]
+    assert [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", known)] == []
+
+
+def test_every_link_of_the_readme_leads_to_a_file_and_a_heading() -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", README)
+    assert len(links) > 15
+    for path, anchor in links:
+        file = ROOT / path if path else ROOT / "README.md"
+        assert file.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in headings}, (
+                anchor
+            )
