@@ -30,10 +30,11 @@ from qnext_kernels import (
     force_backend,
     gated_delta_rule_decode,
     gated_delta_rule_prefill,
+    gated_delta_rule_verify,
     rms_norm,
 )
 from qnext_kernels.dispatch import Call, deterministic, reason_to_decline
-from qnext_kernels.gated_delta_rule import flash_qla, flashinfer
+from qnext_kernels.gated_delta_rule import flash_qla, flashinfer, padded_verify, step_features
 from qnext_kernels.gated_delta_rule.flash_qla import FlashQlaGatedDeltaRule
 from qnext_kernels.gated_delta_rule.flashinfer import FlashInferGatedDeltaRule
 from qnext_kernels.moe import flashinfer as moe_flashinfer
@@ -41,7 +42,7 @@ from qnext_kernels.rms_norm import flashinfer as rms_norm_flashinfer
 from qnext_kernels.rms_norm.flashinfer import ALIGNMENT, FlashInferRmsNorm
 from qnext_kernels.triton_support import aligned_rows
 from tests.kernels.delta_rule_runs import Shape, random_gates, random_state, random_tokens
-from tests.kernels.kernel_inputs import assert_close, nan_pool, start_offsets
+from tests.kernels.kernel_inputs import assert_close, distinct_slots, nan_pool, nan_steps, start_offsets
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -94,29 +95,31 @@ def test_an_old_gpu_and_one_of_amd_are_declined(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("hopper")
-def test_flashinfer_serves_decode_and_prefill_of_the_published_model() -> None:
+def test_flashinfer_serves_the_published_model() -> None:
     backend = FlashInferGatedDeltaRule()
     for ranks in (1, 2, 4, 8):
         shape = (16 // ranks, 32 // ranks, 128, 128)
-        assert reason(backend, "decode", shape=shape) is None
-        assert reason(backend, "prefill", shape=shape) is None
+        for method in ("decode", "verify", "prefill"):
+            assert reason(backend, method, shape=shape) is None
+    assert reason(backend, "verify", features=step_features(torch.empty(1, 1, 32, 128, 128))) is None
     assert reason(backend, "prefill", FP16) is None
 
 
 @pytest.mark.usefixtures("hopper")
 def test_flashinfer_declines_what_would_not_be_exact() -> None:
     backend = FlashInferGatedDeltaRule()
-    verify = "its kernel writes a state for every token: for slot −1, outside the pool"
     padding = "uses slot 0 for padding unless states are in torch.float32, got torch.bfloat16"
     rounding = "rounds states at the end of a call alone: needs them in torch.float32, got torch.bfloat16"
-    assert reason(backend, "verify") == verify
-    assert reason(backend, "verify", features=("step pool",)) == verify
+    rounded_steps = step_features(torch.empty(1, 1, 32, 128, 128, dtype=BF16))
+    assert reason(backend, "verify", features=rounded_steps) == "has no step pool in torch.bfloat16"
     assert reason(backend, "prefill", features=("snapshots",)) == "has no snapshots"
-    assert reason(backend, "decode", dtypes=(BF16, BF16)) == padding
     assert reason(backend, "prefill", dtypes=(BF16, BF16)) == rounding
-    assert reason(backend, "decode", FP16) == "decodes in torch.bfloat16, got torch.float16"
-    assert reason(backend, "decode", dtypes=(FP32, FP32)) == "needs a and b in torch.bfloat16, got torch.float32"
-    assert reason(backend, "decode", shape=(16, 32, 64, 128)) == "needs head dimensions of 128 and 128, got 64 and 128"
+    for method in ("decode", "verify"):
+        assert reason(backend, method, dtypes=(BF16, BF16)) == padding
+        assert reason(backend, method, FP16) == "decodes and verifies in torch.bfloat16, got torch.float16"
+        assert reason(backend, method, dtypes=(FP32, FP32)) == "needs a and b in torch.bfloat16, got torch.float32"
+        small = reason(backend, method, shape=(16, 32, 64, 128))
+        assert small == "needs head dimensions of 128 and 128, got 64 and 128"
 
 
 def test_flashinfer_has_a_prefill_for_some_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +213,7 @@ def signature(package: str, file: str, name: str) -> inspect.Signature:
     [
         (*FLASHINFER, flashinfer, "flashinfer/gdn_prefill.py", "chunk_gated_delta_rule"),
         (*FLASHINFER, flashinfer, "flashinfer/gdn_decode.py", "gated_delta_rule_decode_pretranspose"),
+        (*FLASHINFER, flashinfer, "flashinfer/gdn_decode.py", "gated_delta_rule_mtp"),
         (*FLASHINFER, rms_norm_flashinfer, "flashinfer/norm/__init__.py", "gemma_rmsnorm"),
         (*FLASHINFER, moe_flashinfer, "flashinfer/fused_moe/core.py", "cutlass_fused_moe"),
         (*FLASH_QLA, flash_qla, "flash_qla/ops/gated_delta_rule/chunk/__init__.py", "chunk_gated_delta_rule"),
@@ -314,6 +318,46 @@ def test_a_decode_agrees_with_float64_and_can_be_captured(serving: Any, count: i
     assert_close(on_gpu[7].cpu()[live], truth_pool[live], expected)
     others = torch.ones(count + 2, dtype=torch.bool).index_fill(0, live.long(), False)
     assert on_gpu[7].cpu()[others].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_steps", [False, True])
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_a_verify_agrees_with_float64_and_can_be_captured(
+    serving: Any, count: int, in_steps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the kernels for few and for many heads, and in parts; a sequence has no slots, another one to start from."""
+    served, columns = serving("gated_delta_rule", "flashinfer"), 3
+    monkeypatch.setattr(padded_verify, "BUFFER", 33 * columns * HEADS.value_heads * HEADS.value_dim * HEADS.key_dim)
+    lengths, rows = [1 + n % columns for n in range(count)], torch.arange(count)
+    tokens, gates = random_tokens(HEADS, sum(lengths), BF16), random_gates(HEADS)
+    pool = nan_pool(columns * count + 2, HEADS.state, FP32, gap=64)
+    slots = distinct_slots(columns * count, len(pool)).view(count, columns)
+    accepted = torch.randint(1, columns + 1, (count,))
+    for slot in slots[rows, accepted - 1]:
+        pool[slot] = random_state(HEADS, FP32)
+    if count > 1:
+        slots[2] = -1
+        slots[3] = torch.where(torch.arange(columns) == accepted[3] - 1, slots[3], -1)
+    where = slots, start_offsets(lengths), accepted
+    steps = (nan_steps(count, columns, HEADS.state, FP32, steps_first=True), rows.flip(0)) if in_steps else ()
+    truth_pools = pool.double(), *(x.double() for x in steps[:1])
+    with force_backend("reference"):
+        truth = gated_delta_rule_verify(*tokens.double(), *gates, truth_pools[0], *where, *truth_pools[1:], *steps[1:])
+    on_gpu = [to_gpu(x) for x in (*tokens, *gates, pool, *where, *steps)]
+    written = 11 if in_steps else 7
+    graph, before = torch.cuda.CUDAGraph(), on_gpu[written].clone()
+    with served:
+        gated_delta_rule_verify(*on_gpu)
+        with torch.cuda.graph(graph):
+            out = gated_delta_rule_verify(*on_gpu)
+    on_gpu[written].copy_(before)
+    graph.replay()
+    expected = {FP32: columns * (64 + HEADS.key_dim)}
+    assert_close(out.cpu(), truth, expected)
+    found, states = on_gpu[written].cpu(), truth_pools[-1]
+    assert torch.equal(found.isnan(), states.isnan())
+    assert_close(found.nan_to_num(), states.nan_to_num(), expected)
 
 
 @pytest.mark.gpu

@@ -179,7 +179,7 @@ def gated_delta_net_verify(
     convolution = causal_conv1d.operation.select(qkvz.device, qkvz.dtype)
     convolved = convolution.verify(mixed_qkv, conv_weight, conv_state, slots[:, 0], *offsets, conv_steps)
     q, k, v = split_convolved(convolved, state)
-    rule = _rule_backend(q, v, a, state, "verify", () if steps is None else ("step pool",))
+    rule = _rule_backend(q, v, a, state, "verify", gated_delta_rule.step_features(step_state))
     o = rule.verify(q, k, v, a, b, A_log, dt_bias, state, slots, *offsets, rule_steps)
     return _normalise(o, z, norm_weight, eps, out)
 

@@ -237,7 +237,7 @@ def _verify_backend(
         expect_floating("step_state", step_state)
         expect_shape("step_rows", step_rows, (num_sequences,))
         expect_indices("step_rows", step_rows, -1, step_state.shape[0])
-        most, place, features = step_state.shape[1], "step of step_state", ("step pool",)
+        most, place, features = step_state.shape[1], "step of step_state", step_features(step_state)
     if query_start_loc.is_cpu and longest_sequence(query_start_loc) > most:
         raise ValueError(
             f"query_start_loc: expected at most {most} tokens a sequence (one a {place}), "
@@ -280,6 +280,13 @@ def select_backend(
     shape = (q.shape[1], num_value_heads, q.shape[2], value_dim)
     call = Call(method, num_tokens // max(1, sequences), shape, (state.dtype, a.dtype), features)
     return operation.select(v.device, v.dtype, call)
+
+
+def step_features(step_state: Tensor | None) -> tuple[str, ...]:
+    """What a verify with this step pool, or without one, asks a backend for."""
+    if step_state is None:
+        return ()
+    return ("step pool" if step_state.dtype == torch.float32 else f"step pool in {step_state.dtype}",)
 
 
 def refuse_rounded_state(state: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The gated delta rule in FlashInfer: prefill by ``chunk_gated_delta_rule``, decode in place in the pool."""
+"""The gated delta rule in FlashInfer: ``chunk_gated_delta_rule``, decode in the pool, ``gated_delta_rule_mtp``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from qnext_kernels.dispatch import Call
 from qnext_kernels.flashinfer_support import FlashInferBackend
 from qnext_kernels.gated_delta_rule.packed_prefill import packed_prefill
+from qnext_kernels.gated_delta_rule.padded_verify import padded_verify
 from qnext_kernels.triton_support import aligned_rows
 
 HEAD_DIM = 128
@@ -19,23 +20,22 @@ class FlashInferGatedDeltaRule(FlashInferBackend):
     """States in float32 and head dimensions of 128; q and k are rounded once more behind their norm in a prefill.
 
     It keeps slots, padding and the layout of states, but not the bitwise promises: a prefill that is split, or decoded
-    on, has not the bits of one that is not.
+    on, has not the bits of one that is not. In a verify of more than 128 value heads, those of all sequences together,
+    a + dt_bias above 88 gives NaN: the kernel's exponential overflows.
     """
 
     def supports_call(self, device: torch.device, dtype: torch.dtype, call: Call) -> str | None:
         _, _, key_dim, value_dim = call.shape
         state_dtype, gate_dtype = call.dtypes
-        if call.method == "verify":
-            return "its kernel writes a state for every token: for slot −1, outside the pool"
-        if call.features:
-            return f"has no {' and no '.join(call.features)}"
+        if missing := [feature for feature in call.features if feature != "step pool"]:
+            return f"has no {' and no '.join(missing)}"
         if (key_dim, value_dim) != (HEAD_DIM, HEAD_DIM):
             return f"needs head dimensions of {HEAD_DIM} and {HEAD_DIM}, got {key_dim} and {value_dim}"
-        if call.method == "decode":
+        if call.method != "prefill":
             if state_dtype != torch.float32:
                 return f"uses slot 0 for padding unless states are in torch.float32, got {state_dtype}"
             if dtype != torch.bfloat16:
-                return f"decodes in torch.bfloat16, got {dtype}"
+                return f"decodes and verifies in torch.bfloat16, got {dtype}"
             if gate_dtype != torch.bfloat16:
                 return f"needs a and b in torch.bfloat16, got {gate_dtype}"
             return None
@@ -118,6 +118,50 @@ class FlashInferGatedDeltaRule(FlashInferBackend):
                 backend="flashinfer",  # "auto" may take a kernel that does not say what it does with slot −1
             )
         return out
+
+    def verify(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+        slots: Tensor,
+        query_start_loc: Tensor,
+        accepted: Tensor,
+        steps: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        from flashinfer.gdn_decode import gated_delta_rule_mtp
+
+        gates = aligned_rows(A_log.float()), aligned_rows(dt_bias.float())
+        # A pool with gaps has its number of slots compiled in, which nothing reads: two, whatever there are.
+        pool = state if state.is_contiguous() else state[:2]
+
+        def by_batch(
+            q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial: Tensor, out: Tensor, states: Tensor
+        ) -> None:
+            gated_delta_rule_mtp(
+                q=q,
+                k=k,
+                v=v,
+                initial_state=pool,
+                initial_state_indices=initial,
+                A_log=gates[0],
+                a=a,
+                dt_bias=gates[1],
+                b=b,
+                scale=q.shape[3] ** -0.5,
+                output=out,
+                # Into slots of the pool it would write by itself, but for slot −1 in front of the pool.
+                intermediate_states_buffer=states,
+                disable_state_update=True,
+                use_qk_l2norm=True,
+            )
+
+        return padded_verify(by_batch, q, k, v, a, b, state, slots, query_start_loc, accepted, steps)
 
 
 def _why_no_prefill(index: int | None) -> str | None:

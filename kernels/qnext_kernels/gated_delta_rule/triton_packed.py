@@ -1,4 +1,4 @@
-"""What surrounds a prefill by a library: normalised rows, states between slots and one behind another, padding."""
+"""What surrounds a library's kernels: normalised rows, states between slots and one behind another, padding."""
 
 from __future__ import annotations
 
@@ -60,19 +60,27 @@ def load_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def save_kernel(  # type: ignore[no-untyped-def]
-    packed, pool, slots, query_start_loc, pool_slot, SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """pool[slots[n]] = packed[n]; nothing where there is no slot or the sequence has no token.
+    packed, pool, slots, query_start_loc, packed_n, pool_slot, pool_step,
+    STEPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """pool[slots[n, t], t] = packed[n, t]; nothing where there is no slot or the sequence has no token t.
 
-    Grid and bytes: those of :func:`load_kernel`.
+    Grid: N · STEPS · ceil(SIZE / BLOCK). Bytes: a float32 state read and a state written for each that has a slot.
+
+    Args:
+        packed: [N, STEPS or more, SIZE] float32, a sequence ``packed_n`` elements from the next.
+        pool: a slot is ``pool_slot`` elements from the next, a step in it ``pool_step``: 0 where slots have no steps.
+        slots: contiguous [N, STEPS]; query_start_loc: [N + 1].
     """
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
-    n = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    n, t = row // STEPS, row % STEPS
     at = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(slots + n).to(tl.int64)
-    written = (slot >= 0) & (tl.load(query_start_loc + n) < tl.load(query_start_loc + n + 1))
-    state = tl.load(packed + n * SIZE + at, mask=(at < SIZE) & written, other=0.0)
-    tl.store(pool + slot * pool_slot + at, state.to(pool.dtype.element_ty), mask=(at < SIZE) & written)
+    slot = tl.load(slots + row).to(tl.int64)
+    written = (slot >= 0) & (tl.load(query_start_loc + n) + t < tl.load(query_start_loc + n + 1))
+    state = tl.load(packed + n * packed_n + t * SIZE + at, mask=(at < SIZE) & written, other=0.0)
+    to = pool + slot * pool_slot + t * pool_step + at
+    tl.store(to, state.to(pool.dtype.element_ty), mask=(at < SIZE) & written)
 
 
 @triton.jit
@@ -129,12 +137,21 @@ def load_states(state: Tensor, slots: Tensor, has_initial: Tensor) -> Tensor:
     return packed
 
 
-def save_states(packed: Tensor, state: Tensor, slots: Tensor, query_start_loc: Tensor) -> None:
-    """Put states [N, HV, V, K] into their slots, rounded to the dtype of the pool, where a sequence has tokens."""
-    size = state[0].numel()
+def save_states(packed: Tensor, pool: Tensor, slots: Tensor, query_start_loc: Tensor) -> None:
+    """Put states into their slots, rounded to the dtype of the pool, where a sequence has tokens.
+
+    Args:
+        packed: [N, HV, V, K], or [N, steps, HV, V, K] of states behind every token; contiguous.
+        pool: [slots, HV, V, K], or [rows, steps, HV, V, K], contiguous behind the dimensions that are indexed.
+        slots: [N], or [N, steps] of at most the steps of ``packed``; contiguous. −1: none.
+    """
+    steps = slots.shape[1] if slots.dim() == 2 else 1
+    pool_step = pool.stride(1) if pool.dim() == 5 else 0
+    size = pool.shape[-3:].numel()
     launch(
-        save_kernel, (len(slots) * ceil_div(size, BLOCK),),
-        packed, state, slots, query_start_loc, state.stride(0), SIZE=size, BLOCK=BLOCK, enable_fp_fusion=True,
+        save_kernel, (slots.numel() * ceil_div(size, BLOCK),),
+        packed, pool, slots, query_start_loc, packed.stride(0), pool.stride(0), pool_step,
+        STEPS=steps, SIZE=size, BLOCK=BLOCK, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What goes around a prefill by a library that knows no slots compiles for every GPU we name."""
+"""What goes around a prefill or a verify by a library that knows no slots compiles for every GPU we name."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ def test_the_kernels_compile_without_spilling(target: str) -> None:
     pool = empty(50, heads * value_dim * key_dim + 1024, dtype=torch.float32)
     pool = pool[:, : heads * value_dim * key_dim].unflatten(1, (heads, value_dim, key_dim))
     slots, offsets = empty(sequences), empty(sequences + 1)
+    steps = empty(sequences, 3, heads, value_dim, key_dim, dtype=torch.float32)
     with compiling_for(target) as compiled:
         normalized(empty(tokens, 4 * heads, key_dim, dtype=torch.bfloat16)[:, :heads])
         packed = load_states(pool, slots, empty(sequences, dtype=torch.bool))
         save_states(packed, pool, slots, offsets)
         clear_skipped(empty(tokens, heads, value_dim, dtype=torch.bfloat16), slots, offsets)
-    assert [kernel.name for kernel in compiled] == ["normalize_kernel", "load_kernel", "save_kernel", "clear_kernel"]
-    assert [kernel.spilled for kernel in compiled] == [0, 0, 0, 0]
+        save_states(steps, pool, empty(sequences, 3), offsets)
+    names = ["normalize_kernel", "load_kernel", "save_kernel", "clear_kernel", "save_kernel"]
+    assert [kernel.name for kernel in compiled] == names
+    assert [kernel.spilled for kernel in compiled] == [0] * len(names)
