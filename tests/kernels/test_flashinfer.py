@@ -34,6 +34,7 @@ from qnext_kernels import (
     rms_norm,
 )
 from qnext_kernels.dispatch import Call, deterministic, reason_to_decline
+from qnext_kernels.gated_attention import flashinfer as heads_flashinfer
 from qnext_kernels.gated_delta_rule import flash_qla, flashinfer, padded_verify, step_features
 from qnext_kernels.gated_delta_rule.flash_qla import FlashQlaGatedDeltaRule
 from qnext_kernels.gated_delta_rule.flashinfer import FlashInferGatedDeltaRule
@@ -215,6 +216,7 @@ def signature(package: str, file: str, name: str) -> inspect.Signature:
         (*FLASHINFER, flashinfer, "flashinfer/gdn_decode.py", "gated_delta_rule_decode_pretranspose"),
         (*FLASHINFER, flashinfer, "flashinfer/gdn_decode.py", "gated_delta_rule_mtp"),
         (*FLASHINFER, rms_norm_flashinfer, "flashinfer/norm/__init__.py", "gemma_rmsnorm"),
+        (*FLASHINFER, heads_flashinfer, "flashinfer/rope.py", "apply_rope_with_cos_sin_cache"),
         (*FLASHINFER, moe_flashinfer, "flashinfer/fused_moe/core.py", "cutlass_fused_moe"),
         (*FLASH_QLA, flash_qla, "flash_qla/ops/gated_delta_rule/chunk/__init__.py", "chunk_gated_delta_rule"),
     ],

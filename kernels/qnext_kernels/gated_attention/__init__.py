@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.checks import expect_dtype, expect_floating, expect_indices, expect_shape
-from qnext_kernels.dispatch import Operation
+from qnext_kernels.dispatch import Call, Operation
 from qnext_kernels.gated_attention.cpu import CpuBackend
+from qnext_kernels.gated_attention.flashinfer import FlashInferGatedAttention
 from qnext_kernels.gated_attention.native import GatedAttentionNative
 from qnext_kernels.gated_attention.reference import ReferenceBackend
 from qnext_kernels.gated_attention.triton import TritonGatedAttention
 from qnext_kernels.layouts import once_per_layout
 
 operation = Operation(
-    "gated_attention", [GatedAttentionNative(), CpuBackend(), TritonGatedAttention(), ReferenceBackend()]
+    "gated_attention",
+    [GatedAttentionNative(), CpuBackend(), TritonGatedAttention(), FlashInferGatedAttention(), ReferenceBackend()],
 )
 
 
@@ -95,10 +97,18 @@ def _heads_backend(
     expect_dtype("positions", positions, (torch.int32, torch.int64))
     if cos_sin.shape[1] > head_dim or cos_sin.shape[1] % 2:
         raise ValueError(f"cos_sin: expected an even rotary_dim of at most {head_dim}, got {cos_sin.shape[1]}")
-    backend = operation.select(qkv.device, qkv.dtype)
+    backend = operation.select(qkv.device, qkv.dtype, _heads_call(qkv, q_weight, k_weight, cos_sin))
     if not isinstance(backend, GatedAttentionNative):  # whose kernel checks what it reads
         expect_indices("positions", positions, 0, cos_sin.shape[0])
     return backend
+
+
+def _heads_call(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos_sin: Tensor) -> Call | None:
+    """Shape: head_dim and rotary_dim; dtypes: those of both weights and of the table."""
+    if qkv.is_cpu:
+        return None
+    shape, dtypes = (q_weight.shape[0], cos_sin.shape[1]), (q_weight.dtype, k_weight.dtype, cos_sin.dtype)
+    return Call("qk_norm_rope_gate", qkv.shape[0], shape, dtypes)
 
 
 @once_per_layout

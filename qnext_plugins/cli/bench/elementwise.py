@@ -71,8 +71,8 @@ def elementwise_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
                 compiled=True,
             )
 
-        # FlashInfer's experts leave what is around them to Triton.
-        borrowed = ("flashinfer",) if operation == "moe" else ()
+        # FlashInfer's experts and heads leave what is around them to Triton.
+        borrowed = ("flashinfer",) if operation == "moe" or op == "sigmoid gate" else ()
         row = partial(Row, op, operation=operation, quick=op in QUICK, borrowed=borrowed)
         return [row(f"T={tokens}", partial(build, tokens), stepped=tokens < max(s.rows)) for tokens in s.rows]
 

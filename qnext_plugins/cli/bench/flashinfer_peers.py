@@ -109,7 +109,6 @@ class DeltaRule:
             dt_bias=dt_bias,
             b=b.unflatten(0, by_sequence),
             ssm_state_indices=slots,
-            output_state_indices=slots[:, -1].contiguous(),
             disable_state_update=False,
         )
         return out.flatten(0, 1)

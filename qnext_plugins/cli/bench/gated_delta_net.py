@@ -305,12 +305,13 @@ def delta_rule_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         convolved, rest = inputs(batch * tokens)
         sets = rotations(batch * tokens * one_state)
         pool = rule_pool(s, 1 + sets * batch * tokens)
-        slots = int32(1 + torch.arange(sets * batch * tokens)).view(sets, batch, tokens)
+        # Each a tensor of its own: FlashInfer takes indices from aligned addresses alone.
+        slots = [int32(1 + n * batch * tokens + torch.arange(batch * tokens)).view(batch, tokens) for n in range(sets)]
         last = verify_starts(s, batch), accepted(batch)
         return case(
             lambda i: qnext_kernels.gated_delta_rule_verify(*split(convolved), *rest, pool, slots[i % sets], *last),
             pool,
-            list(slots),
+            slots,
             "verify",
             lambda call, own, i: call(convolved, *rest, own, slots[i % sets], *last),
             batch * tokens,
