@@ -20,8 +20,8 @@ class FlashInferGatedDeltaRule(FlashInferBackend):
     """States in float32 and head dimensions of 128; q and k are rounded once more behind their norm in a prefill.
 
     It keeps slots, padding and the layout of states, but not the bitwise promises: a prefill that is split, or decoded
-    on, has not the bits of one that is not. In a verify of more than 128 value heads, those of all sequences together,
-    a + dt_bias above 88 gives NaN: the kernel's exponential overflows.
+    on, has not the bits of one that is not. In a verify a + dt_bias above 88 may give NaN: the kernel's exponential
+    overflows.
     """
 
     def supports_call(self, device: torch.device, dtype: torch.dtype, call: Call) -> str | None:
