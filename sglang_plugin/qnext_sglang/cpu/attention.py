@@ -13,18 +13,36 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool, move_kv_cache_native
 from torch import Tensor
 
-from qnext_kernels import paged_attention
+from qnext_kernels import paged_attention, use_huge_pages
 from qnext_sglang.cpu.platform import ATTENTION_BACKEND
 
 
 class CpuKVPool(MHATokenToKVPool):
-    """SGLang's pool of keys and values, moved by PyTorch instead of Triton."""
+    """SGLang's pool of keys and values, moved by PyTorch instead of Triton.
+
+    With pages, [slots, heads, D] is a view of [heads, slots, D]: attention reads one head after the other, and what it
+    reads of a page then lies in a row.
+    """
+
+    def _create_buffers_normal(self) -> None:
+        super()._create_buffers_normal()
+        if self.page_size > 1:
+            self.k_buffer = [_heads_first(keys) for keys in self.k_buffer]
+            self.v_buffer = [_heads_first(values) for values in self.v_buffer]
+        for buffer in (*self.k_buffer, *self.v_buffer):
+            use_huge_pages(buffer, seconds=0)  # no copies: SGLang has not written to it yet
 
     def _init_kv_copy_and_warmup(self) -> None:
         self._kv_copy_config = None
 
     def _move_kv_cache_impl(self, tgt_loc: Tensor, src_loc: Tensor) -> None:
         move_kv_cache_native(self.k_buffer, self.v_buffer, tgt_loc, src_loc)
+
+
+def _heads_first(zeros: Tensor) -> Tensor:
+    """[slots, heads, D] over the same memory, a head behind the other."""
+    slots, heads, dim = zeros.shape
+    return zeros.view(heads, slots, dim).transpose(0, 1)
 
 
 class Batch(NamedTuple):

@@ -16,6 +16,9 @@ STATE_SLOTS_PER_REQUEST = 10
 MAX_TOTAL_TOKENS = 262_144
 """The native context of Qwen3-Next-80B-A3B. SGLang takes less where memory does."""
 
+PAGE_SIZE = 64
+"""Attention reads whole pages much faster than tokens that lie one by one; prefixes are cached by as many anyway."""
+
 THREADS_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
@@ -49,6 +52,8 @@ def apply_defaults(server_args: Any) -> None:
         chosen["max_total_tokens"] = MAX_TOTAL_TOKENS
     if server_args.mamba_radix_cache_strategy == "no_buffer" and not server_args.disable_overlap_schedule:
         chosen["disable_overlap_schedule"] = True
+    if _takes_pages(server_args):
+        chosen["page_size"] = PAGE_SIZE
     # An idle scheduler would keep a core busy that the model, or another program, computes with.
     if not server_args.sleep_on_idle:
         chosen["sleep_on_idle"] = True
@@ -61,6 +66,17 @@ def apply_defaults(server_args: Any) -> None:
     settings = " ".join(f"{name}={value}" for name, value in chosen.items())
     if settings:
         logger.info("qnext-plugins chose for this CPU: %s", settings)
+
+
+def _takes_pages(server_args: Any) -> bool:
+    """Whether the user has left the page size open, and nothing that SGLang or the user chooses needs another."""
+    if server_args.page_size is not None or max(0, server_args.chunked_prefill_size or 0) % PAGE_SIZE:
+        return False
+    # What SGLang makes of "auto" without pages.
+    overlaps = not server_args.disable_overlap_schedule and server_args.linear_attn_backend == "triton"
+    strategy = server_args.mamba_radix_cache_strategy
+    buffered = overlaps if strategy == "auto" else strategy != "no_buffer"
+    return server_args.disable_radix_cache or (buffered and server_args.mamba_track_interval % PAGE_SIZE == 0)
 
 
 def _thread_binding(server_args: Any) -> str | None:

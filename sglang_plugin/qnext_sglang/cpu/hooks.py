@@ -6,6 +6,8 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
 from qnext_sglang.cpu import sampling, speculation
 from qnext_sglang.cpu.attention import CpuAttentionBackend, CpuMultiStepBackend
 from qnext_sglang.cpu.platform import ATTENTION_BACKEND
@@ -39,6 +41,7 @@ HOOKS = [
     Hook("torch.Tensor.pin_memory", _pin_memory),
     Hook("sglang.srt.batch_invariant_ops.enable_batch_invariant_mode", _no_triton_operators),
     Hook("sglang.kernels.ops.sampling.murmur_hash.murmur_hash32", sampling.murmur_hash32),
+    Hook("sglang.srt.mem_cache.allocation.get_last_loc", get_last_loc_torch),
     Hook("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", speculation.assign_req_to_token_pool_func),
     Hook(
         f"{_OPS}.cache_locs.assign_draft_cache_locs_contiguous_func",
