@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qnext_sglang.cpu.defaults import PAGE_SIZE
 from tests import reference
 from tests.reference import first_difference
 from tests.sglang.engines import Engine
@@ -17,7 +18,10 @@ LOG_PROB_TOLERANCE = 1e-3
 
 @pytest.mark.parametrize("checkpoint", ["tiny", "random"], indirect=True, scope="class")
 class TestDefaults:
-    """The radix cache keeps snapshots (``extra_buffer``), and scheduling overlaps."""
+    """The radix cache keeps snapshots (``extra_buffer``), scheduling overlaps, and the cache is in pages."""
+
+    def test_the_cache_is_in_pages(self, running: Engine) -> None:
+        assert running.engine.get_server_info()["page_size"] == PAGE_SIZE
 
     def test_tokens_and_log_probs_equal_transformers_batched(self, running: Engine, checkpoint: Path) -> None:
         prompts = reference.prompts(checkpoint)
@@ -39,7 +43,7 @@ class TestDefaults:
     ("checkpoint", "running"),
     [
         ("tiny", {"mamba_radix_cache_strategy": "no_buffer", "chunked_prefill_size": 64}),
-        ("tiny", {"chunked_prefill_size": 128, "max_running_requests": 6, "mamba_track_interval": 64}),
+        ("tiny", {"chunked_prefill_size": 128, "max_running_requests": 6, "mamba_track_interval": 64, "page_size": 16}),
     ],
     ids=["no_buffer", "extra_buffer"],
     indirect=True,

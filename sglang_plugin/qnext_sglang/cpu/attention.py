@@ -24,6 +24,9 @@ class CpuKVPool(MHATokenToKVPool):
     reads of a page then lies in a row.
     """
 
+    k_buffer: list[Tensor]
+    v_buffer: list[Tensor]
+
     def _create_buffers_normal(self) -> None:
         super()._create_buffers_normal()
         if self.page_size > 1:
