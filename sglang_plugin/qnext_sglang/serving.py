@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.srt.arg_groups.model_override_base import resolved_view
 from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_parallel, get_server_args
 from transformers import PretrainedConfig
@@ -34,11 +35,25 @@ def device() -> torch.device:
 
 def unserved_flags(server_args: Any) -> str | None:
     """Why this configuration is not served by our model, or None."""
+    # As far as SGLang has resolved it: the fields themselves stay what the user gave.
+    server_args = resolved_view(server_args)
     reasons = {
         "--enable-dp-attention": server_args.enable_dp_attention,
+        "--attn-dp-size above 1": server_args.attn_dp_size > 1,
+        "--attn-cp-size above 1": server_args.attn_cp_size > 1,
+        "--dcp-size above 1": server_args.dcp_size > 1,
+        "--moe-dp-size above 1": server_args.moe_dp_size > 1,
         "--pp-size above 1": server_args.pp_size > 1,
         f"--moe-a2a-backend {server_args.moe_a2a_backend}": server_args.moe_a2a_backend not in (None, "none"),
         "--enable-eplb": server_args.enable_eplb,
+        "--ep-num-redundant-experts": server_args.ep_num_redundant_experts > 0,
+        "--init-expert-location": server_args.init_expert_location != "trivial",
+        "--expert-distribution-recorder-mode": server_args.expert_distribution_recorder_mode is not None,
+        "--enable-return-routed-experts": server_args.enable_return_routed_experts,
+        "--enable-return-aux-hidden-states": server_args.enable_return_aux_hidden_states,
+        "--cpu-offload-gb": server_args.cpu_offload_gb > 0,
+        "--offload-group-size": server_args.offload_group_size > 0,
+        "--rl-on-policy-target": server_args.rl_on_policy_target is not None,
         "--enable-mis": server_args.enable_mis,
         "--enable-two-batch-overlap": server_args.enable_two_batch_overlap,
         "--enable-lora": bool(server_args.enable_lora or server_args.lora_paths),
@@ -57,6 +72,7 @@ def unserved_flags(server_args: Any) -> str | None:
 
 def stored_config(server_args: Any) -> dict[str, Any]:
     """The checkpoint's config.json with the user's overrides, as they are written."""
+    server_args = resolved_view(server_args)
     stored, _ = PretrainedConfig.get_config_dict(server_args.model_path, revision=server_args.revision)
     return stored | json.loads(server_args.json_model_override_args)
 
@@ -111,7 +127,7 @@ def announce(architecture: str, dtype: torch.dtype) -> None:
 
 def checkpoint_folder() -> Path | None:
     """The folder whose safetensors files are about to be loaded, or None if it is something else."""
-    server_args = get_server_args()
+    server_args = resolved_view(get_server_args())
     return Path(server_args.model_path) if server_args.load_format in ("auto", "safetensors") else None
 
 

@@ -18,6 +18,7 @@ import pytest
 import sglang.srt.models.registry as registry_module
 import torch
 from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.platforms.interface import SRTPlatform
 from sglang.srt.plugins import GENERAL_PLUGINS_GROUP, PLATFORM_PLUGINS_GROUP
 from sglang.srt.server_args import ServerArgs
@@ -26,7 +27,8 @@ import qnext_sglang
 from qnext_plugins import gpus
 from qnext_sglang import MODELS_PACKAGE, MODELS_VARIABLE, SUPPORTED_SGLANG, activate, register
 from qnext_sglang.cpu.platform import ATTENTION_BACKEND
-from qnext_sglang.serving import unserved_flags
+from qnext_sglang.serving import stored_config, unserved_flags
+from tests.checkpoints import TINY
 from tests.sglang.platforms import Gpu
 
 REGISTRY = registry_module.__name__
@@ -263,9 +265,21 @@ print(json.dumps([type(current_platform).__name__, os.environ["{MODELS_VARIABLE}
 
 UNSERVED: list[tuple[str, dict[str, Any]]] = [
     ("--enable-dp-attention", {"enable_dp_attention": True}),
+    ("--attn-dp-size", {"attn_dp_size": 2}),
+    ("--attn-cp-size", {"attn_cp_size": 2}),
+    ("--dcp-size", {"dcp_size": 2}),
+    ("--moe-dp-size", {"moe_dp_size": 2}),
     ("--pp-size", {"pp_size": 2}),
     ("--moe-a2a-backend deepep", {"moe_a2a_backend": "deepep"}),
     ("--enable-eplb", {"enable_eplb": True}),
+    ("--ep-num-redundant-experts", {"ep_num_redundant_experts": 8}),
+    ("--init-expert-location", {"init_expert_location": "placement.json"}),
+    ("--expert-distribution-recorder-mode", {"expert_distribution_recorder_mode": "stat"}),
+    ("--enable-return-routed-experts", {"enable_return_routed_experts": True}),
+    ("--enable-return-aux-hidden-states", {"enable_return_aux_hidden_states": True}),
+    ("--cpu-offload-gb", {"cpu_offload_gb": 4}),
+    ("--offload-group-size", {"offload_group_size": 2}),
+    ("--rl-on-policy-target", {"rl_on_policy_target": "fsdp"}),
     ("--enable-two-batch-overlap", {"enable_two_batch_overlap": True}),
     ("--enable-lora", {"enable_lora": True}),
     ("--enable-lora", {"lora_paths": ["adapter"]}),
@@ -291,6 +305,14 @@ def test_all_unserved_flags_are_named_at_once() -> None:
     assert reason is not None
     assert "--pp-size" in reason
     assert "--enable-eplb" in reason
+
+
+def test_what_sglang_has_resolved_counts() -> None:
+    arguments = ServerArgs(model_path="checkpoint", speculative_algorithm="nextn")
+    declare_resolution(arguments, "test", attn_dp_size=2, speculative_algorithm="EAGLE")
+    assert unserved_flags(arguments) == "it does not serve --attn-dp-size above 1"
+    declare_resolution(arguments, "test", model_path=str(TINY))
+    assert stored_config(arguments)["architectures"] == ["Qwen3NextForCausalLM"]
 
 
 @pytest.mark.parametrize("algorithm", [None, "NEXTN", "EAGLE"])
