@@ -51,6 +51,7 @@ def checked_weights(
     *,
     passing: tuple[str, ...] = (),
     experts_of_a_rank: bool = False,
+    complete: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
     """Pass a checkpoint's tensors on, one by one, if they are the expected ones.
 
@@ -59,10 +60,11 @@ def checked_weights(
         shapes: of :func:`expected_shapes`.
         passing: prefixes of names that belong to another model and are dropped.
         experts_of_a_rank: the engine reads no experts of other ranks, so that any may be missing.
+        complete: whether all of them are to be there.
 
     Raises:
         CheckpointError: at the first surplus or misshapen tensor, before it is passed on; at the end, if any is
-            missing.
+            missing that is to be there.
     """
     missing = dict(shapes)
     for name, tensor in weights:
@@ -73,7 +75,8 @@ def checked_weights(
         yield name, tensor
     if experts_of_a_rank:
         missing = {name: shape for name, shape in missing.items() if EXPERTS not in name}
-    _check_complete(missing)
+    if complete:
+        _check_complete(missing)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -131,6 +131,11 @@ def checkpoint_folder() -> Path | None:
     return Path(server_args.model_path) if server_args.load_format in ("auto", "safetensors") else None
 
 
+def loads_nothing() -> bool:
+    """Whether no checkpoint is loaded at the start: the weights come later, in parts."""
+    return resolved_view(get_server_args()).load_format == "dummy"
+
+
 def stacks_layers() -> bool:
     """Whether the layers of a decode step may run as one call: on a CPU, on one rank, and with no one listening in."""
     server_args = get_server_args()

@@ -72,6 +72,13 @@ class Engine:
             answers.append(Answer(tuple(result["output_ids"]), given, pairs))
         return answers
 
+    def update(self, name: str, weight: torch.Tensor) -> None:
+        """Replace one tensor of the checkpoint, as a trainer does between its steps."""
+        self.engine.begin_weight_update()
+        updated = self.engine.update_weights_from_tensor([(name, weight)])
+        for success, message in (updated, self.engine.end_weight_update()):
+            assert success, message
+
     def _generate(
         self,
         prompts: Sequence[Tokens],

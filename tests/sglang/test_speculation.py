@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import reference
 from tests.reference import first_difference
@@ -83,3 +84,13 @@ class TestTiny(Speculation):
             given = log_probs.gather(1, torch.tensor(tokens)[:, None])
             likelier = torch.where(log_probs > given + 1e-4, log_probs.exp(), 0.0).sum(dim=1)
             assert likelier.max() < 0.6 + 1e-3
+
+    def test_weights_that_come_in_parts_are_served(self, running: Engine, checkpoint: Path) -> None:
+        prompt, head = reference.prompts(checkpoint)[9], load_file(checkpoint / "model.safetensors")["lm_head.weight"]
+        (before,) = running.greedy([prompt])
+        try:
+            running.update("lm_head.weight", head.roll(1, dims=0))
+            assert running.greedy([prompt], max_tokens=1) == [((before[0] + 1) % head.shape[0],)]
+        finally:
+            running.update("lm_head.weight", head)
+        assert running.greedy([prompt]) == [before]

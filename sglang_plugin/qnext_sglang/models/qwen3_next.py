@@ -23,7 +23,7 @@ from qnext_sglang import sglang_api as api
 from qnext_sglang.engine import SglangEngine
 from qnext_sglang.linear import on_our_kernel
 from qnext_sglang.loading import load_parameters, read_config
-from qnext_sglang.serving import announce, checkpoint_folder, in_tree_class, stacks_layers
+from qnext_sglang.serving import announce, checkpoint_folder, in_tree_class, loads_nothing, stacks_layers
 
 
 class ServedModel(nn.Module):
@@ -57,6 +57,8 @@ class ServedModel(nn.Module):
             quant_config.packed_modules_mapping = self.packed_modules_mapping
         self.engine = SglangEngine(config, quant_config)
         self.logits_processor = api.LogitsProcessor(config)
+        self.loads_parts = loads_nothing()
+        """Whether a load may bring some of the weights alone: once there are any, they are updated in parts."""
 
     def make_embedding(self) -> nn.Module:
         return api.VocabParallelEmbedding(
@@ -89,6 +91,11 @@ class ServedModel(nn.Module):
         if self.lm_head is not self.model.embed_tokens:
             del self.lm_head.weight
             self.lm_head.weight = head
+
+    def set_lm_head_from_target(self, lm_head: nn.Module) -> None:
+        """Share the target's layer too: how the weight lies, it alone knows, also when it is loaded again."""
+        if self.lm_head is not self.model.embed_tokens:
+            self.lm_head = lm_head
 
     def get_embed(self) -> Tensor:
         return self.model.embed_tokens.weight
@@ -168,12 +175,18 @@ class Qwen3NextForCausalLM(ServedModel):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint; raises CheckpointError if an unquantized one has missing, surplus or misshapen tensors."""
+        """Load a checkpoint, all of it the first time.
+
+        Raises:
+            CheckpointError: an unquantized one has missing, surplus or misshapen tensors.
+        """
         weights = ((name, tensor) for name, tensor in weights if not name.startswith(MTP_PREFIX))
         if self.quant_config is None:
-            weights = checked_weights(weights, expected_shapes(self.qnext_config))
+            weights = checked_weights(weights, expected_shapes(self.qnext_config), complete=not self.loads_parts)
         with unpacked_weights(self):
-            return load_parameters(self, weights, self.qnext_config.num_experts)
+            loaded = load_parameters(self, weights, self.qnext_config.num_experts)
+        self.loads_parts = True
+        return loaded
 
 
 EntryClass = Qwen3NextForCausalLM

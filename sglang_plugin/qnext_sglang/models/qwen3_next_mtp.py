@@ -63,12 +63,19 @@ class Qwen3NextForCausalLMMTP(ServedModel):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the draft's tensors; raises CheckpointError if an unquantized checkpoint's are missing or misshapen."""
+        """Load the draft's tensors, all of them the first time.
+
+        Raises:
+            CheckpointError: an unquantized checkpoint's are missing or misshapen.
+        """
         weights = ((name, tensor) for name, tensor in weights if self._is_ours(name))
         if self.quant_config is None:
-            weights = checked_weights(weights, expected_shapes(self.qnext_config, target=False, mtp=True))
+            shapes = expected_shapes(self.qnext_config, target=False, mtp=True)
+            weights = checked_weights(weights, shapes, complete=not self.loads_parts)
         with unpacked_weights(self):
-            return load_parameters(self, self._renamed(weights), self.qnext_config.num_experts)
+            loaded = load_parameters(self, self._renamed(weights), self.qnext_config.num_experts)
+        self.loads_parts = True
+        return loaded
 
     @staticmethod
     def _is_ours(name: str) -> bool:
