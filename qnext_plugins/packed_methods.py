@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -44,12 +44,19 @@ def weights_version() -> int:
     return _version.number
 
 
+def _pack(layer: Any, pack: Callable[[], bool]) -> None:
+    """Pack the weights of a layer unless they are; those in the place of packed ones are not."""
+    if not layer.packed or getattr(layer, "has_others", False):
+        layer.packed = pack()
+    layer.has_others = False
+
+
 class PackedLinear:
     """Goes before an engine's unquantized method: creating and loading the weights stays the engine's."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         _version.rise()
-        layer.packed = layer.packed or (layer.packable and pack_weight_(layer.weight.data))
+        _pack(layer, lambda: layer.packable and pack_weight_(layer.weight.data))
 
     def unpack(self, layer: Any) -> None:
         unpack_weight_(layer.weight.data)
@@ -77,7 +84,7 @@ class PackedExperts:
 
     def process_weights_after_loading(self, layer: Any) -> None:
         _version.rise()
-        layer.packed = layer.packed or pack_experts_(*self._weights(layer))
+        _pack(layer, lambda: pack_experts_(*self._weights(layer)))
 
     def unpack(self, layer: Any) -> None:
         unpack_experts_(*self._weights(layer))
@@ -107,7 +114,7 @@ class Fp8Experts:
         layer.packed = False
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        layer.packed = layer.packed or pack_experts_fp8_(*(weight.data for weight in _fp8_weights(layer)))
+        _pack(layer, lambda: pack_experts_fp8_(*(weight.data for weight in _fp8_weights(layer))))
 
     def unpack(self, layer: Any) -> None:
         unpack_experts_fp8_(*(weight.data for weight in _fp8_weights(layer)))
@@ -204,7 +211,8 @@ def unpacked_weights(model: nn.Module) -> Iterator[None]:
 
     On a CPU they stay so until the engine processes them as after the first loading. On a GPU they are packed again at
     once, since a CUDA graph goes on reading them as they were when it was captured. vLLM's reload puts tensors without
-    memory in their place before, and processes each layer that it has filled: such a one is not loaded any more.
+    memory in their place before, processes each layer that it has filled, which is not loaded any more, and puts the
+    old ones back where nothing came.
     """
     loaded = []
     _version.rise()
@@ -212,12 +220,11 @@ def unpacked_weights(model: nn.Module) -> Iterator[None]:
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)
         if isinstance(method, PackedLinear | PackedExperts | Fp8Experts) and layer.packed:
-            if filling:
-                layer.packed = not next(layer.parameters()).is_meta  # type: ignore[assignment]
-                continue
-            method.unpack(layer)
-            loaded.append((method, layer))
-            layer.packed = False  # type: ignore[assignment]
+            layer.has_others = filling and next(layer.parameters()).is_meta  # type: ignore[assignment]
+            if not filling:
+                method.unpack(layer)
+                loaded.append((method, layer))
+                layer.packed = False  # type: ignore[assignment]
     yield
     for method, layer in loaded:
         if _graphs_read(layer):

@@ -66,13 +66,24 @@ def test_weights_that_graphs_read_are_packed_again_with_what_has_been_loaded(mon
         assert same_bits(model[0].quant_method.apply(model[0], x), expected.quant_method.apply(expected, x))
 
 
-def test_weights_that_an_engine_has_replaced_by_none_are_as_loaded_whatever_they_were() -> None:
-    with force_backend("native"):
-        model = nn.ModuleList([linear_layer(torch.randn(130, 32))])
-        model[0].quant_method.process_weights_after_loading(model[0])
+def test_weights_that_an_engine_puts_in_the_place_of_packed_ones_are_packed_and_others_stay_so() -> None:
+    weight, x = torch.randn(130, 32), torch.randn(3, 32)
+    with torch.no_grad(), force_backend("native"):
+        model = nn.ModuleList([linear_layer(torch.randn(130, 32)), linear_layer(torch.randn(130, 32))])
+        for layer in model:
+            layer.quant_method.process_weights_after_loading(layer)
+        old = [layer.weight for layer in model]
+        before = model[1].quant_method.apply(model[1], x)
         model.to("meta")
         with unpacked_weights(model):
-            assert not model[0].packed
+            model[0].weight = nn.Parameter(weight.clone())
+            model[0].quant_method.process_weights_after_loading(model[0])
+        with unpacked_weights(model):  # for the next tensor
+            model[1].weight = old[1]  # for which none came
+        expected = linear_layer(weight)
+        assert model[0].packed
+        assert same_bits(model[0].quant_method.apply(model[0], x), expected.quant_method.apply(expected, x))
+        assert same_bits(model[1].quant_method.apply(model[1], x), before)
 
 
 def test_weight_that_another_layer_reads_is_not_packed() -> None:
