@@ -63,3 +63,26 @@ class TestSmallBudget:
         for prompt, answer in reference.turns(checkpoint, reference.prompts(checkpoint)[28], count=4):
             assert first_difference([answer], running.greedy([prompt])) is None
         assert running.cached_tokens > before
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "running"),
+    [("tiny", {"max_total_tokens": 1024, "max_running_requests": 12})],
+    ids=["16-pages"],
+    indirect=True,
+    scope="class",
+)
+class TestSmallPool:
+    def test_requests_that_have_to_give_way_equal_transformers(self, running: Engine, checkpoint: Path) -> None:
+        prompts = reference.prompts(checkpoint)
+        assert sum(map(len, prompts)) > 3 * 1024
+        expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
+        assert first_difference(expected, running.greedy(prompts)) is None
+
+    def test_a_prompt_that_leaves_no_page_is_refused_and_others_are_served(
+        self, running: Engine, checkpoint: Path
+    ) -> None:
+        prompt = reference.prompts(checkpoint)[28]
+        with pytest.raises(ValueError, match="exceeds the KV memory budget"):
+            running.greedy([(prompt * 1024)[: 1024 - PAGE_SIZE]])
+        assert first_difference([reference.greedy(checkpoint, prompt)], running.greedy([prompt])) is None

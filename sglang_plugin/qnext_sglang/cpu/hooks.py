@@ -23,6 +23,23 @@ def _no_triton_operators(enable_bmm: bool = True) -> None:
     """SGLang's deterministic mode puts Triton kernels in the place of torch's operators; the model has its own."""
 
 
+def _new_tokens_that_fit(
+    original: Callable[..., int | None],
+    allocator: Any,
+    input_tokens: int,
+    max_new_tokens: int,
+    *,
+    token_capacity: int,
+    sliding_window_size: int | None,
+    chunk_size: int | None,
+) -> int | None:
+    """None, which ends the request with an error: beside its prompt SGLang keeps a page free, and would wait for it."""
+    if input_tokens + allocator.page_size >= token_capacity:
+        return None
+    limits = {"sliding_window_size": sliding_window_size, "chunk_size": chunk_size}
+    return original(allocator, input_tokens, max_new_tokens, token_capacity=token_capacity, **limits)
+
+
 def _draft_decode_backend(original: Callable[..., Any], factory: Any) -> Any:
     if factory.speculative_num_steps <= 1:
         return None
@@ -42,6 +59,11 @@ HOOKS = [
     Hook("sglang.srt.batch_invariant_ops.enable_batch_invariant_mode", _no_triton_operators),
     Hook("sglang.kernels.ops.sampling.murmur_hash.murmur_hash32", sampling.murmur_hash32),
     Hook("sglang.srt.mem_cache.allocation.get_last_loc", get_last_loc_torch),
+    Hook(
+        "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.max_new_tokens_for_memory",
+        _new_tokens_that_fit,
+        around=True,
+    ),
     Hook("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", speculation.assign_req_to_token_pool_func),
     Hook(
         f"{_OPS}.cache_locs.assign_draft_cache_locs_contiguous_func",
