@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     )
     disable: bool = Field(default=False, description="Leaves the engine's own Qwen3-Next in place.")
     isa: str | None = Field(default=None, description="Instruction set of the CPU kernels: avx512bf16 or avx2.")
+    overlap: bool = Field(
+        default=True, description="GPU kernels begin before the launch in front has ended, where the GPU can do that."
+    )
     strict: bool = Field(default=False, description="Raises where the plugin would otherwise step back with one line.")
 
     def __init__(self, **values: Any) -> None:

@@ -7,7 +7,6 @@ Triton launches it.
 
 from __future__ import annotations
 
-import inspect
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -77,10 +76,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     compiled = kernel[grid](*arguments, **constants)
     if compiled is None:
         return
-    names = [*inspect.signature(kernel.fn).parameters][len(arguments) :]
     if len(own.known) >= MOST_REMEMBERED:
         own.known.clear()
-    own.known[case] = compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names)
+    own.known[case] = compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
 
 
 def _counts(arguments: tuple[Any, ...]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ begin, so that of two launches in front the further one has ended.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import triton
@@ -16,6 +17,8 @@ from qnext_kernels.triton_support import Target, current_target
 
 APART: Mapping[str, bool] = {"OVERLAPS": False}
 """Options of a launch that begins when the one in front has ended."""
+
+_allowed = os.environ.get("QNEXT_OVERLAP", "1").lower() not in ("0", "false", "f", "no", "n", "off")
 
 
 @triton.jit
@@ -30,8 +33,8 @@ def wait_for_launch_in_front(OVERLAPS: tl.constexpr):  # type: ignore[no-untyped
 
 
 def overlapping(target: Target, wanted: bool = True) -> Mapping[str, bool]:
-    """Options of a launch that may begin before the one in front has ended, where the GPU can do that."""
-    return {"OVERLAPS": True, "launch_pdl": True} if wanted and target.overlaps else APART
+    """Options of a launch that may begin before the one in front has ended, where the GPU and the user let it."""
+    return {"OVERLAPS": True, "launch_pdl": True} if wanted and target.overlaps and _allowed else APART
 
 
 def overlapping_here() -> Mapping[str, bool]:

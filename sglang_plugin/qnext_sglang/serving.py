@@ -54,6 +54,7 @@ def unserved_flags(server_args: Any) -> str | None:
         "--cpu-offload-gb": server_args.cpu_offload_gb > 0,
         "--offload-group-size": server_args.offload_group_size > 0,
         "--rl-on-policy-target": server_args.rl_on_policy_target is not None,
+        f"--kv-cache-dtype {server_args.kv_cache_dtype}": "fp4" in server_args.kv_cache_dtype,
         "--enable-mis": server_args.enable_mis,
         "--enable-two-batch-overlap": server_args.enable_two_batch_overlap,
         "--enable-lora": bool(server_args.enable_lora or server_args.lora_paths),

@@ -280,6 +280,7 @@ UNSERVED: list[tuple[str, dict[str, Any]]] = [
     ("--cpu-offload-gb", {"cpu_offload_gb": 4}),
     ("--offload-group-size", {"offload_group_size": 2}),
     ("--rl-on-policy-target", {"rl_on_policy_target": "fsdp"}),
+    ("--kv-cache-dtype nvfp4", {"kv_cache_dtype": "nvfp4"}),
     ("--enable-two-batch-overlap", {"enable_two_batch_overlap": True}),
     ("--enable-lora", {"enable_lora": True}),
     ("--enable-lora", {"lora_paths": ["adapter"]}),

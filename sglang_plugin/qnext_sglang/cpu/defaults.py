@@ -13,8 +13,8 @@ from qnext_sglang.cpu.platform import ATTENTION_BACKEND
 MAX_RUNNING_REQUESTS = 16
 STATE_SLOTS_PER_REQUEST = 10
 """A running request holds up to 5 slots of recurrent state; as many again keep prefixes."""
-MAX_TOTAL_TOKENS = 262_144
-"""The native context of Qwen3-Next-80B-A3B. SGLang takes less where memory does."""
+MAX_TOTAL_TOKENS = 262_272
+"""The native context of Qwen3-Next-80B-A3B, and two pages that SGLang keeps free. It takes less where memory does."""
 
 PAGE_SIZE = 64
 """Attention reads whole pages much faster than tokens that lie one by one; prefixes are cached by as many anyway."""
