@@ -155,7 +155,13 @@ def reason_to_decline(
     return reason if reason is not None or call is None else backend.supports_call(device, dtype, call)
 
 
-_deterministic = os.environ.get("QNEXT_DETERMINISTIC", "").lower() not in ("", "0", "false", "f", "no", "n", "off")
+def switched_on(variable: str, *, default: bool) -> bool:
+    """Whether an environment variable is on; one that is empty is as if it were not set."""
+    value = os.environ.get(variable) or str(default)
+    return value.lower() not in ("0", "false", "f", "no", "n", "off")
+
+
+_deterministic = switched_on("QNEXT_DETERMINISTIC", default=False)
 
 
 def is_deterministic() -> bool:

@@ -7,18 +7,18 @@ begin, so that of two launches in front the further one has ended.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import triton
 import triton.language as tl
 
+from qnext_kernels.dispatch import switched_on
 from qnext_kernels.triton_support import Target, current_target
 
 APART: Mapping[str, bool] = {"OVERLAPS": False}
 """Options of a launch that begins when the one in front has ended."""
 
-_allowed = os.environ.get("QNEXT_OVERLAP", "1").lower() not in ("0", "false", "f", "no", "n", "off")
+_allowed = switched_on("QNEXT_OVERLAP", default=True)
 
 
 @triton.jit
