@@ -1,0 +1,355 @@
+"""The serial walk of a prefill for Hopper, in Gluon: the products of a step overlap with what lies between them.
+
+What a step computes, and how it rounds, is in :mod:`qnext_kernels.gated_delta_rule.triton_state`. Of its five products
+three wait for each other; each is on its way together with one that does not wait for it, while which the tensor cores
+have work and the threads prepare the next:
+
+    predicted = S kᵀ, S qᵀ │ new = rest Mᵀ │ S + new k, o + new Pᵀ │ predicted and S qᵀ of the next chunk …
+
+A state and what is computed from it stay in registers, as first factors: these must be complete before a product begins
+while others are on their way, or the assembler lets every product wait. One warp loads the tiles of the next chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
+from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE
+from qnext_kernels.triton_launch import launch
+from qnext_kernels.triton_support import ALIGNMENT, ceil_div
+
+DIM = 128
+"""Of keys and of values."""
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+
+
+@gluon.jit
+def load_tiles(  # type: ignore[no-untyped-def]
+    tiles, memory, ready, consumed, chunks, token, q_column, k_column, v_column, first_entry,
+    HV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+):  # fmt: skip
+    """Load the tiles of one chunk after the other, each into the place that has been free for longest."""
+    q_tiles, k_tiles, v_tiles, solve_tiles, attend_tiles, factor_tiles = tiles
+    qs, ks, vs, Ms, Ps, vectors = memory
+    for c in range(chunks):
+        stage = c % STAGES
+        mbarrier.wait(consumed.index(stage), ((c // STAGES) & 1) ^ 1)
+        bar = ready.index(stage)
+        entry = first_entry + c * HV
+        mbarrier.expect(bar, BYTES)
+        tma.async_copy_global_to_shared(k_tiles, [token + c * C, k_column], bar, ks.index(stage))
+        tma.async_copy_global_to_shared(q_tiles, [token + c * C, q_column], bar, qs.index(stage))
+        tma.async_copy_global_to_shared(v_tiles, [token + c * C, v_column], bar, vs.index(stage))
+        tma.async_copy_global_to_shared(factor_tiles, [entry * (3 * C)], bar, vectors.index(stage))
+        tma.async_copy_global_to_shared(solve_tiles, [entry * C, 0], bar, Ms.index(stage))
+        tma.async_copy_global_to_shared(attend_tiles, [entry * C, 0], bar, Ps.index(stage))
+
+
+@gluon.jit
+def store_outputs(  # type: ignore[no-untyped-def]
+    written, c, outs, consumed, out_tiles, token, out_column,
+    C: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    """Begin to store the outputs of whole chunk ``c``, or nothing if that is -1; its tiles are free then."""
+    PART: gl.constexpr = C // HALVES
+    stored = outs.index((c + 2) % 2)
+    for half in gl.static_range(HALVES):
+        stored.slice(half * PART, PART).permute((1, 0)).store(written[half])
+    # The store of the chunk before has ended then: the next may write where it read.
+    tma.store_wait(0)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(consumed.index((c + STAGES) % STAGES), count=1, pred=c >= 0)
+    # Rows in front of the tensor are not stored.
+    tma.async_copy_shared_to_global(out_tiles, [gl.where(c >= 0, token + c * C, -C), out_column], stored)
+
+
+@gluon.jit
+def step(  # type: ignore[no-untyped-def]
+    S, before, written, decay, c, chunks, count, memory, outs, ready, consumed, out_tiles, out, decays,
+    token, out_column, first_entry,
+    HV: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr,
+    HALVES: gl.constexpr, num_warps: gl.constexpr, PARTIAL: gl.constexpr,
+):  # fmt: skip
+    """Store the outputs of the chunk before; return the state behind chunk ``c``, of ``count`` tokens, and its outputs.
+
+    Args:
+        S: [BLOCK_V, D] float32, the state before it; before: the same, a first factor.
+        written: the outputs of the chunk before, in parts; not stored here if PARTIAL.
+        decay: of the chunk.
+        others: as in the kernel.
+    """
+    PART: gl.constexpr = C // HALVES
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
+    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, PART, 16])
+    of_state: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
+    of_part: gl.constexpr = gl.DotOperandLayout(0, part, 2)
+    of_update: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    columns: gl.constexpr = gl.SliceLayout(0, narrow)
+    part_columns: gl.constexpr = gl.SliceLayout(0, part)
+    dtype: gl.constexpr = gl.bfloat16
+
+    qs, ks, vs, Ms, Ps, vectors = memory
+    stage = c % STAGES
+    factors, k_tile, q_tile, P_tile = vectors.index(stage), ks.index(stage), qs.index(stage), Ps.index(stage)
+    empty = gl.zeros([BLOCK_V, C], gl.float32, narrow)
+    nothing = gl.zeros([BLOCK_V, PART], gl.float32, part)
+    queried = gl.convert_layout(before, of_part)
+    mbarrier.wait(ready.index(stage), (c // STAGES) & 1)
+    if PARTIAL:
+        # What lies behind the sequence may be no number.
+        loads: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [num_warps, 1], [1, 0])
+        valid = gl.arange(0, C, gl.SliceLayout(1, loads)) < count
+        k_tile.store(gl.where(valid[:, None], k_tile.load(loads), 0.0))
+        fence_async_shared()
+        barrier()
+    predicted = warpgroup_mma(before, k_tile.permute((1, 0)), empty, use_acc=False, is_async=True)
+    o = warpgroup_mma(queried, q_tile.slice(0, PART).permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+    if not PARTIAL:
+        store_outputs(written, c - 1, outs, consumed, out_tiles, token, out_column, C, STAGES, HALVES)
+    from_start = factors.slice(0, C).load(columns)
+    vt = vs.index(stage).permute((1, 0)).load(narrow).to(gl.float32)
+    predicted = warpgroup_mma_wait(1, deps=[predicted])
+    rest = vt - predicted * from_start[None, :]
+    if PARTIAL:
+        rest = gl.where(gl.arange(0, C, columns)[None, :] < count, rest, 0.0)
+    rest = gl.convert_layout(rest.to(dtype), of_state)
+    to_end = factors.slice(2 * C, C).load(columns)
+    S = S * decay
+    o = warpgroup_mma_wait(0, deps=[o])
+
+    new = warpgroup_mma(rest, Ms.index(stage).permute((1, 0)), empty, use_acc=False, is_async=True)
+    if HALVES == 2:
+        o_2 = warpgroup_mma(queried, q_tile.slice(PART, PART).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    decay = gl.load(decays + first_entry + (c + 1) * HV, mask=c + 1 < chunks, other=0.0)
+    o = o * factors.slice(C, PART).load(part_columns)[None, :]
+    new = warpgroup_mma_wait(HALVES - 1, deps=[new])
+    update = gl.convert_layout((new * to_end[None, :]).to(dtype), of_update)
+    attended = gl.convert_layout(new.to(dtype), of_part)
+    if HALVES == 2:
+        o_2 = warpgroup_mma_wait(0, deps=[o_2])
+        o_2 = o_2 * factors.slice(C + PART, PART).load(part_columns)[None, :]
+
+    S = warpgroup_mma(update, k_tile, S, is_async=True)
+    o = warpgroup_mma(attended, P_tile.slice(0, PART).permute((1, 0)), o, is_async=True)
+    if HALVES == 2:
+        o_2 = warpgroup_mma(attended, P_tile.slice(PART, PART).permute((1, 0)), o_2, is_async=True)
+    S = warpgroup_mma_wait(HALVES, deps=[S])
+    before = gl.convert_layout(S.to(dtype), of_state)
+    if HALVES == 2:
+        o, o_2 = warpgroup_mma_wait(0, deps=[o, o_2])
+        written = o.to(dtype), o_2.to(dtype)
+    else:
+        o = warpgroup_mma_wait(0, deps=[o])
+        written = (o.to(dtype),)
+    return S, before, written, decay
+
+
+@gluon.jit
+def walk(  # type: ignore[no-untyped-def]
+    out, state, place, snapshot_place, known, decays, memory, outs, ready, consumed, out_tiles,
+    token, out_column, first_entry, whole, tail, pause, ends_with_snapshot,
+    HV: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr,
+    HALVES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Write the outputs of ``whole`` chunks and of ``tail`` tokens, the state behind them and a snapshot."""
+    PART: gl.constexpr = C // HALVES
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
+    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, PART, 16])
+    of_state: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
+    value = gl.arange(0, BLOCK_V, gl.SliceLayout(1, wide))
+    key = gl.arange(0, D, gl.SliceLayout(0, wide))
+    # Rows of a thread lie 8 or more apart: said like this, their addresses are one and constants, not registers each.
+    at = (value // 8).to(gl.int64)[:, None] * (8 * D) + ((value % 8) * D)[:, None] + key[None, :]
+    chunks = whole + gl.where(tail > 0, 1, 0)
+    S = gl.load(place + at, mask=known, other=0.0)
+    decay = gl.load(decays + first_entry, mask=chunks > 0, other=0.0)
+    before = gl.convert_layout(S.to(gl.bfloat16), of_state)
+    nothing = gl.zeros([BLOCK_V, PART], gl.bfloat16, part)
+    if HALVES == 2:
+        written = nothing, nothing
+    else:
+        written = (nothing,)
+    for c in range(whole):
+        if c == pause:
+            gl.store(snapshot_place + at, S)
+        S, before, written, decay = step(
+            S, before, written, decay, c, chunks, C, memory, outs, ready, consumed, out_tiles, out, decays,
+            token, out_column, first_entry, HV, C, D, BLOCK_V, STAGES, HALVES, num_warps, False,
+        )  # fmt: skip
+    if whole > 0:
+        store_outputs(written, whole - 1, outs, consumed, out_tiles, token, out_column, C, STAGES, HALVES)
+    if whole == pause:
+        gl.store(snapshot_place + at, S)
+    if tail > 0:
+        S, before, written, decay = step(
+            S, before, written, decay, whole, chunks, tail, memory, outs, ready, consumed, out_tiles, out, decays,
+            token, out_column, first_entry, HV, C, D, BLOCK_V, STAGES, HALVES, num_warps, True,
+        )  # fmt: skip
+        stored = outs.index(whole % 2)
+        for half in gl.static_range(HALVES):
+            stored.slice(half * PART, PART).permute((1, 0)).store(written[half])
+        barrier()
+        tile: gl.constexpr = gl.BlockedLayout(
+            [1, 8], [256 // BLOCK_V, BLOCK_V // 8], [num_warps, 1], [1, 0]
+        )
+        row = gl.arange(0, C, gl.SliceLayout(1, tile))
+        column = gl.arange(0, BLOCK_V, gl.SliceLayout(0, tile))
+        outputs = (token + whole * C).to(gl.int64) * (HV * D) + out_column + row[:, None] * (HV * D) + column[None, :]
+        gl.store(out + outputs, stored.load(tile), mask=row[:, None] < tail)
+    if ends_with_snapshot:
+        gl.store(snapshot_place + at, S)
+    if chunks > 0:
+        gl.store(place + at, S)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["with_snapshots"])
+def gluon_walk_kernel(  # type: ignore[no-untyped-def]
+    out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths, decays,
+    q_tiles, k_tiles, v_tiles, out_tiles, solve_tiles, attend_tiles, factor_tiles, state_slot, with_snapshots,
+    q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr,
+    H: gl.constexpr, HV: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, SHORT: gl.constexpr,
+    STAGES: gl.constexpr, HALVES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Outputs and states of BLOCK_V of the value dimensions of one value head of one sequence, chunk after chunk.
+
+    Grid: N · HV · D / BLOCK_V, the blocks of one head next to each other. Bytes and operations of a chunk: those of
+    ``state_kernel``.
+
+    Args:
+        out, state, …, decays: as of ``state_kernel``, with K = V = D and float32 states.
+        q_tiles, …, factor_tiles: descriptors of q, k, v and out, the heads of a token a row, of solve and attend, and
+            of the factors in one dimension, in tiles of 4 C of which C belong to the next.
+        HALVES: in how many parts the products with q are computed, 1 or 2.
+    """
+    BLOCKS: gl.constexpr = D // BLOCK_V
+    tile: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_V, BLOCK_V // 8], [num_warps, 1], [1, 0])
+    dtype: gl.constexpr = gl.bfloat16
+    BYTES: gl.constexpr = 2 * C * (2 * D + BLOCK_V + 2 * C) + 16 * C
+
+    program = gl.program_id(0)
+    head = (program // BLOCKS) % HV
+    n = program // (BLOCKS * HV)
+    first_value = (program % BLOCKS) * BLOCK_V
+    start = gl.load(query_start_loc + n).to(gl.int64)
+    length = (gl.load(query_start_loc + n + 1).to(gl.int64) - start).to(gl.int32)
+    length -= gl.where(length % C <= SHORT, length % C, 0)
+    first_entry = (start // C + n).to(gl.int32) * HV + head
+    token = start.to(gl.int32)
+    slot = gl.load(slots + n).to(gl.int64)
+    live = slot >= 0
+    if not live:
+        row = gl.arange(0, C, gl.SliceLayout(1, tile))
+        column = gl.arange(0, BLOCK_V, gl.SliceLayout(0, tile))
+        nothing = gl.zeros([C, BLOCK_V], dtype, tile)
+        for c in range((length + C - 1) // C):
+            at = (start + c * C) * (HV * D) + head * D + first_value + row[:, None] * (HV * D) + column[None, :]
+            gl.store(out + at, nothing, mask=row[:, None] < length - c * C)
+
+    whole = gl.where(live, length // C, 0)
+    tail = gl.where(live, length % C, 0)
+    chunks = whole + gl.where(tail > 0, 1, 0)
+    has_snapshot = live & (with_snapshots != 0)
+    snapshot = gl.load(snapshot_slots + n, mask=has_snapshot, other=-1).to(gl.int64)
+    has_snapshot = has_snapshot & (snapshot >= 0)
+    snapshot_at = gl.load(snapshot_lengths + n, mask=has_snapshot, other=-1).to(gl.int32)
+    known = live & (gl.load(has_initial + n) != 0) & ((length > 0) | has_snapshot)
+    between = (snapshot_at >= 0) & (snapshot_at % C == 0) & (snapshot_at <= whole * C)
+    pause = gl.where(between, snapshot_at // C, -1)
+
+    qs = gl.allocate_shared_memory(dtype, [STAGES, C, D], SWIZZLED)
+    ks = gl.allocate_shared_memory(dtype, [STAGES, C, D], SWIZZLED)
+    vs = gl.allocate_shared_memory(dtype, [STAGES, C, BLOCK_V], SWIZZLED)
+    Ms = gl.allocate_shared_memory(dtype, [STAGES, C, C], SWIZZLED)
+    Ps = gl.allocate_shared_memory(dtype, [STAGES, C, C], SWIZZLED)
+    vectors = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * C], PLAIN)
+    outs = gl.allocate_shared_memory(dtype, [2, C, BLOCK_V], SWIZZLED)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    consumed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(ready.index(s), count=1)
+        mbarrier.init(consumed.index(s), count=1)
+    fence_async_shared()
+    barrier()
+
+    key_head = head // (HV // H)
+    memory = (qs, ks, vs, Ms, Ps, vectors)
+    tiles = (q_tiles, k_tiles, v_tiles, solve_tiles, attend_tiles, factor_tiles)
+    block = state + (head * D + first_value) * D
+    gl.warp_specialize(
+        [
+            (walk, (
+                out, state, block + slot * state_slot, block + snapshot * state_slot, known, decays,
+                memory, outs, ready, consumed, out_tiles, token, head * D + first_value, first_entry,
+                whole, tail, pause, length == snapshot_at, HV, C, D, BLOCK_V, STAGES, HALVES, num_warps,
+            )),
+            (load_tiles, (
+                tiles, memory, ready, consumed, chunks, token, key_head * q_head, key_head * k_head,
+                head * v_head + first_value, first_entry, HV, C, STAGES, BYTES,
+            )),
+        ],
+        [1], [24],
+    )  # fmt: skip
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> bool:
+    """Whether the kernel here can walk through this prefill."""
+    fits = q.shape[2] == v.shape[2] == DIM and v.dtype == torch.bfloat16 and state.dtype == torch.float32
+    return fits and v.shape[0] >= CHUNK_SIZE and all(x.stride(0) * x.itemsize % ALIGNMENT == 0 for x in (q, k, v))
+
+
+def run_gluon_walk(
+    tokens: tuple[Tensor, ...],
+    out: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    has_initial: Tensor,
+    snapshots: tuple[Tensor, Tensor] | None,
+    chunks: tuple[Tensor, ...],
+    block_v: int = 64,
+    stages: int = 3,
+    halves: int = 1,
+    **options: Any,
+) -> None:
+    """Launch :func:`gluon_walk_kernel` behind the kernel of the chunks; arguments as of ``run_chunked``."""
+    q, k, v, *_ = tokens
+    solve, attend, factors, decays = chunks
+    value_heads = v.shape[1]
+    sequences = slots.shape[0]
+    snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
+    tiles = []
+    for x, columns in ((q, DIM), (k, DIM), (v, block_v), (out, block_v)):
+        (count, heads, dim), (token, head, _) = x.shape, x.stride()
+        shape, strides = [count, (heads - 1) * head + dim], [token, 1]
+        tiles.append(TensorDescriptor(x, shape, strides, [CHUNK_SIZE, columns], SWIZZLED))
+    for x in (solve, attend):
+        tiles.append(TensorDescriptor(x, [*x.shape], [CHUNK_SIZE, 1], [CHUNK_SIZE, CHUNK_SIZE], SWIZZLED))
+    tiles.append(TensorDescriptor(factors, [factors.numel()], [1], [4 * CHUNK_SIZE], PLAIN))
+    launch(
+        gluon_walk_kernel, (sequences * value_heads * ceil_div(DIM, block_v),),
+        out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths, decays, *tiles,
+        state.stride(0), int(snapshots is not None), q_head=q.stride(1), k_head=k.stride(1), v_head=v.stride(1),
+        H=q.shape[1], HV=value_heads, C=CHUNK_SIZE, D=DIM, BLOCK_V=block_v, SHORT=RECURRENT_TOKENS, STAGES=stages,
+        HALVES=halves, num_warps=block_v // 16, **options,
+    )  # fmt: skip
