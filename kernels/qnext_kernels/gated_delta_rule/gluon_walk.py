@@ -62,53 +62,67 @@ def load_tiles(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def places(  # type: ignore[no-untyped-def]
+    place, D: gl.constexpr, BLOCK_V: gl.constexpr, layout: gl.constexpr
+):
+    """Pointers to the elements of a block of a state, computed where they are needed: a loop has no registers left."""
+    value = gl.arange(0, BLOCK_V, gl.SliceLayout(1, layout))
+    value = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], gl.int32, is_pure=False, pack=1)
+    key = gl.arange(0, D, gl.SliceLayout(0, layout))
+    return place + (value.to(gl.int64)[:, None] * D + key[None, :])
+
+
+@gluon.jit
+def put_outputs(o, stored, C: gl.constexpr, HALVES: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Outputs, in parts whose columns are tokens, into a tile of shared memory."""
+    PART: gl.constexpr = C // HALVES
+    for half in gl.static_range(HALVES):
+        stored.slice(half * PART, PART).permute((1, 0)).store(o[half].to(gl.bfloat16))
+
+
+@gluon.jit
 def store_outputs(  # type: ignore[no-untyped-def]
-    written, c, outs, consumed, out_tiles, token, out_column,
+    o, c, outs, consumed, out_tiles, token, out_column,
     C: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """Begin to store the outputs of whole chunk ``c``, or nothing if that is -1; its tiles are free then."""
-    PART: gl.constexpr = C // HALVES
-    stored = outs.index((c + 2) % 2)
-    for half in gl.static_range(HALVES):
-        stored.slice(half * PART, PART).permute((1, 0)).store(written[half])
+    """Begin to store the outputs of whole chunk ``c``, whose tiles are free then."""
+    stored = outs.index(c % 2)
+    put_outputs(o, stored, C, HALVES)
     # The store of the chunk before has ended then: the next may write where it read.
     tma.store_wait(0)
     fence_async_shared()
     barrier()
-    mbarrier.arrive(consumed.index((c + STAGES) % STAGES), count=1, pred=c >= 0)
-    # Rows in front of the tensor are not stored.
-    tma.async_copy_shared_to_global(out_tiles, [gl.where(c >= 0, token + c * C, -C), out_column], stored)
+    mbarrier.arrive(consumed.index(c % STAGES), count=1)
+    tma.async_copy_shared_to_global(out_tiles, [token + c * C, out_column], stored)
 
 
 @gluon.jit
-def step(  # type: ignore[no-untyped-def]
-    S, before, written, decay, c, chunks, count, memory, outs, ready, consumed, out_tiles, out, decays,
-    token, out_column, first_entry,
-    HV: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr,
-    HALVES: gl.constexpr, num_warps: gl.constexpr, PARTIAL: gl.constexpr,
+def begin(  # type: ignore[no-untyped-def]
+    S, before, o, c, count, memory, outs, ready, consumed, out_tiles, decays, token, out_column, entry,
+    C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr,
+    HALVES: gl.constexpr, num_warps: gl.constexpr, FIRST: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
-    """Store the outputs of the chunk before; return the state behind chunk ``c``, of ``count`` tokens, and its outputs.
+    """The products with the state before chunk ``c``, of ``count`` tokens, and n; meanwhile store earlier outputs.
 
     Args:
         S: [BLOCK_V, D] float32, the state before it; before: the same, a first factor.
-        written: the outputs of the chunk before, in parts; not stored here if PARTIAL.
-        decay: of the chunk.
-        others: as in the kernel.
+        o: the outputs of the chunk before in parts, stored here unless FIRST.
+        entry: of the chunk and value head.
+
+    Returns:
+        The decayed state; nᵀ; nᵀ with its factors in the state; and what the state adds to the outputs, in parts.
     """
     PART: gl.constexpr = C // HALVES
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
     part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, PART, 16])
     of_state: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     of_part: gl.constexpr = gl.DotOperandLayout(0, part, 2)
-    of_update: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     columns: gl.constexpr = gl.SliceLayout(0, narrow)
     part_columns: gl.constexpr = gl.SliceLayout(0, part)
-    dtype: gl.constexpr = gl.bfloat16
 
-    qs, ks, vs, Ms, Ps, vectors = memory
+    qs, ks, vs, Ms, _, vectors = memory
     stage = c % STAGES
-    factors, k_tile, q_tile, P_tile = vectors.index(stage), ks.index(stage), qs.index(stage), Ps.index(stage)
+    factors, k_tile, q_tile = vectors.index(stage), ks.index(stage), qs.index(stage)
     empty = gl.zeros([BLOCK_V, C], gl.float32, narrow)
     nothing = gl.zeros([BLOCK_V, PART], gl.float32, part)
     queried = gl.convert_layout(before, of_part)
@@ -121,51 +135,64 @@ def step(  # type: ignore[no-untyped-def]
         fence_async_shared()
         barrier()
     predicted = warpgroup_mma(before, k_tile.permute((1, 0)), empty, use_acc=False, is_async=True)
-    o = warpgroup_mma(queried, q_tile.slice(0, PART).permute((1, 0)), nothing, use_acc=False, is_async=True)
-
-    if not PARTIAL:
-        store_outputs(written, c - 1, outs, consumed, out_tiles, token, out_column, C, STAGES, HALVES)
+    o_1 = warpgroup_mma(queried, q_tile.slice(0, PART).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    decay = gl.load(decays + entry)
+    if not FIRST:
+        store_outputs(o, c - 1, outs, consumed, out_tiles, token, out_column, C, STAGES, HALVES)
     from_start = factors.slice(0, C).load(columns)
     vt = vs.index(stage).permute((1, 0)).load(narrow).to(gl.float32)
     predicted = warpgroup_mma_wait(1, deps=[predicted])
     rest = vt - predicted * from_start[None, :]
     if PARTIAL:
         rest = gl.where(gl.arange(0, C, columns)[None, :] < count, rest, 0.0)
-    rest = gl.convert_layout(rest.to(dtype), of_state)
+    rest = gl.convert_layout(rest.to(gl.bfloat16), of_state)
     to_end = factors.slice(2 * C, C).load(columns)
-    S = S * decay
-    o = warpgroup_mma_wait(0, deps=[o])
+    o_1 = warpgroup_mma_wait(0, deps=[o_1])
 
     new = warpgroup_mma(rest, Ms.index(stage).permute((1, 0)), empty, use_acc=False, is_async=True)
     if HALVES == 2:
         o_2 = warpgroup_mma(queried, q_tile.slice(PART, PART).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    decay = gl.load(decays + first_entry + (c + 1) * HV, mask=c + 1 < chunks, other=0.0)
-    o = o * factors.slice(C, PART).load(part_columns)[None, :]
+    S = S * decay
+    o_1 = o_1 * factors.slice(C, PART).load(part_columns)[None, :]
     new = warpgroup_mma_wait(HALVES - 1, deps=[new])
-    update = gl.convert_layout((new * to_end[None, :]).to(dtype), of_update)
-    attended = gl.convert_layout(new.to(dtype), of_part)
+    update = new * to_end[None, :]
     if HALVES == 2:
         o_2 = warpgroup_mma_wait(0, deps=[o_2])
-        o_2 = o_2 * factors.slice(C + PART, PART).load(part_columns)[None, :]
-
-    S = warpgroup_mma(update, k_tile, S, is_async=True)
-    o = warpgroup_mma(attended, P_tile.slice(0, PART).permute((1, 0)), o, is_async=True)
-    if HALVES == 2:
-        o_2 = warpgroup_mma(attended, P_tile.slice(PART, PART).permute((1, 0)), o_2, is_async=True)
-    S = warpgroup_mma_wait(HALVES, deps=[S])
-    before = gl.convert_layout(S.to(dtype), of_state)
-    if HALVES == 2:
-        o, o_2 = warpgroup_mma_wait(0, deps=[o, o_2])
-        written = o.to(dtype), o_2.to(dtype)
+        o = o_1, o_2 * factors.slice(C + PART, PART).load(part_columns)[None, :]
     else:
-        o = warpgroup_mma_wait(0, deps=[o])
-        written = (o.to(dtype),)
-    return S, before, written, decay
+        o = (o_1,)
+    return S, new, update, o
+
+
+@gluon.jit
+def finish(  # type: ignore[no-untyped-def]
+    S, new, update, o, c, memory,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """What n adds to state and outputs of chunk ``c``; return the state, the same as a first factor, and the outputs."""
+    PART: gl.constexpr = C // HALVES
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
+    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, PART, 16])
+    k_tile, P_tile = memory[1].index(c % STAGES), memory[4].index(c % STAGES)
+    update = gl.convert_layout(update.to(gl.bfloat16), gl.DotOperandLayout(0, wide, 2))
+    attended = gl.convert_layout(new.to(gl.bfloat16), gl.DotOperandLayout(0, part, 2))
+    S = warpgroup_mma(update, k_tile, S, is_async=True)
+    o_1 = warpgroup_mma(attended, P_tile.slice(0, PART).permute((1, 0)), o[0], is_async=True)
+    if HALVES == 2:
+        o_2 = warpgroup_mma(attended, P_tile.slice(PART, PART).permute((1, 0)), o[1], is_async=True)
+    S = warpgroup_mma_wait(HALVES, deps=[S])
+    before = gl.convert_layout(S.to(gl.bfloat16), gl.DotOperandLayout(0, narrow, 2))
+    if HALVES == 2:
+        o = warpgroup_mma_wait(0, deps=[o_1, o_2])
+    else:
+        o = (warpgroup_mma_wait(0, deps=[o_1]),)
+    return S, before, o
 
 
 @gluon.jit
 def walk(  # type: ignore[no-untyped-def]
-    out, state, place, snapshot_place, known, decays, memory, outs, ready, consumed, out_tiles,
+    out, place, snapshot_place, known, decays, memory, outs, ready, consumed, out_tiles,
     token, out_column, first_entry, whole, tail, pause, ends_with_snapshot,
     HV: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr,
     HALVES: gl.constexpr, num_warps: gl.constexpr,
@@ -176,50 +203,51 @@ def walk(  # type: ignore[no-untyped-def]
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
     part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, PART, 16])
     of_state: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
-    value = gl.arange(0, BLOCK_V, gl.SliceLayout(1, wide))
-    key = gl.arange(0, D, gl.SliceLayout(0, wide))
-    # Rows of a thread lie 8 or more apart: said like this, their addresses are one and constants, not registers each.
-    at = (value // 8).to(gl.int64)[:, None] * (8 * D) + ((value % 8) * D)[:, None] + key[None, :]
-    chunks = whole + gl.where(tail > 0, 1, 0)
-    S = gl.load(place + at, mask=known, other=0.0)
-    decay = gl.load(decays + first_entry, mask=chunks > 0, other=0.0)
-    before = gl.convert_layout(S.to(gl.bfloat16), of_state)
-    nothing = gl.zeros([BLOCK_V, PART], gl.bfloat16, part)
+    S = gl.load(places(place, D, BLOCK_V, wide), mask=known, other=0.0)
+    nothing = gl.zeros([BLOCK_V, PART], gl.float32, part)
     if HALVES == 2:
-        written = nothing, nothing
+        o = nothing, nothing
     else:
-        written = (nothing,)
-    for c in range(whole):
-        if c == pause:
-            gl.store(snapshot_place + at, S)
-        S, before, written, decay = step(
-            S, before, written, decay, c, chunks, C, memory, outs, ready, consumed, out_tiles, out, decays,
-            token, out_column, first_entry, HV, C, D, BLOCK_V, STAGES, HALVES, num_warps, False,
-        )  # fmt: skip
+        o = (nothing,)
+    if pause == 0:
+        gl.store(places(snapshot_place, D, BLOCK_V, wide), S)
     if whole > 0:
-        store_outputs(written, whole - 1, outs, consumed, out_tiles, token, out_column, C, STAGES, HALVES)
-    if whole == pause:
-        gl.store(snapshot_place + at, S)
-    if tail > 0:
-        S, before, written, decay = step(
-            S, before, written, decay, whole, chunks, tail, memory, outs, ready, consumed, out_tiles, out, decays,
-            token, out_column, first_entry, HV, C, D, BLOCK_V, STAGES, HALVES, num_warps, True,
+        before = gl.convert_layout(S.to(gl.bfloat16), of_state)
+        S, new, update, o = begin(
+            S, before, o, 0, C, memory, outs, ready, consumed, out_tiles, decays, token, out_column, first_entry,
+            C, D, BLOCK_V, STAGES, HALVES, num_warps, True, False,
         )  # fmt: skip
+        for c in range(1, whole):
+            S, before, o = finish(S, new, update, o, c - 1, memory, C, D, STAGES, HALVES, num_warps)
+            if c == pause:
+                gl.store(places(snapshot_place, D, BLOCK_V, wide), S)
+            S, new, update, o = begin(
+                S, before, o, c, C, memory, outs, ready, consumed, out_tiles, decays, token, out_column,
+                first_entry + c * HV, C, D, BLOCK_V, STAGES, HALVES, num_warps, False, False,
+            )  # fmt: skip
+        S, before, o = finish(S, new, update, o, whole - 1, memory, C, D, STAGES, HALVES, num_warps)
+        store_outputs(o, whole - 1, outs, consumed, out_tiles, token, out_column, C, STAGES, HALVES)
+        if whole == pause:
+            gl.store(places(snapshot_place, D, BLOCK_V, wide), S)
+    if tail > 0:
+        before = gl.convert_layout(S.to(gl.bfloat16), of_state)
+        S, new, update, o = begin(
+            S, before, o, whole, tail, memory, outs, ready, consumed, out_tiles, decays, token, out_column,
+            first_entry + whole * HV, C, D, BLOCK_V, STAGES, HALVES, num_warps, True, True,
+        )  # fmt: skip
+        S, before, o = finish(S, new, update, o, whole, memory, C, D, STAGES, HALVES, num_warps)
         stored = outs.index(whole % 2)
-        for half in gl.static_range(HALVES):
-            stored.slice(half * PART, PART).permute((1, 0)).store(written[half])
+        put_outputs(o, stored, C, HALVES)
         barrier()
-        tile: gl.constexpr = gl.BlockedLayout(
-            [1, 8], [256 // BLOCK_V, BLOCK_V // 8], [num_warps, 1], [1, 0]
-        )
+        tile: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_V, BLOCK_V // 8], [num_warps, 1], [1, 0])
         row = gl.arange(0, C, gl.SliceLayout(1, tile))
         column = gl.arange(0, BLOCK_V, gl.SliceLayout(0, tile))
         outputs = (token + whole * C).to(gl.int64) * (HV * D) + out_column + row[:, None] * (HV * D) + column[None, :]
         gl.store(out + outputs, stored.load(tile), mask=row[:, None] < tail)
     if ends_with_snapshot:
-        gl.store(snapshot_place + at, S)
-    if chunks > 0:
-        gl.store(place + at, S)
+        gl.store(places(snapshot_place, D, BLOCK_V, wide), S)
+    if whole + tail > 0:
+        gl.store(places(place, D, BLOCK_V, wide), S)
     tma.store_wait(0)
 
 
@@ -299,7 +327,7 @@ def gluon_walk_kernel(  # type: ignore[no-untyped-def]
     gl.warp_specialize(
         [
             (walk, (
-                out, state, block + slot * state_slot, block + snapshot * state_slot, known, decays,
+                out, block + slot * state_slot, block + snapshot * state_slot, known, decays,
                 memory, outs, ready, consumed, out_tiles, token, head * D + first_value, first_entry,
                 whole, tail, pause, length == snapshot_at, HV, C, D, BLOCK_V, STAGES, HALVES, num_warps,
             )),
