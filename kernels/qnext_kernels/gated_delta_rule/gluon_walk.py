@@ -100,7 +100,7 @@ def store_outputs(  # type: ignore[no-untyped-def]
 def begin(  # type: ignore[no-untyped-def]
     S, before, o, c, count, memory, outs, ready, consumed, out_tiles, decays, token, out_column, entry,
     C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr,
-    HALVES: gl.constexpr, num_warps: gl.constexpr, FIRST: gl.constexpr, PARTIAL: gl.constexpr,
+    HALVES: gl.constexpr, FIRST: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
     """The products with the state before chunk ``c``, of ``count`` tokens, and n; meanwhile store earlier outputs.
 
@@ -113,8 +113,8 @@ def begin(  # type: ignore[no-untyped-def]
         The decayed state; nᵀ; nᵀ with its factors in the state; and what the state adds to the outputs, in parts.
     """
     PART: gl.constexpr = C // HALVES
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
-    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, PART, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, C, 16])
+    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, PART, 16])
     of_state: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     of_part: gl.constexpr = gl.DotOperandLayout(0, part, 2)
     columns: gl.constexpr = gl.SliceLayout(0, narrow)
@@ -129,7 +129,7 @@ def begin(  # type: ignore[no-untyped-def]
     mbarrier.wait(ready.index(stage), (c // STAGES) & 1)
     if PARTIAL:
         # What lies behind the sequence may be no number.
-        loads: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [num_warps, 1], [1, 0])
+        loads: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [BLOCK_V // 16, 1], [1, 0])
         valid = gl.arange(0, C, gl.SliceLayout(1, loads)) < count
         k_tile.store(gl.where(valid[:, None], k_tile.load(loads), 0.0))
         fence_async_shared()
@@ -167,13 +167,13 @@ def begin(  # type: ignore[no-untyped-def]
 @gluon.jit
 def finish(  # type: ignore[no-untyped-def]
     S, new, update, o, c, memory,
-    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr, num_warps: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """What n adds to state and outputs of chunk ``c``; return the state, the same as a first factor, and the outputs."""
     PART: gl.constexpr = C // HALVES
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
-    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, PART, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, D, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, C, 16])
+    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, PART, 16])
     k_tile, P_tile = memory[1].index(c % STAGES), memory[4].index(c % STAGES)
     update = gl.convert_layout(update.to(gl.bfloat16), gl.DotOperandLayout(0, wide, 2))
     attended = gl.convert_layout(new.to(gl.bfloat16), gl.DotOperandLayout(0, part, 2))
@@ -195,13 +195,13 @@ def walk(  # type: ignore[no-untyped-def]
     out, place, snapshot_place, known, decays, memory, outs, ready, consumed, out_tiles,
     token, out_column, first_entry, whole, tail, pause, ends_with_snapshot,
     HV: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr,
-    HALVES: gl.constexpr, num_warps: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
     """Write the outputs of ``whole`` chunks and of ``tail`` tokens, the state behind them and a snapshot."""
     PART: gl.constexpr = C // HALVES
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
-    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, PART, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, D, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, C, 16])
+    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, PART, 16])
     of_state: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     S = gl.load(places(place, D, BLOCK_V, wide), mask=known, other=0.0)
     nothing = gl.zeros([BLOCK_V, PART], gl.float32, part)
@@ -215,17 +215,17 @@ def walk(  # type: ignore[no-untyped-def]
         before = gl.convert_layout(S.to(gl.bfloat16), of_state)
         S, new, update, o = begin(
             S, before, o, 0, C, memory, outs, ready, consumed, out_tiles, decays, token, out_column, first_entry,
-            C, D, BLOCK_V, STAGES, HALVES, num_warps, True, False,
+            C, D, BLOCK_V, STAGES, HALVES, True, False,
         )  # fmt: skip
         for c in range(1, whole):
-            S, before, o = finish(S, new, update, o, c - 1, memory, C, D, STAGES, HALVES, num_warps)
+            S, before, o = finish(S, new, update, o, c - 1, memory, C, D, BLOCK_V, STAGES, HALVES)
             if c == pause:
                 gl.store(places(snapshot_place, D, BLOCK_V, wide), S)
             S, new, update, o = begin(
                 S, before, o, c, C, memory, outs, ready, consumed, out_tiles, decays, token, out_column,
-                first_entry + c * HV, C, D, BLOCK_V, STAGES, HALVES, num_warps, False, False,
+                first_entry + c * HV, C, D, BLOCK_V, STAGES, HALVES, False, False,
             )  # fmt: skip
-        S, before, o = finish(S, new, update, o, whole - 1, memory, C, D, STAGES, HALVES, num_warps)
+        S, before, o = finish(S, new, update, o, whole - 1, memory, C, D, BLOCK_V, STAGES, HALVES)
         store_outputs(o, whole - 1, outs, consumed, out_tiles, token, out_column, C, STAGES, HALVES)
         if whole == pause:
             gl.store(places(snapshot_place, D, BLOCK_V, wide), S)
@@ -233,13 +233,13 @@ def walk(  # type: ignore[no-untyped-def]
         before = gl.convert_layout(S.to(gl.bfloat16), of_state)
         S, new, update, o = begin(
             S, before, o, whole, tail, memory, outs, ready, consumed, out_tiles, decays, token, out_column,
-            first_entry + whole * HV, C, D, BLOCK_V, STAGES, HALVES, num_warps, True, True,
+            first_entry + whole * HV, C, D, BLOCK_V, STAGES, HALVES, True, True,
         )  # fmt: skip
-        S, before, o = finish(S, new, update, o, whole, memory, C, D, STAGES, HALVES, num_warps)
+        S, before, o = finish(S, new, update, o, whole, memory, C, D, BLOCK_V, STAGES, HALVES)
         stored = outs.index(whole % 2)
         put_outputs(o, stored, C, HALVES)
         barrier()
-        tile: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_V, BLOCK_V // 8], [num_warps, 1], [1, 0])
+        tile: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_V, BLOCK_V // 8], [BLOCK_V // 16, 1], [1, 0])
         row = gl.arange(0, C, gl.SliceLayout(1, tile))
         column = gl.arange(0, BLOCK_V, gl.SliceLayout(0, tile))
         outputs = (token + whole * C).to(gl.int64) * (HV * D) + out_column + row[:, None] * (HV * D) + column[None, :]
@@ -257,7 +257,7 @@ def gluon_walk_kernel(  # type: ignore[no-untyped-def]
     q_tiles, k_tiles, v_tiles, out_tiles, solve_tiles, attend_tiles, factor_tiles, state_slot, with_snapshots,
     q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr,
     H: gl.constexpr, HV: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, SHORT: gl.constexpr,
-    STAGES: gl.constexpr, HALVES: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """Outputs and states of BLOCK_V of the value dimensions of one value head of one sequence, chunk after chunk.
 
@@ -271,7 +271,7 @@ def gluon_walk_kernel(  # type: ignore[no-untyped-def]
         HALVES: in how many parts the products with q are computed, 1 or 2.
     """
     BLOCKS: gl.constexpr = D // BLOCK_V
-    tile: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_V, BLOCK_V // 8], [num_warps, 1], [1, 0])
+    tile: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_V, BLOCK_V // 8], [BLOCK_V // 16, 1], [1, 0])
     dtype: gl.constexpr = gl.bfloat16
     BYTES: gl.constexpr = 2 * C * (2 * D + BLOCK_V + 2 * C) + 16 * C
 
@@ -329,7 +329,7 @@ def gluon_walk_kernel(  # type: ignore[no-untyped-def]
             (walk, (
                 out, block + slot * state_slot, block + snapshot * state_slot, known, decays,
                 memory, outs, ready, consumed, out_tiles, token, head * D + first_value, first_entry,
-                whole, tail, pause, length == snapshot_at, HV, C, D, BLOCK_V, STAGES, HALVES, num_warps,
+                whole, tail, pause, length == snapshot_at, HV, C, D, BLOCK_V, STAGES, HALVES,
             )),
             (load_tiles, (
                 tiles, memory, ready, consumed, chunks, token, key_head * q_head, key_head * k_head,
@@ -358,7 +358,6 @@ def run_gluon_walk(
     block_v: int = 64,
     stages: int = 3,
     halves: int = 1,
-    **options: Any,
 ) -> None:
     """Launch :func:`gluon_walk_kernel` behind the kernel of the chunks; arguments as of ``run_chunked``."""
     q, k, v, *_ = tokens
@@ -379,5 +378,5 @@ def run_gluon_walk(
         out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths, decays, *tiles,
         state.stride(0), int(snapshots is not None), q_head=q.stride(1), k_head=k.stride(1), v_head=v.stride(1),
         H=q.shape[1], HV=value_heads, C=CHUNK_SIZE, D=DIM, BLOCK_V=block_v, SHORT=RECURRENT_TOKENS, STAGES=stages,
-        HALVES=halves, num_warps=block_v // 16, **options,
+        HALVES=halves, num_warps=block_v // 16, maxnreg=136 if block_v == 64 else 168,
     )  # fmt: skip
