@@ -35,6 +35,8 @@ from qnext_kernels.triton_support import ALIGNMENT, ceil_div
 DIM = 128
 """Of keys and of values."""
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
@@ -53,12 +55,12 @@ def load_tiles(  # type: ignore[no-untyped-def]
         bar = ready.index(stage)
         entry = first_entry + c * HV
         mbarrier.expect(bar, BYTES)
-        tma.async_copy_global_to_shared(k_tiles, [token + c * C, k_column], bar, ks.index(stage))
-        tma.async_copy_global_to_shared(q_tiles, [token + c * C, q_column], bar, qs.index(stage))
-        tma.async_copy_global_to_shared(v_tiles, [token + c * C, v_column], bar, vs.index(stage))
-        tma.async_copy_global_to_shared(factor_tiles, [entry * (3 * C)], bar, vectors.index(stage))
-        tma.async_copy_global_to_shared(solve_tiles, [entry * C, 0], bar, Ms.index(stage))
-        tma.async_copy_global_to_shared(attend_tiles, [entry * C, 0], bar, Ps.index(stage))
+        load_tile(k_tiles, [token + c * C, k_column], bar, ks.index(stage))
+        load_tile(q_tiles, [token + c * C, q_column], bar, qs.index(stage))
+        load_tile(v_tiles, [token + c * C, v_column], bar, vs.index(stage))
+        load_tile(factor_tiles, [entry * (3 * C)], bar, vectors.index(stage))
+        load_tile(solve_tiles, [entry * C, 0], bar, Ms.index(stage))
+        load_tile(attend_tiles, [entry * C, 0], bar, Ps.index(stage))
 
 
 @gluon.jit
@@ -93,7 +95,7 @@ def store_outputs(  # type: ignore[no-untyped-def]
     fence_async_shared()
     barrier()
     mbarrier.arrive(consumed.index(c % STAGES), count=1)
-    tma.async_copy_shared_to_global(out_tiles, [token + c * C, out_column], stored)
+    store_tile(out_tiles, [token + c * C, out_column], stored)
 
 
 @gluon.jit
