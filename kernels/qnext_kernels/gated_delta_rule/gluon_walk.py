@@ -211,26 +211,27 @@ def walk(  # type: ignore[no-untyped-def]
         o = nothing, nothing
     else:
         o = (nothing,)
-    if pause == 0:
-        gl.store(places(snapshot_place, D, BLOCK_V, wide), S)
-    if whole > 0:
-        before = gl.convert_layout(S.to(gl.bfloat16), of_state)
-        S, new, update, o = begin(
-            S, before, o, 0, C, memory, outs, ready, consumed, out_tiles, decays, token, out_column, first_entry,
-            C, D, BLOCK_V, STAGES, HALVES, True, False,
-        )  # fmt: skip
-        for c in range(1, whole):
-            S, before, o = finish(S, new, update, o, c - 1, memory, C, D, BLOCK_V, STAGES, HALVES)
-            if c == pause:
-                gl.store(places(snapshot_place, D, BLOCK_V, wide), S)
+    first = 0
+    behind = gl.where(pause >= 0, pause, whole)
+    for piece in range(2):
+        if first < behind:
+            before = gl.convert_layout(S.to(gl.bfloat16), of_state)
             S, new, update, o = begin(
-                S, before, o, c, C, memory, outs, ready, consumed, out_tiles, decays, token, out_column,
-                first_entry + c * HV, C, D, BLOCK_V, STAGES, HALVES, False, False,
+                S, before, o, first, C, memory, outs, ready, consumed, out_tiles, decays, token, out_column,
+                first_entry + first * HV, C, D, BLOCK_V, STAGES, HALVES, True, False,
             )  # fmt: skip
-        S, before, o = finish(S, new, update, o, whole - 1, memory, C, D, BLOCK_V, STAGES, HALVES)
-        store_outputs(o, whole - 1, outs, consumed, out_tiles, token, out_column, C, STAGES, HALVES)
-        if whole == pause:
+            for c in range(first + 1, behind):
+                S, before, o = finish(S, new, update, o, c - 1, memory, C, D, BLOCK_V, STAGES, HALVES)
+                S, new, update, o = begin(
+                    S, before, o, c, C, memory, outs, ready, consumed, out_tiles, decays, token, out_column,
+                    first_entry + c * HV, C, D, BLOCK_V, STAGES, HALVES, False, False,
+                )  # fmt: skip
+            S, before, o = finish(S, new, update, o, behind - 1, memory, C, D, BLOCK_V, STAGES, HALVES)
+            store_outputs(o, behind - 1, outs, consumed, out_tiles, token, out_column, C, STAGES, HALVES)
+        if (piece == 0) & (pause >= 0):
             gl.store(places(snapshot_place, D, BLOCK_V, wide), S)
+        first = behind
+        behind = whole
     if tail > 0:
         before = gl.convert_layout(S.to(gl.bfloat16), of_state)
         S, new, update, o = begin(

@@ -21,6 +21,8 @@ from qnext_kernels.triton_launch import launch
 from qnext_kernels.triton_support import ALIGNMENT, ceil_div, current_target
 
 NO_TILES = (None,) * 5
+GLUON = False
+"""Whether Hopper walks with the kernel of :mod:`qnext_kernels.gated_delta_rule.gluon_walk` where that can."""
 
 
 @triton.jit
@@ -310,8 +312,15 @@ def run_chunked(
     sequences = slots.shape[0]
     if sequences == 0:
         return
-    config = Configuration(q.shape[2], value_dim, v.dtype, current_target())
+    target = current_target()
+    config = Configuration(q.shape[2], value_dim, v.dtype, target)
     chunks, shapes = solve_chunks(tokens, slots, query_start_loc, config)
+    if GLUON and target.wgmma:
+        from qnext_kernels.gated_delta_rule import gluon_walk
+
+        if gluon_walk.serves(q, k, v, state):
+            gluon_walk.run_gluon_walk(tokens, out, state, slots, query_start_loc, has_initial, snapshots, chunks)
+            return
     snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
     tiles = tiles_of(q, k, v, chunks, config)
     launch(
