@@ -12,8 +12,6 @@ while others are on their way, or the assembler lets every product wait. One war
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -171,7 +169,7 @@ def finish(  # type: ignore[no-untyped-def]
     S, new, update, o, c, memory,
     C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """What n adds to state and outputs of chunk ``c``; return the state, the same as a first factor, and the outputs."""
+    """What n adds to chunk ``c``; return the state behind it, the same as a first factor, and the outputs."""
     PART: gl.constexpr = C // HALVES
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, D, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, C, 16])
@@ -185,10 +183,7 @@ def finish(  # type: ignore[no-untyped-def]
         o_2 = warpgroup_mma(attended, P_tile.slice(PART, PART).permute((1, 0)), o[1], is_async=True)
     S = warpgroup_mma_wait(HALVES, deps=[S])
     before = gl.convert_layout(S.to(gl.bfloat16), gl.DotOperandLayout(0, narrow, 2))
-    if HALVES == 2:
-        o = warpgroup_mma_wait(0, deps=[o_1, o_2])
-    else:
-        o = (warpgroup_mma_wait(0, deps=[o_1]),)
+    o = warpgroup_mma_wait(0, deps=[o_1, o_2]) if HALVES == 2 else (warpgroup_mma_wait(0, deps=[o_1]),)
     return S, before, o
 
 
@@ -207,10 +202,7 @@ def walk(  # type: ignore[no-untyped-def]
     of_state: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     S = gl.load(places(place, D, BLOCK_V, wide), mask=known, other=0.0)
     nothing = gl.zeros([BLOCK_V, PART], gl.float32, part)
-    if HALVES == 2:
-        o = nothing, nothing
-    else:
-        o = (nothing,)
+    o = (nothing, nothing) if HALVES == 2 else (nothing,)
     first = 0
     behind = gl.where(pause >= 0, pause, whole)
     for piece in range(2):
@@ -360,7 +352,7 @@ def run_gluon_walk(
     chunks: tuple[Tensor, ...],
     block_v: int = 64,
     stages: int = 3,
-    halves: int = 1,
+    halves: int = 2,
 ) -> None:
     """Launch :func:`gluon_walk_kernel` behind the kernel of the chunks; arguments as of ``run_chunked``."""
     q, k, v, *_ = tokens

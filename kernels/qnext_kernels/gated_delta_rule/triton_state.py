@@ -7,6 +7,7 @@ product for another: what counts is how long that takes, not how many operations
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import triton
@@ -291,6 +292,16 @@ def tiles_of(q: Tensor, k: Tensor, v: Tensor, chunks: tuple[Tensor, ...], config
     return tuple(found)
 
 
+@cache
+def _gluon_walk() -> Any:
+    """The module of the walk in Gluon; None where this version of Triton has no Gluon, or another."""
+    try:
+        from qnext_kernels.gated_delta_rule import gluon_walk
+    except (ImportError, AttributeError):
+        return None
+    return gluon_walk
+
+
 def run_chunked(
     tokens: tuple[Tensor, ...],
     out: Tensor,
@@ -315,12 +326,10 @@ def run_chunked(
     target = current_target()
     config = Configuration(q.shape[2], value_dim, v.dtype, target)
     chunks, shapes = solve_chunks(tokens, slots, query_start_loc, config)
-    if GLUON and target.wgmma:
-        from qnext_kernels.gated_delta_rule import gluon_walk
-
-        if gluon_walk.serves(q, k, v, state):
-            gluon_walk.run_gluon_walk(tokens, out, state, slots, query_start_loc, has_initial, snapshots, chunks)
-            return
+    gluon_walk = _gluon_walk() if GLUON and target.wgmma else None
+    if gluon_walk is not None and gluon_walk.serves(q, k, v, state):
+        gluon_walk.run_gluon_walk(tokens, out, state, slots, query_start_loc, has_initial, snapshots, chunks)
+        return
     snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
     tiles = tiles_of(q, k, v, chunks, config)
     launch(
