@@ -189,8 +189,8 @@ def finish(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def walk(  # type: ignore[no-untyped-def]
-    out, place, snapshot_place, known, decays, memory, outs, ready, consumed, out_tiles,
-    token, out_column, first_entry, whole, tail, pause, ends_with_snapshot,
+    out, initial, place, snapshot_place, known, decays, memory, outs, ready, consumed, out_tiles,
+    token, out_column, first_entry, whole, tail, pause, ends, ends_with_snapshot,
     HV: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr,
     HALVES: gl.constexpr,
 ):  # fmt: skip
@@ -200,7 +200,7 @@ def walk(  # type: ignore[no-untyped-def]
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, C, 16])
     part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, PART, 16])
     of_state: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
-    S = gl.load(places(place, D, BLOCK_V, wide), mask=known, other=0.0)
+    S = gl.load(places(initial, D, BLOCK_V, wide), mask=known, other=0.0)
     nothing = gl.zeros([BLOCK_V, PART], gl.float32, part)
     o = (nothing, nothing) if HALVES == 2 else (nothing,)
     first = 0
@@ -241,18 +241,32 @@ def walk(  # type: ignore[no-untyped-def]
         gl.store(out + outputs, stored.load(tile), mask=row[:, None] < tail)
     if ends_with_snapshot:
         gl.store(places(snapshot_place, D, BLOCK_V, wide), S)
-    if whole + tail > 0:
+    if ends:
         gl.store(places(place, D, BLOCK_V, wide), S)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["with_snapshots"])
+@gluon.jit
+def sequence_of_segment(segment, query_start_loc, sequences, TOKENS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The last sequence n whose first segment, number ⌊start_n / TOKENS⌋ + n, is not behind ``segment``."""
+    low = segment * 0
+    high = low + sequences - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        begins = gl.load(query_start_loc + middle).to(gl.int32) // TOKENS + middle <= segment
+        low = gl.where(begins, middle, low)
+        high = gl.where(begins, high, middle - 1)
+    return low
+
+
+@gluon.jit(do_not_specialize=["sequences", "with_snapshots"])
 def gluon_walk_kernel(  # type: ignore[no-untyped-def]
-    out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths, decays,
-    q_tiles, k_tiles, v_tiles, out_tiles, solve_tiles, attend_tiles, factor_tiles, state_slot, with_snapshots,
+    out, state, starts, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths, decays,
+    q_tiles, k_tiles, v_tiles, out_tiles, solve_tiles, attend_tiles, factor_tiles,
+    state_slot, sequences, with_snapshots,
     q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr,
     H: gl.constexpr, HV: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, SHORT: gl.constexpr,
-    STAGES: gl.constexpr, HALVES: gl.constexpr,
+    STAGES: gl.constexpr, HALVES: gl.constexpr, SEGMENT: gl.constexpr,
 ):  # fmt: skip
     """Outputs and states of BLOCK_V of the value dimensions of one value head of one sequence, chunk after chunk.
 
@@ -263,6 +277,7 @@ def gluon_walk_kernel(  # type: ignore[no-untyped-def]
         out, state, …, decays: as of ``state_kernel``, with K = V = D and float32 states.
         q_tiles, …, factor_tiles: descriptors of q, k, v and out, the heads of a token a row, of solve and attend, and
             of the factors in one dimension, in tiles of 4 C of which C belong to the next.
+        starts: of ``start_kernel``; SEGMENT: chunks of a segment, or 0: not read, a program walks through a sequence.
         HALVES: in how many parts the products with q are computed, 1 or 2.
     """
     BLOCKS: gl.constexpr = D // BLOCK_V
@@ -272,15 +287,45 @@ def gluon_walk_kernel(  # type: ignore[no-untyped-def]
 
     program = gl.program_id(0)
     head = (program // BLOCKS) % HV
-    n = program // (BLOCKS * HV)
+    part = program // (BLOCKS * HV)
+    n = part
+    if SEGMENT:
+        n = sequence_of_segment(part, query_start_loc, sequences, SEGMENT * C)
     first_value = (program % BLOCKS) * BLOCK_V
     start = gl.load(query_start_loc + n).to(gl.int64)
     length = (gl.load(query_start_loc + n + 1).to(gl.int64) - start).to(gl.int32)
     length -= gl.where(length % C <= SHORT, length % C, 0)
     first_entry = (start // C + n).to(gl.int32) * HV + head
-    token = start.to(gl.int32)
     slot = gl.load(slots + n).to(gl.int64)
     live = slot >= 0
+    has_snapshot = live & (with_snapshots != 0)
+    snapshot = gl.load(snapshot_slots + n, mask=has_snapshot, other=-1).to(gl.int64)
+    has_snapshot = has_snapshot & (snapshot >= 0)
+    snapshot_at = gl.load(snapshot_lengths + n, mask=has_snapshot, other=-1).to(gl.int32)
+    known = live & (gl.load(has_initial + n) != 0) & ((length > 0) | has_snapshot)
+    between = (snapshot_at >= 0) & (snapshot_at % C == 0) & (snapshot_at <= length // C * C)
+    ends = length > 0
+    ends_with_snapshot = length == snapshot_at
+    block = state + (head * D + first_value) * D
+    initial = block + slot * state_slot
+    if SEGMENT:
+        # From here on a sequence is what the segment has of it: its last segment, which may be empty, has the rest.
+        segments = (gl.load(query_start_loc + n + 1).to(gl.int64) - start).to(gl.int32) // (SEGMENT * C)
+        number = part - ((start // (SEGMENT * C)).to(gl.int32) + n)
+        last = number >= segments
+        skipped = number * (SEGMENT * C)
+        live = live & (number <= segments)
+        known = live
+        start += skipped
+        length = gl.where(last, length - skipped, SEGMENT * C)
+        length = gl.where(number <= segments, length, 0)
+        first_entry += number * (SEGMENT * HV)
+        snapshot_at -= skipped
+        between = between & (snapshot_at >= 0) & (snapshot_at < SEGMENT * C)
+        ends = ends & last
+        ends_with_snapshot = ends_with_snapshot & last
+        initial = starts + ((part.to(gl.int64) * HV + head) * D + first_value) * D
+    token = start.to(gl.int32)
     if not live:
         row = gl.arange(0, C, gl.SliceLayout(1, tile))
         column = gl.arange(0, BLOCK_V, gl.SliceLayout(0, tile))
@@ -292,13 +337,7 @@ def gluon_walk_kernel(  # type: ignore[no-untyped-def]
     whole = gl.where(live, length // C, 0)
     tail = gl.where(live, length % C, 0)
     chunks = whole + gl.where(tail > 0, 1, 0)
-    has_snapshot = live & (with_snapshots != 0)
-    snapshot = gl.load(snapshot_slots + n, mask=has_snapshot, other=-1).to(gl.int64)
-    has_snapshot = has_snapshot & (snapshot >= 0)
-    snapshot_at = gl.load(snapshot_lengths + n, mask=has_snapshot, other=-1).to(gl.int32)
-    known = live & (gl.load(has_initial + n) != 0) & ((length > 0) | has_snapshot)
-    between = (snapshot_at >= 0) & (snapshot_at % C == 0) & (snapshot_at <= whole * C)
-    pause = gl.where(between, snapshot_at // C, -1)
+    pause = gl.where(live & between, snapshot_at // C, -1)
 
     qs = gl.allocate_shared_memory(dtype, [STAGES, C, D], SWIZZLED)
     ks = gl.allocate_shared_memory(dtype, [STAGES, C, D], SWIZZLED)
@@ -318,13 +357,12 @@ def gluon_walk_kernel(  # type: ignore[no-untyped-def]
     key_head = head // (HV // H)
     memory = (qs, ks, vs, Ms, Ps, vectors)
     tiles = (q_tiles, k_tiles, v_tiles, solve_tiles, attend_tiles, factor_tiles)
-    block = state + (head * D + first_value) * D
     gl.warp_specialize(
         [
             (walk, (
-                out, block + slot * state_slot, block + snapshot * state_slot, known, decays,
+                out, initial, block + slot * state_slot, block + snapshot * state_slot, known, decays,
                 memory, outs, ready, consumed, out_tiles, token, head * D + first_value, first_entry,
-                whole, tail, pause, length == snapshot_at, HV, C, D, BLOCK_V, STAGES, HALVES,
+                whole, tail, pause, live & ends, live & ends_with_snapshot, HV, C, D, BLOCK_V, STAGES, HALVES,
             )),
             (load_tiles, (
                 tiles, memory, ready, consumed, chunks, token, key_head * q_head, key_head * k_head,
@@ -353,8 +391,15 @@ def run_gluon_walk(
     block_v: int = 64,
     stages: int = 3,
     halves: int = 2,
+    starts: Tensor | None = None,
+    segment: int = 0,
 ) -> None:
-    """Launch :func:`gluon_walk_kernel` behind the kernel of the chunks; arguments as of ``run_chunked``."""
+    """Launch :func:`gluon_walk_kernel` behind the kernel of the chunks; arguments as of ``run_chunked``.
+
+    Args:
+        chunks: of ``solve_chunks``.
+        starts, segment: the states before segments of so many chunks, if these run beside each other.
+    """
     q, k, v, *_ = tokens
     solve, attend, factors, decays = chunks
     value_heads = v.shape[1]
@@ -368,10 +413,13 @@ def run_gluon_walk(
     for x in (solve, attend):
         tiles.append(TensorDescriptor(x, [*x.shape], [CHUNK_SIZE, 1], [CHUNK_SIZE, CHUNK_SIZE], SWIZZLED))
     tiles.append(TensorDescriptor(factors, [factors.numel()], [1], [4 * CHUNK_SIZE], PLAIN))
+    parts = sequences + (q.shape[0] // (segment * CHUNK_SIZE) if segment else 0)
     launch(
-        gluon_walk_kernel, (sequences * value_heads * ceil_div(DIM, block_v),),
-        out, state, slots, query_start_loc, has_initial, snapshot_slots, snapshot_lengths, decays, *tiles,
-        state.stride(0), int(snapshots is not None), q_head=q.stride(1), k_head=k.stride(1), v_head=v.stride(1),
+        gluon_walk_kernel, (parts * value_heads * ceil_div(DIM, block_v),),
+        out, state, state if starts is None else starts, slots, query_start_loc, has_initial,
+        snapshot_slots, snapshot_lengths, decays, *tiles,
+        state.stride(0), sequences, int(snapshots is not None),
+        q_head=q.stride(1), k_head=k.stride(1), v_head=v.stride(1),
         H=q.shape[1], HV=value_heads, C=CHUNK_SIZE, D=DIM, BLOCK_V=block_v, SHORT=RECURRENT_TOKENS, STAGES=stages,
-        HALVES=halves, num_warps=block_v // 16, maxnreg=136 if block_v == 64 else 168,
+        HALVES=halves, SEGMENT=segment, num_warps=block_v // 16, maxnreg=136 if block_v == 64 else 168,
     )  # fmt: skip

@@ -34,7 +34,14 @@ from torch import Tensor
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE
 from qnext_kernels.gated_delta_rule.triton_chunked import Configuration, product, sequence_of_chunk, solve_chunks
-from qnext_kernels.gated_delta_rule.triton_state import rows_at, store_zeros, sum_of_products, tiles_of, walk
+from qnext_kernels.gated_delta_rule.triton_state import (
+    gluon_walk_for,
+    rows_at,
+    store_zeros,
+    sum_of_products,
+    tiles_of,
+    walk,
+)
 from qnext_kernels.triton_launch import launch
 from qnext_kernels.triton_support import Target, ceil_div, current_target, power_of_two
 
@@ -290,6 +297,11 @@ def run_segments(
         TOKENS=SEGMENT * CHUNK_SIZE, PRECISION=config.precision,
         num_warps=config.start_warps, num_stages=config.start_stages, enable_fp_fusion=True,
     )  # fmt: skip
+    gluon_walk = gluon_walk_for(q, k, v, state)
+    if gluon_walk is not None:
+        batch = state, slots, query_start_loc, has_initial, snapshots, chunks
+        gluon_walk.run_gluon_walk(tokens, out, *batch, starts=starts, segment=SEGMENT)
+        return
     snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
     tiles = tiles_of(q, k, v, chunks, config)
     launch(

@@ -292,9 +292,15 @@ def tiles_of(q: Tensor, k: Tensor, v: Tensor, chunks: tuple[Tensor, ...], config
     return tuple(found)
 
 
+def gluon_walk_for(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Any:
+    """The module of the walk in Gluon if that is asked for and can walk through this prefill, else None."""
+    module = _gluon_walk() if GLUON and current_target().wgmma else None
+    return module if module is not None and module.serves(q, k, v, state) else None
+
+
 @cache
 def _gluon_walk() -> Any:
-    """The module of the walk in Gluon; None where this version of Triton has no Gluon, or another."""
+    """None where this version of Triton has no Gluon, or another."""
     try:
         from qnext_kernels.gated_delta_rule import gluon_walk
     except (ImportError, AttributeError):
@@ -323,11 +329,10 @@ def run_chunked(
     sequences = slots.shape[0]
     if sequences == 0:
         return
-    target = current_target()
-    config = Configuration(q.shape[2], value_dim, v.dtype, target)
+    config = Configuration(q.shape[2], value_dim, v.dtype, current_target())
     chunks, shapes = solve_chunks(tokens, slots, query_start_loc, config)
-    gluon_walk = _gluon_walk() if GLUON and target.wgmma else None
-    if gluon_walk is not None and gluon_walk.serves(q, k, v, state):
+    gluon_walk = gluon_walk_for(q, k, v, state)
+    if gluon_walk is not None:
         gluon_walk.run_gluon_walk(tokens, out, state, slots, query_start_loc, has_initial, snapshots, chunks)
         return
     snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
