@@ -15,15 +15,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qnext_kernels.dispatch import switched_on
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE
 from qnext_kernels.gated_delta_rule.triton_chunked import Configuration, product, solve_chunks
 from qnext_kernels.triton_launch import launch
-from qnext_kernels.triton_support import ALIGNMENT, ceil_div, current_target
+from qnext_kernels.triton_support import ALIGNMENT, ceil_div, current_target, interpreting
 
 NO_TILES = (None,) * 5
-GLUON = False
-"""Whether Hopper walks with the kernel of :mod:`qnext_kernels.gated_delta_rule.gluon_walk` where that can."""
+_gluon_allowed = switched_on("QNEXT_GLUON", default=True)
 
 
 @triton.jit
@@ -293,8 +293,8 @@ def tiles_of(q: Tensor, k: Tensor, v: Tensor, chunks: tuple[Tensor, ...], config
 
 
 def gluon_walk_for(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Any:
-    """The module of the walk in Gluon if that is asked for and can walk through this prefill, else None."""
-    module = _gluon_walk() if GLUON and current_target().wgmma else None
+    """The module of the walk in Gluon if that can walk through this prefill, with the same bits; else None."""
+    module = _gluon_walk() if _gluon_allowed and current_target().wgmma and not interpreting() else None
     return module if module is not None and module.serves(q, k, v, state) else None
 
 
