@@ -1,18 +1,19 @@
-"""The serial walk of a prefill for Hopper, in Gluon: the products of a step overlap with what lies between them.
+"""The walk of a prefill from chunk to chunk for Hopper, in Gluon: the tensor cores work while the threads prepare.
 
-What a step computes, and how it rounds, is in :mod:`qnext_kernels.gated_delta_rule.triton_state`. Of its five products
-three wait for each other; each is on its way together with one that does not wait for it, while which the tensor cores
-have work and the threads prepare the next:
+What a step computes, and how it rounds, is in :mod:`qnext_kernels.gated_delta_rule.triton_state`. Three of its five
+products wait for each other. Each of them is on its way beside another that it does not wait for:
 
-    predicted = S kᵀ, S qᵀ │ new = rest Mᵀ │ S + new k, o + new Pᵀ │ predicted and S qᵀ of the next chunk …
+    predicted = S kᵀ and half of S qᵀ │ n = rest Mᵀ and the other half │ S + n k and o + n Pᵀ │ the next chunk …
 
-A state and what is computed from it stay in registers, as first factors: these must be complete before a product begins
-while others are on their way, or the assembler lets every product wait. One warp loads the tiles of the next chunks.
+A state and what is computed from it stay in registers, as first factors. These must be complete before a product begins
+while none is on its way, and none may be where the loop closes: else the assembler lets each wait for the one before.
+A warp of its own loads the tiles of the next chunks.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,11 +34,13 @@ from qnext_kernels.triton_support import ALIGNMENT, ceil_div
 DIM = 128
 """Of keys and of values."""
 BLOCK_V = 64
-"""Value dimensions of a program: 16 for each of its warps that multiply."""
+"""Value dimensions of a program, 16 for each of its warps that multiply."""
 STAGES = 3
 """Chunks whose tiles have a place in shared memory."""
 REGISTERS = 136
-"""Of a thread that multiplies: the compiler would take more and leave none to the warp that loads."""
+"""Of a thread on average: those that multiply get what the warp that loads gives up, 240."""
+HALVES = 1 if triton.__version__.startswith("3.6.") else 2
+"""Products with the queries of a chunk. One is 5 % faster with Triton 3.6, but each waits for another with 3.9."""
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -79,12 +82,21 @@ def places(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def put_outputs(o, stored, C: gl.constexpr, HALVES: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Outputs, in parts whose columns are tokens, into a tile of shared memory."""
+    PART: gl.constexpr = C // HALVES
+    for half in gl.static_range(HALVES):
+        stored.slice(half * PART, PART).permute((1, 0)).store(o[half].to(gl.bfloat16))
+
+
+@gluon.jit
 def store_outputs(  # type: ignore[no-untyped-def]
-    o, c, outs, consumed, out_tiles, token, out_column, C: gl.constexpr, STAGES: gl.constexpr
-):
+    o, c, outs, consumed, out_tiles, token, out_column,
+    C: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
     """Begin to store the outputs of whole chunk ``c``, whose tiles are free then."""
     stored = outs.index(c % 2)
-    stored.permute((1, 0)).store(o.to(gl.bfloat16))
+    put_outputs(o, stored, C, HALVES)
     # The store of the chunk before has ended then: the next may write where it read.
     tma.store_wait(0)
     fence_async_shared()
@@ -97,26 +109,32 @@ def store_outputs(  # type: ignore[no-untyped-def]
 def begin(  # type: ignore[no-untyped-def]
     S, before, o, c, count, memory, outs, ready, consumed, out_tiles, decays, token, out_column, entry,
     C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr,
-    FIRST: gl.constexpr, PARTIAL: gl.constexpr,
+    HALVES: gl.constexpr, FIRST: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
     """The products with the state before chunk ``c``, of ``count`` tokens, and n; meanwhile store earlier outputs.
 
     Args:
         S: [BLOCK_V, D] float32, the state before it; before: the same, a first factor.
-        o: the outputs of the chunk before, stored here unless FIRST.
+        o: the outputs of the chunk before in parts, stored here unless FIRST.
         entry: of the chunk and value head.
 
     Returns:
-        The decayed state; nᵀ; nᵀ with its factors in the state; and what the state adds to the outputs.
+        The decayed state; nᵀ; nᵀ with its factors in the state; and what the state adds to the outputs, in parts.
     """
+    PART: gl.constexpr = C // HALVES
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, C, 16])
+    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, PART, 16])
     of_state: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
+    of_part: gl.constexpr = gl.DotOperandLayout(0, part, 2)
     columns: gl.constexpr = gl.SliceLayout(0, narrow)
+    part_columns: gl.constexpr = gl.SliceLayout(0, part)
 
     qs, ks, vs, Ms, _, vectors = memory
     stage = c % STAGES
-    factors, k_tile = vectors.index(stage), ks.index(stage)
+    factors, k_tile, q_tile = vectors.index(stage), ks.index(stage), qs.index(stage)
     empty = gl.zeros([BLOCK_V, C], gl.float32, narrow)
+    nothing = gl.zeros([BLOCK_V, PART], gl.float32, part)
+    queried = gl.convert_layout(before, of_part)
     mbarrier.wait(ready.index(stage), (c // STAGES) & 1)
     if PARTIAL:
         # What lies behind the sequence may be no number.
@@ -126,10 +144,10 @@ def begin(  # type: ignore[no-untyped-def]
         fence_async_shared()
         barrier()
     predicted = warpgroup_mma(before, k_tile.permute((1, 0)), empty, use_acc=False, is_async=True)
-    queried = warpgroup_mma(before, qs.index(stage).permute((1, 0)), empty, use_acc=False, is_async=True)
+    o_1 = warpgroup_mma(queried, q_tile.slice(0, PART).permute((1, 0)), nothing, use_acc=False, is_async=True)
     decay = gl.load(decays + entry)
     if not FIRST:
-        store_outputs(o, c - 1, outs, consumed, out_tiles, token, out_column, C, STAGES)
+        store_outputs(o, c - 1, outs, consumed, out_tiles, token, out_column, C, STAGES, HALVES)
     from_start = factors.slice(0, C).load(columns)
     vt = vs.index(stage).permute((1, 0)).load(narrow).to(gl.float32)
     predicted = warpgroup_mma_wait(1, deps=[predicted])
@@ -138,31 +156,43 @@ def begin(  # type: ignore[no-untyped-def]
         rest = gl.where(gl.arange(0, C, columns)[None, :] < count, rest, 0.0)
     rest = gl.convert_layout(rest.to(gl.bfloat16), of_state)
     to_end = factors.slice(2 * C, C).load(columns)
-    queried = warpgroup_mma_wait(0, deps=[queried])
+    o_1 = warpgroup_mma_wait(0, deps=[o_1])
 
     new = warpgroup_mma(rest, Ms.index(stage).permute((1, 0)), empty, use_acc=False, is_async=True)
+    if HALVES == 2:
+        o_2 = warpgroup_mma(queried, q_tile.slice(PART, PART).permute((1, 0)), nothing, use_acc=False, is_async=True)
     S = S * decay
-    o = queried * factors.slice(C, C).load(columns)[None, :]
-    new = warpgroup_mma_wait(0, deps=[new])
-    return S, new, new * to_end[None, :], o
+    o_1 = o_1 * factors.slice(C, PART).load(part_columns)[None, :]
+    new = warpgroup_mma_wait(HALVES - 1, deps=[new])
+    update = new * to_end[None, :]
+    if HALVES == 2:
+        o_2 = warpgroup_mma_wait(0, deps=[o_2])
+        o = o_1, o_2 * factors.slice(C + PART, PART).load(part_columns)[None, :]
+    else:
+        o = (o_1,)
+    return S, new, update, o
 
 
 @gluon.jit
 def finish(  # type: ignore[no-untyped-def]
-    S, new, update, o, c, memory, C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr
-):
+    S, new, update, o, c, memory,
+    C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
     """What n adds to chunk ``c``; return the state behind it, the same as a first factor, and the outputs."""
+    PART: gl.constexpr = C // HALVES
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, D, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, C, 16])
-    of_state: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
+    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, PART, 16])
     k_tile, P_tile = memory[1].index(c % STAGES), memory[4].index(c % STAGES)
     update = gl.convert_layout(update.to(gl.bfloat16), gl.DotOperandLayout(0, wide, 2))
-    attended = gl.convert_layout(new.to(gl.bfloat16), of_state)
+    attended = gl.convert_layout(new.to(gl.bfloat16), gl.DotOperandLayout(0, part, 2))
     S = warpgroup_mma(update, k_tile, S, is_async=True)
-    o = warpgroup_mma(attended, P_tile.permute((1, 0)), o, is_async=True)
-    S = warpgroup_mma_wait(1, deps=[S])
-    before = gl.convert_layout(S.to(gl.bfloat16), of_state)
-    o = warpgroup_mma_wait(0, deps=[o])
+    o_1 = warpgroup_mma(attended, P_tile.slice(0, PART).permute((1, 0)), o[0], is_async=True)
+    if HALVES == 2:
+        o_2 = warpgroup_mma(attended, P_tile.slice(PART, PART).permute((1, 0)), o[1], is_async=True)
+    S = warpgroup_mma_wait(HALVES, deps=[S])
+    before = gl.convert_layout(S.to(gl.bfloat16), gl.DotOperandLayout(0, narrow, 2))
+    o = warpgroup_mma_wait(0, deps=[o_1, o_2]) if HALVES == 2 else (warpgroup_mma_wait(0, deps=[o_1]),)
     return S, before, o
 
 
@@ -171,13 +201,17 @@ def walk(  # type: ignore[no-untyped-def]
     out, initial, place, snapshot_place, known, decays, memory, outs, ready, consumed, out_tiles,
     token, out_column, first_entry, whole, tail, pause, ends, ends_with_snapshot,
     HV: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, STAGES: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
     """Write the outputs of ``whole`` chunks and of ``tail`` tokens, the state behind them and a snapshot."""
+    PART: gl.constexpr = C // HALVES
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, D, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, C, 16])
+    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_V // 16, 1], [16, PART, 16])
     of_state: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     S = gl.load(places(initial, D, BLOCK_V, wide), mask=known, other=0.0)
-    o = gl.zeros([BLOCK_V, C], gl.float32, narrow)
+    nothing = gl.zeros([BLOCK_V, PART], gl.float32, part)
+    o = (nothing, nothing) if HALVES == 2 else (nothing,)
     first = 0
     behind = gl.where(pause >= 0, pause, whole)
     for piece in range(2):
@@ -185,16 +219,16 @@ def walk(  # type: ignore[no-untyped-def]
             before = gl.convert_layout(S.to(gl.bfloat16), of_state)
             S, new, update, o = begin(
                 S, before, o, first, C, memory, outs, ready, consumed, out_tiles, decays, token, out_column,
-                first_entry + first * HV, C, D, BLOCK_V, STAGES, True, False,
+                first_entry + first * HV, C, D, BLOCK_V, STAGES, HALVES, True, False,
             )  # fmt: skip
             for c in range(first + 1, behind):
-                S, before, o = finish(S, new, update, o, c - 1, memory, C, D, BLOCK_V, STAGES)
+                S, before, o = finish(S, new, update, o, c - 1, memory, C, D, BLOCK_V, STAGES, HALVES)
                 S, new, update, o = begin(
                     S, before, o, c, C, memory, outs, ready, consumed, out_tiles, decays, token, out_column,
-                    first_entry + c * HV, C, D, BLOCK_V, STAGES, False, False,
+                    first_entry + c * HV, C, D, BLOCK_V, STAGES, HALVES, False, False,
                 )  # fmt: skip
-            S, before, o = finish(S, new, update, o, behind - 1, memory, C, D, BLOCK_V, STAGES)
-            store_outputs(o, behind - 1, outs, consumed, out_tiles, token, out_column, C, STAGES)
+            S, before, o = finish(S, new, update, o, behind - 1, memory, C, D, BLOCK_V, STAGES, HALVES)
+            store_outputs(o, behind - 1, outs, consumed, out_tiles, token, out_column, C, STAGES, HALVES)
         if (piece == 0) & (pause >= 0):
             gl.store(places(snapshot_place, D, BLOCK_V, wide), S)
         first = behind
@@ -203,11 +237,11 @@ def walk(  # type: ignore[no-untyped-def]
         before = gl.convert_layout(S.to(gl.bfloat16), of_state)
         S, new, update, o = begin(
             S, before, o, whole, tail, memory, outs, ready, consumed, out_tiles, decays, token, out_column,
-            first_entry + whole * HV, C, D, BLOCK_V, STAGES, True, True,
+            first_entry + whole * HV, C, D, BLOCK_V, STAGES, HALVES, True, True,
         )  # fmt: skip
-        S, before, o = finish(S, new, update, o, whole, memory, C, D, BLOCK_V, STAGES)
+        S, before, o = finish(S, new, update, o, whole, memory, C, D, BLOCK_V, STAGES, HALVES)
         stored = outs.index(whole % 2)
-        stored.permute((1, 0)).store(o.to(gl.bfloat16))
+        put_outputs(o, stored, C, HALVES)
         barrier()
         tile: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_V, BLOCK_V // 8], [BLOCK_V // 16, 1], [1, 0])
         row = gl.arange(0, C, gl.SliceLayout(1, tile))
@@ -241,7 +275,7 @@ def gluon_walk_kernel(  # type: ignore[no-untyped-def]
     state_slot, sequences, with_snapshots,
     q_head: gl.constexpr, k_head: gl.constexpr, v_head: gl.constexpr,
     H: gl.constexpr, HV: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BLOCK_V: gl.constexpr, SHORT: gl.constexpr,
-    STAGES: gl.constexpr, SEGMENT: gl.constexpr,
+    STAGES: gl.constexpr, HALVES: gl.constexpr, SEGMENT: gl.constexpr,
 ):  # fmt: skip
     """Outputs and states of BLOCK_V of the value dimensions of one value head of one sequence, chunk after chunk.
 
@@ -253,6 +287,7 @@ def gluon_walk_kernel(  # type: ignore[no-untyped-def]
         q_tiles, …, factor_tiles: descriptors of q, k, v and out, the heads of a token a row, of solve and attend, and
             of the factors in one dimension, in tiles of 4 C of which C belong to the next.
         starts: of ``start_kernel``; SEGMENT: chunks of a segment, or 0: not read, a program walks through a sequence.
+        HALVES: in how many parts the products with q are computed, 1 or 2.
     """
     BLOCKS: gl.constexpr = D // BLOCK_V
     tile: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_V, BLOCK_V // 8], [BLOCK_V // 16, 1], [1, 0])
@@ -336,7 +371,7 @@ def gluon_walk_kernel(  # type: ignore[no-untyped-def]
             (walk, (
                 out, initial, block + slot * state_slot, block + snapshot * state_slot, known, decays,
                 memory, outs, ready, consumed, out_tiles, token, head * D + first_value, first_entry,
-                whole, tail, pause, live & ends, live & ends_with_snapshot, HV, C, D, BLOCK_V, STAGES,
+                whole, tail, pause, live & ends, live & ends_with_snapshot, HV, C, D, BLOCK_V, STAGES, HALVES,
             )),
             (load_tiles, (
                 tiles, memory, ready, consumed, chunks, token, key_head * q_head, key_head * k_head,
@@ -392,5 +427,5 @@ def run_gluon_walk(
         state.stride(0), sequences, int(snapshots is not None),
         q_head=q.stride(1), k_head=k.stride(1), v_head=v.stride(1),
         H=q.shape[1], HV=value_heads, C=CHUNK_SIZE, D=DIM, BLOCK_V=BLOCK_V, SHORT=RECURRENT_TOKENS, STAGES=STAGES,
-        SEGMENT=segment, num_warps=BLOCK_V // 16, maxnreg=REGISTERS,
+        HALVES=HALVES, SEGMENT=segment, num_warps=BLOCK_V // 16, maxnreg=REGISTERS,
     )  # fmt: skip

@@ -20,6 +20,8 @@ from tests.kernels.triton.ahead_of_time import (
     waits_before_it_touches_memory,
 )
 
+pytestmark = pytest.mark.usefixtures("walk_in_triton")
+
 KERNELS = [*3 * ["recurrent_kernel"], "chunk_kernel", "state_kernel", "recurrent_kernel"]
 """Of decode, of both kinds of verify and of a prefill, which ends with the last few tokens."""
 BATCH, TOKENS, COLUMNS, SLOTS = 8, 1000, 4, 100

@@ -8,6 +8,8 @@ import torch
 from qnext_kernels.gated_delta_rule.context_parallel import TritonContextParallel
 from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, TARGETS, Compiled, compiling_for
 
+pytestmark = pytest.mark.usefixtures("walk_in_triton")
+
 KERNELS = ["chunk_kernel", "transition_kernel", "start_kernel", "segment_kernel", "recurrent_kernel"]
 
 
