@@ -9,11 +9,6 @@ if TYPE_CHECKING:
 
 ENGINES_OWN = ("linear", "paged_attention")
 """Operations that the engine's own code serves on a GPU."""
-UNTRIED = (
-    "qnext-plugins: these kernels have run on a GPU, and in vLLM, but not in this engine yet; "
-    "QNEXT_DISABLE=1 leaves the engine's own model in place"
-)
-"""What SGLang logs on a GPU."""
 
 
 def gpu_refusal(

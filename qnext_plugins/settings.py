@@ -31,6 +31,7 @@ class Settings(BaseSettings):
         default=False, description="Only batch-invariant kernels serve; an error where one operation has none."
     )
     disable: bool = Field(default=False, description="Leaves the engine's own Qwen3-Next in place.")
+    gluon: bool = Field(default=True, description="On Hopper a prefill walks with the kernel in Gluon.")
     isa: str | None = Field(default=None, description="Instruction set of the CPU kernels: avx512bf16 or avx2.")
     overlap: bool = Field(
         default=True, description="GPU kernels begin before the launch in front has ended, where the GPU can do that."

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 import qnext_plugins
 from qnext_kernels import selected_backends
 from qnext_kernels.dispatch import is_deterministic
-from qnext_plugins.gpus import ENGINES_OWN, UNTRIED
+from qnext_plugins.gpus import ENGINES_OWN
 from qnext_plugins.model import ConfigError
 from qnext_sglang import UnsupportedEngineError, decline, hooks, logger
 
@@ -117,10 +117,7 @@ def announce(architecture: str, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         # SGLang keeps it in bfloat16 whatever the dtype of the model.
         os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
-    on_gpu = device().type != "cpu"
-    if on_gpu:
-        logger.warning(UNTRIED)
-    backends = selected_backends(device(), dtype, but=ENGINES_OWN if on_gpu else ())
+    backends = selected_backends(device(), dtype, but=() if device().type == "cpu" else ENGINES_OWN)
     kernels = ", ".join(f"{name}={backend}" for name, backend in backends.items())
     mode = ", deterministic" if is_deterministic() else ""
     logger.info("qnext-plugins %s serves %s in %s%s: %s", qnext_plugins.__version__, architecture, dtype, mode, kernels)
