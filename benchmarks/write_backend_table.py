@@ -5,8 +5,9 @@
 
 A result is a CSV with the columns op,shape,ours_ms,backend,peer,peer_ms,ratio,roof_pct, every backend of ours in a line
 of its own, and the GPU in a comment (`# device: NVIDIA H200, sm_90, …`) unless --device names it. Peers are not read:
-what is not a backend cannot serve. Lines of the table about the same GPU, operation and sizes are replaced, all others
-stay. The exit status is 0, or 2 with a line that says what is wrong.
+what is not a backend cannot serve; nor are ours that serve only where they are asked for. Lines of the table about
+the same GPU, operation and sizes are replaced, all others stay. The exit status is 0, or 2 with a line that says what
+is wrong.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ CASES = {
     "rms norm + residual": Case("rms_norm", "rms_norm", lambda sizes: (sizes.hidden,)),
 }
 """Those with more than one fast backend on a GPU; others have nothing to choose from."""
+ASKED_FOR = ("triton_context_parallel",)
+"""What these take depends on how many sequences there are, which a line of the table does not have."""
 
 
 class Result(NamedTuple):
@@ -92,6 +95,8 @@ def results(path: Path, device: str | None = None) -> Iterator[Result]:
             continue
         if backend not in BACKEND_NAMES:
             raise ResultError(f"{where}: backend: expected one of {', '.join(BACKEND_NAMES)}, got {backend!r}")
+        if backend in ASKED_FOR:
+            continue
         sizes = REAL.shard(int(found["ranks"] or 1))
         tokens = int(found["count"].partition("=")[2]) * int(found["each"] or 1) // int(found["sequences"] or 1)
         key = (case.operation, case.method, BF16, case.shape(sizes))

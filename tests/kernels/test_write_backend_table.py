@@ -51,6 +51,12 @@ def table(folder: Path) -> Table:
     return read(folder / "table.csv", OPERATION_NAMES, BACKEND_NAMES)
 
 
+def test_segments_beside_each_other_serve_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    rows = ["T=8192 tp=8,0.14,triton,,,,4", "T=8192 tp=8,0.08,triton_context_parallel,,,,8"]
+    assert run(tmp_path, [f"delta rule prefill,{row}" for row in rows]) == 0
+    assert not table(tmp_path).lines
+
+
 def test_the_fastest_backend_of_every_case_is_written(tmp_path: Path) -> None:
     assert run(tmp_path, ROWS) == 0
     found = {(*line.key[:2], line.key[3], line.tokens): (line.backend, line.ms) for line in table(tmp_path).lines}

@@ -28,8 +28,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qnext_kernels.gated_delta_rule.cpu import RECURRENT_TOKENS
 from qnext_kernels.gated_delta_rule.reference import CHUNK_SIZE
+from qnext_kernels.gated_delta_rule.triton_state import can_have_tiles, heads_side_by_side
 from qnext_kernels.triton_launch import launch
-from qnext_kernels.triton_support import ALIGNMENT, ceil_div
+from qnext_kernels.triton_support import ceil_div
 
 DIM = 128
 """Of keys and of values."""
@@ -385,7 +386,7 @@ def gluon_walk_kernel(  # type: ignore[no-untyped-def]
 def serves(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> bool:
     """Whether the kernel here can walk through this prefill."""
     fits = q.shape[2] == v.shape[2] == DIM and v.dtype == torch.bfloat16 and state.dtype == torch.float32
-    return fits and v.shape[0] >= CHUNK_SIZE and all(x.stride(0) * x.itemsize % ALIGNMENT == 0 for x in (q, k, v))
+    return fits and can_have_tiles(q, k, v)
 
 
 def run_gluon_walk(
@@ -413,9 +414,7 @@ def run_gluon_walk(
     snapshot_slots, snapshot_lengths = snapshots if snapshots is not None else (slots, slots)
     tiles = []
     for x, columns in ((q, DIM), (k, DIM), (v, BLOCK_V), (out, BLOCK_V)):
-        (count, heads, dim), (token, head, _) = x.shape, x.stride()
-        shape, strides = [count, (heads - 1) * head + dim], [token, 1]
-        tiles.append(TensorDescriptor(x, shape, strides, [CHUNK_SIZE, columns], SWIZZLED))
+        tiles.append(TensorDescriptor(x, *heads_side_by_side(x), [CHUNK_SIZE, columns], SWIZZLED))
     for x in (solve, attend):
         tiles.append(TensorDescriptor(x, [*x.shape], [CHUNK_SIZE, 1], [CHUNK_SIZE, CHUNK_SIZE], SWIZZLED))
     tiles.append(TensorDescriptor(factors, [factors.numel()], [1], [4 * CHUNK_SIZE], PLAIN))

@@ -23,6 +23,8 @@ from qnext_kernels.triton_launch import launch
 from qnext_kernels.triton_support import ALIGNMENT, ceil_div, current_target, interpreting
 
 NO_TILES = (None,) * 5
+GLUON_OF = ("3.6", "3.7", "3.8", "3.9")
+"""Versions of Triton that have compiled the walk in Gluon, which is experimental and may change in any other."""
 _gluon_allowed = switched_on("QNEXT_GLUON", default=True)
 
 
@@ -277,16 +279,24 @@ def state_kernel(  # type: ignore[no-untyped-def]
     store_zeros(out, start, 0, skipped, length, head, first_value, HV, V, BLOCK_V, C)
 
 
+def heads_side_by_side(x: Tensor) -> tuple[list[int], list[int]]:
+    """Shape and strides of x [T, H, D] as a matrix whose rows are tokens."""
+    (tokens, heads, dim), (token, head, _) = x.shape, x.stride()
+    return [tokens, (heads - 1) * head + dim], [token, 1]
+
+
+def can_have_tiles(*tensors: Tensor) -> bool:
+    """Whether tensors [T, H, D] can be described for loading tiles of a whole chunk."""
+    return all(len(x) >= CHUNK_SIZE and x.stride(0) * x.itemsize % ALIGNMENT == 0 for x in tensors)
+
+
 def tiles_of(q: Tensor, k: Tensor, v: Tensor, chunks: tuple[Tensor, ...], config: Configuration) -> tuple[Any, ...]:
     """Tensor descriptors of q, k, v, solve and attend, in tiles of a whole chunk; None where they cannot have any."""
-    if not config.tiles or q.shape[0] < CHUNK_SIZE:
+    if not config.tiles or not can_have_tiles(q, k, v):
         return NO_TILES
     found = []
     for x, columns in ((q, config.block_k), (k, config.block_k), (v, config.block_v)):
-        (tokens, heads, dim), (token, head, _) = x.shape, x.stride()
-        if token * x.itemsize % ALIGNMENT:
-            return NO_TILES
-        found.append(TensorDescriptor(x, [tokens, (heads - 1) * head + dim], [token, 1], [CHUNK_SIZE, columns]))
+        found.append(TensorDescriptor(x, *heads_side_by_side(x), [CHUNK_SIZE, columns]))
     for x in chunks[:2]:
         found.append(TensorDescriptor(x, [*x.shape], [CHUNK_SIZE, 1], [CHUNK_SIZE, CHUNK_SIZE]))
     return tuple(found)
@@ -300,11 +310,11 @@ def gluon_walk_for(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Any:
 
 @cache
 def _gluon_walk() -> Any:
-    """None where this version of Triton has no Gluon, or another."""
-    try:
-        from qnext_kernels.gated_delta_rule import gluon_walk
-    except (ImportError, AttributeError):
+    """None with a version of Triton that has not compiled it."""
+    if ".".join(triton.__version__.split(".")[:2]) not in GLUON_OF:
         return None
+    from qnext_kernels.gated_delta_rule import gluon_walk
+
     return gluon_walk
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+import triton
 
+from qnext_kernels.gated_delta_rule import triton_state
 from qnext_kernels.gated_delta_rule.context_parallel import TritonContextParallel
 from qnext_kernels.gated_delta_rule.triton import TritonGatedDeltaRule
 from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, Compiled, compiling_for
+from tests.kernels.triton.test_overlap import printed_with
 
 TOKENS, SEQUENCES, DIM = 1000, 3, 128
 
@@ -73,16 +73,13 @@ def test_elsewhere_the_walk_is_that_in_triton(arch: str, other: dict[str, Any]) 
     assert [kernel.name for kernel in prefill(TritonGatedDeltaRule(), arch, **other)][1] == "state_kernel"
 
 
+@pytest.mark.parametrize("version", ["3.5.1", "3.10.0"])
+def test_versions_of_triton_that_have_not_compiled_it_do_without(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(triton_state, "_gluon_walk", triton_state._gluon_walk.__wrapped__)
+    assert [kernel.name for kernel in prefill(TritonGatedDeltaRule(), "sm_90")][1] == "state_kernel"
+
+
 def test_a_variable_turns_it_off() -> None:
     script = "import qnext_kernels.gated_delta_rule.triton_state as state; print(state._gluon_allowed)"
-    answers = [
-        subprocess.run(
-            [sys.executable, "-c", script],
-            env=os.environ | {"QNEXT_GLUON": value},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for value in ("0", "1")
-    ]
-    assert answers == ["False", "True"]
+    assert [printed_with("QNEXT_GLUON", value, script) for value in ("0", "1")] == ["False", "True"]

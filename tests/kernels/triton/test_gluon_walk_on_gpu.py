@@ -40,11 +40,9 @@ def hopper() -> Iterator[None]:
 def test_both_walks_have_the_same_bits(backend: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths, behind = BATCHES[name]
     runs, gates = random_runs(SHAPE, lengths, torch.bfloat16, torch.float32), random_gates(SHAPE)
-    if len(runs) > 2:
-        runs[1] = runs[1]._replace(state=None)
+    runs[1:2] = [run._replace(state=None) for run in runs[1:2]]
     pool, slots = place(runs, torch.float32, columns=2)
-    if len(runs) > 2:
-        slots[2] = -1
+    slots[2:3] = -1
     known = torch.tensor([run.state is not None for run in runs])
     snapshots: tuple[torch.Tensor, ...] = ()
     if behind is not None:

@@ -15,6 +15,18 @@ print(dict(overlapping(Target(nvidia=True, shared_memory=1 << 17, overlaps=True)
 """
 
 
+def printed_with(variable: str, value: str, script: str) -> str:
+    """What a Python script prints in a process of its own, where an environment variable has a value."""
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {variable: value},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return process.stdout.strip()
+
+
 @pytest.mark.parametrize(
     ("value", "options"),
     [
@@ -24,11 +36,4 @@ print(dict(overlapping(Target(nvidia=True, shared_memory=1 << 17, overlaps=True)
     ],
 )
 def test_launches_overlap_unless_the_user_turns_it_off(value: str, options: dict[str, bool]) -> None:
-    process = subprocess.run(
-        [sys.executable, "-c", HOPPER],
-        env=os.environ | {"QNEXT_OVERLAP": value},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert process.stdout.strip() == str(options)
+    assert printed_with("QNEXT_OVERLAP", value, HOPPER) == str(options)
