@@ -29,7 +29,7 @@ from qnext_plugins.cli.bench.measure import difference, outcome_of_ours, outcome
 from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine, keep_freed_memory
 from qnext_vllm.bench.cpu_peers import CpuPeers
 
-WITHOUT_PEER = ("experts fp8",)
+WITHOUT_PEER = ("experts fp8", "linear fp8 qkvz", "linear fp8 out")
 """Operations that vLLM does not have on a CPU."""
 QUICK_SECONDS = 270
 """After this long a --quick run starts no further row, so that it ends within five minutes."""

@@ -27,6 +27,7 @@ import torch
 import triton
 from torch import Tensor
 
+from qnext_kernels.fp8 import FP8_GROUP
 from qnext_kernels.moe.configurations import (
     TUNED,
     Configuration,
@@ -38,7 +39,6 @@ from qnext_kernels.moe.configurations import (
     rule,
     save,
 )
-from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_kernels.moe.triton_experts import Call, Weights
 from qnext_kernels.moe.triton_fp8 import quantize
 from qnext_kernels.triton_support import Target, current_target, power_of_two

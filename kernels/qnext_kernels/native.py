@@ -39,6 +39,8 @@ FLAGS_OF_ISA = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
 }
 """Instruction sets that the kernels are written for, the best first, and what makes a compiler use them."""
+FURTHER_FLAGS = {"avx512bf16": {"avx512vbmi": "-mavx512vbmi"}}
+"""Of an instruction set where the processor has what is named too, as almost all of them have."""
 CPU_FLAGS_OF_ISA = {
     "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
     "avx2": {"avx2", "fma", "f16c"},
@@ -58,15 +60,25 @@ def usable_instruction_sets() -> list[str]:
     Raises:
         NativeError: there is none.
     """
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        raise NativeError("needs Linux on x86-64") from None
-    have = set(next((line for line in lines if line.startswith("flags")), "").split())
+    have = _cpu_flags()
     usable = [isa for isa, needed in CPU_FLAGS_OF_ISA.items() if needed <= have]
     if not usable:
         raise NativeError("needs a processor with AVX2 and FMA")
     return usable
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        raise NativeError("needs Linux on x86-64") from None
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def compiler_flags(isa: str) -> list[str]:
+    """What makes a compiler use an instruction set, as far as this processor has it."""
+    further = FURTHER_FLAGS.get(isa, {})
+    return [*FLAGS_OF_ISA[isa], *(flag for name, flag in further.items() if name in _cpu_flags())]
 
 
 def instruction_set() -> str:
@@ -103,7 +115,7 @@ def build(isa: str, folder: Path) -> Path:
     Raises:
         NativeError: the compiler is missing or fails.
     """
-    command = [*compiler(), *FLAGS, *FLAGS_OF_ISA[isa]]
+    command = [*compiler(), *FLAGS, *compiler_flags(isa)]
     sources = sorted(SOURCES.glob("*.cpp"))
     library = folder / f"qnext_kernels-{isa}-{_digest(command)}.so"
     if library.exists():

@@ -20,6 +20,11 @@ def floats(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), DTYPES[x.dtype]
 
 
+def address(x: Tensor | None) -> int:
+    """Where a tensor lies, or 0."""
+    return 0 if x is None else x.data_ptr()
+
+
 def indices(x: Tensor | None) -> tuple[int, int]:
     """The fields of ``Indices`` for a contiguous int32 or int64 tensor, or none."""
     return (0, 0) if x is None else (x.data_ptr(), x.dtype == torch.int64)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qnext_kernels import topk_softmax
-from qnext_kernels.moe.reference import FP8_GROUP
+from qnext_kernels.fp8 import FP8_GROUP
 
 EXPERTS, TOP_K, HIDDEN, MIDDLE, SHARED_MIDDLE = 9, 3, 40, 24, 20
 # One that is not a multiple of a group, in either direction, and two groups of a sum.

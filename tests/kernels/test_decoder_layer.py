@@ -13,12 +13,14 @@ from qnext_kernels import (
     ExpertsWeights,
     LinearWeight,
     experts,
+    experts_fp8,
     force_backend,
     linear,
     linear_norm_experts,
     norm_heads,
     norm_linears,
     pack_experts_,
+    pack_experts_fp8_,
     pack_weight_,
     qk_norm_rope_gate,
     rms_norm,
@@ -26,6 +28,8 @@ from qnext_kernels import (
     topk_softmax,
 )
 from qnext_kernels.decoder_layer import native
+from qnext_kernels.fp8 import FP8
+from tests.kernels.fp8_inputs import experts_in_fp8, linear_in_fp8
 from tests.kernels.kernel_inputs import DTYPES, assert_close, same_bits
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, ROTARY, POSITIONS = 72, 4, 2, 16, 8, 50
@@ -104,6 +108,9 @@ def one_by_one(name: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         projected = linear(x if gate is None else sigmoid_gate(x, gate), *given["out_proj"])
         normed, total = rms_norm(projected, given["norm_weight"], EPS, given["residual"])
         choice = topk_softmax(linear(normed, *given["router"]), given["top_k"], given["renormalize"])
+        if moe.scales is not None:
+            weights = moe.w13, moe.scales[0], moe.w2, moe.scales[1]
+            return experts_fp8(normed, *weights, *choice, moe.packed, moe.shared, quantize_activations=False), total
         return experts(normed, moe.w13, moe.w2, *choice, moe.packed, moe.shared), total
     normed, total = rms_norm(given.pop("x"), given.pop("norm_weight"), given.pop("eps"), given.pop("residual"))
     if name == "norm_linears":
@@ -119,10 +126,21 @@ def packed(arguments: dict[str, Any]) -> dict[str, Any]:
             given[name] = value._replace(packed=pack_weight_(value.weight))
             assert given[name].packed
         elif isinstance(value, ExpertsWeights):
-            shared = None if value.shared is None else value.shared[:2]
-            given[name] = value._replace(packed=pack_experts_(value.w13, value.w2, shared))
+            scaled = value.scales is not None
+            shared = None if value.shared is None else value.shared[: -1 : 1 + scaled]
+            if scaled:
+                done = pack_experts_fp8_(value.w13, value.scales[0], value.w2, value.scales[1], shared)
+            else:
+                done = pack_experts_(value.w13, value.w2, shared)
+            given[name] = value._replace(packed=done)
             assert given[name].packed
     return given
+
+
+def in_fp8(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With those weights in FP8 that checkpoints have so: all but the router and the small projection."""
+    convert = {"first": linear_in_fp8, "qkv": linear_in_fp8, "out_proj": linear_in_fp8, "moe": experts_in_fp8}
+    return {name: convert[name](value) if name in convert else value for name, value in arguments.items()}
 
 
 def all_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
@@ -137,25 +155,31 @@ def refuse(*_: object) -> None:
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
 @pytest.mark.parametrize("name", NAMES)
 def test_one_call_has_the_bits_of_its_parts(
-    name: str, tokens: int, dtype: torch.dtype, residual: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, fp8: bool, tokens: int, dtype: torch.dtype, residual: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call, inputs = CALLS[name]
     arguments = inputs(tokens, dtype, residual=residual, bias=bias)
+    if fp8:
+        arguments = in_fp8(arguments)
     theirs = one_by_one(name, arguments)
-    for part in ("linear", "rms_norm", "experts", "qk_norm_rope_gate"):
+    for part in ("linear", "rms_norm", "experts", "experts_fp8", "qk_norm_rope_gate"):
         monkeypatch.setattr(f"qnext_kernels.decoder_layer.{part}", refuse)
     assert all_same(call(**arguments), theirs)
     assert all_same(call(**packed(arguments)), theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
 @pytest.mark.parametrize("name", NAMES)
-def test_calls_agree_with_float64(name: str, dtype: torch.dtype) -> None:
+def test_calls_agree_with_float64(name: str, fp8: bool, dtype: torch.dtype) -> None:
     call, inputs = CALLS[name]
     # Every expert is chosen: which one a rounding would change is not asked here.
     arguments = inputs(5, dtype) | ({"top_k": EXPERTS} if name == "linear_norm_experts" else {})
+    if fp8:
+        arguments = in_fp8(arguments)
     with force_backend("reference"):
         truth = call(**in_float64(arguments))
     # Sums of HIDDEN in each of up to three products behind each other, and up to six results that are rounded between.
@@ -166,11 +190,16 @@ def test_calls_agree_with_float64(name: str, dtype: torch.dtype) -> None:
 
 def in_float64(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return value.double() if value.is_floating_point() and value.dtype != FP8 else value
     if isinstance(value, dict):
         return {name: in_float64(each) for name, each in value.items()}
-    if isinstance(value, LinearWeight | ExpertsWeights):
-        return type(value)(*map(in_float64, value))
+    if isinstance(value, LinearWeight):
+        return LinearWeight(*map(in_float64, value[:3]), value.scale)
+    if isinstance(value, ExpertsWeights):
+        shared = value.shared
+        if shared is not None and value.scales is not None:
+            return value._replace(shared=(*shared[:-1], in_float64(shared[-1])))
+        return ExpertsWeights(*map(in_float64, value[:4]), value.scales)
     return tuple(map(in_float64, value)) if isinstance(value, tuple) else value
 
 

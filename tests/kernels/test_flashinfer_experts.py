@@ -142,16 +142,27 @@ def test_weights_that_it_does_not_serve_stay_and_the_error_says_why(monkeypatch:
     assert same_bits(w13, before)
 
 
-def test_packed_weights_are_read_by_no_other_backend_and_never_beside_a_shared_expert() -> None:
+def test_packed_weights_are_read_by_no_other_backend() -> None:
     arguments, fp8 = random_experts(3, BF16, shared=True), whole_blocks(3)
     with force_backend("moe=reference"):
         with pytest.raises(BackendError, match=r"^packed: backend reference"):
             experts_fp8(**fp8, packed=True)
         with pytest.raises(BackendError, match=r"^packed: backend reference"):
             experts(**arguments, packed=True)
-        shared = *(fp8[name][0] for name in ROUTED_FP8), torch.zeros(256, dtype=BF16)
-        with pytest.raises(ValueError, match=r"^packed:"):
-            experts_fp8(**fp8, packed=True, shared=shared)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [({"quantize_activations": False}, "quantize_activations"), ({"shared": True}, "shared")]
+)
+def test_what_flashinfer_does_not_compute_is_refused_by_name(
+    given: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    fp8 = whole_blocks(3)
+    if "shared" in given:
+        given = {"shared": (*(fp8[name][0] for name in ROUTED_FP8), torch.zeros(256, dtype=BF16))}
+    with force_backend("moe=flashinfer"), pytest.raises(BackendError, match=f"^{name}: backend flashinfer"):
+        experts_fp8(**fp8, packed=True, **given)
 
 
 @pytest.mark.gpu

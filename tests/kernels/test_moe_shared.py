@@ -18,7 +18,7 @@ from qnext_kernels import (
     unpack_experts_,
 )
 from qnext_kernels.dispatch import BackendError
-from qnext_kernels.moe.reference import (
+from qnext_kernels.fp8 import (
     FP8_GROUP,
     dequantize_blocks,
     dequantize_groups,

@@ -65,7 +65,17 @@ def other_instruction_sets() -> list[str]:
 @pytest.mark.parametrize("isa", other_instruction_sets())
 def test_kernels_of_another_instruction_set_pass_their_tests(isa: str) -> None:
     here = Path(__file__).parent
-    names = ("linear", "moe", "moe_shared", "gated_norm", "rms_norm", "gated_attention", "paged_attention")
+    names = (
+        "linear",
+        "linear_fp8",
+        "moe",
+        "moe_shared",
+        "experts_w8a16",
+        "gated_norm",
+        "rms_norm",
+        "gated_attention",
+        "paged_attention",
+    )
     names += ("causal_conv1d", "causal_conv1d_grouped", "gated_delta_rule", "gated_delta_net")
     files = [str(here / f"test_{name}.py") for name in names]
     done = subprocess.run(

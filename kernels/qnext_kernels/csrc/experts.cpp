@@ -69,7 +69,7 @@ float dot(const T* x, const T* y, int64_t size) {
     return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-template <class T>
+template <class T, class W>
 class Run {
   public:
     explicit Run(const Experts& p)
@@ -115,23 +115,31 @@ class Run {
     }
 
     struct Expert {
-        const T *w13, *w2;
+        Matrix<W> gate, up, down;
         int64_t middle;
         T* rows;  // [pairs of the expert, middle]
     };
 
     Expert expert(int64_t e) const {
         if (e == p.experts)
-            return {static_cast<const T*>(p.shared_w13), static_cast<const T*>(p.shared_w2), p.shared_middle,
-                    middle.get() + routed * p.middle};
-        return {static_cast<const T*>(p.w13) + e * 2 * p.middle * p.hidden,
-                static_cast<const T*>(p.w2) + e * p.hidden * p.middle, p.middle, middle.get() + routing.start[e] * p.middle};
+            return stored(p.shared_w13, p.shared_w13_scale, p.shared_w2, p.shared_w2_scale, p.shared_middle, 0,
+                          routed * p.middle);
+        return stored(p.w13, p.w13_scale, p.w2, p.w2_scale, p.middle, e, routing.start[e] * p.middle);
     }
 
-    Matrix<T> gate(const Expert& expert) const { return {expert.w13, expert.middle, p.hidden, p.packed != 0}; }
-    Matrix<T> up(const Expert& expert) const {
-        return {expert.w13 + expert.middle * p.hidden, expert.middle, p.hidden, p.packed != 0};
+    // Expert `e` of those that lie there one behind the other, whose rows begin at `first_row` of the middle's.
+    Expert stored(const void* w13, const float* w13_scale, const void* w2, const float* w2_scale, int64_t middle, int64_t e,
+                  int64_t first_row) const {
+        const int64_t size = middle * p.hidden, blocks = blocks_of(middle) * blocks_of(p.hidden);
+        const auto matrix = [&](const void* data, const float* scales, int64_t n, int64_t rows, int64_t k) {
+            return Matrix<W>{static_cast<const W*>(data) + n * size, rows, k, p.packed != 0,
+                             scales ? scales + n * blocks : nullptr};
+        };
+        return {matrix(w13, w13_scale, 2 * e, middle, p.hidden), matrix(w13, w13_scale, 2 * e + 1, middle, p.hidden),
+                matrix(w2, w2_scale, e, p.hidden, middle), middle, this->middle.get() + first_row};
     }
+
+    static int64_t blocks_of(int64_t size) { return (size + kScaleBlock - 1) / kScaleBlock; }
 
     // What a token's choice is multiplied with.
     float weight(int64_t token, int64_t choice) const {
@@ -144,8 +152,8 @@ class Run {
         explicit Worker(const Run& run)
             : p(run.p), run(run), routing(run.routing), total(run.total.get()), hidden(p.hidden), activated(p.middle),
               shared_activated(p.shared_middle),
-              memory(scratch<T>(2 * std::max({Matrix<T>::panel_size(p.hidden), Matrix<T>::panel_size(p.middle),
-                                              Matrix<T>::panel_size(p.shared_middle)}))),
+              memory(scratch<W>(2 * std::max({Matrix<W>::panel_size(p.hidden), Matrix<W>::panel_size(p.middle),
+                                              Matrix<W>::panel_size(p.shared_middle)}))),
               products(std::min<int64_t>(kTokens, routing.pairs.size())) {}
 
         // SiLU(gate x) · up x in the columns of panels [first, last), as far as there are, for the tokens of one expert.
@@ -190,11 +198,10 @@ class Run {
 
         // A panel of gate with its panel of up.
         void in_pairs(const Expert& expert, int64_t first, int64_t last, int64_t count, T* rows) {
-            const Matrix<T> gate = run.gate(expert), up = run.up(expert);
             for (int64_t panel = first; panel < last; ++panel) {
                 const int64_t column = panel * kPanel;
-                const T* panels[] = {gate.panel(column, memory.get()),
-                                     up.panel(column, memory.get() + Matrix<T>::panel_size(p.hidden))};
+                const Panel<W> panels[] = {expert.gate.panel(column, memory.get()),
+                                           expert.up.panel(column, memory.get() + Matrix<W>::panel_size(p.hidden))};
                 multiply<T>(hidden.rows(), count, panels, 2, p.hidden, products.get());
                 activate(products.get()[0], products.get()[1], count, expert.middle, column, rows);
             }
@@ -203,19 +210,18 @@ class Run {
         // All panels of gate and then those of up, for so few tokens that memory limits: of one stream a processor foresees
         // more than of two in turns.
         void one_by_one(const Expert& expert, int64_t first, int64_t last, int64_t count, T* rows) {
-            const Matrix<T> gate = run.gate(expert), up = run.up(expert);
             if (const int64_t floats = (last - first) * kFewTiles * kTogether * kPanel; floats > gates_room) {
                 gates_room = floats;
                 gates = scratch<float>(floats);
             }
             float *const of_up = products.get()[0], *of_gate = gates.get();
             for (int64_t panel = first; panel < last; ++panel, of_gate += count * kPanel) {
-                const T* const weights = gate.panel(panel * kPanel, memory.get());
+                const Panel<W> weights = expert.gate.panel(panel * kPanel, memory.get());
                 multiply<T>(hidden.rows(), count, &weights, 1, p.hidden, &of_gate);
             }
             of_gate = gates.get();
             for (int64_t panel = first; panel < last; ++panel, of_gate += count * kPanel) {
-                const T* const weights = up.panel(panel * kPanel, memory.get());
+                const Panel<W> weights = expert.up.panel(panel * kPanel, memory.get());
                 multiply<T>(hidden.rows(), count, &weights, 1, p.hidden, &of_up);
                 activate(of_gate, of_up, count, expert.middle, panel * kPanel, rows);
             }
@@ -223,8 +229,7 @@ class Run {
 
         void add_expert(int64_t e, int64_t begin, int64_t end) {
             const Expert expert = run.expert(e);
-            const Matrix<T> weights{expert.w2, p.hidden, expert.middle, p.packed != 0};
-            Activations<T>& rows = e == p.experts ? shared_activated : activated;
+            Activations<T, W>& rows = e == p.experts ? shared_activated : activated;
             for_blocks(e, [&](int64_t from, int64_t count) {
                 rows.take(count, [&](int64_t i) { return expert.rows + (from - routing.start[e] + i) * expert.middle; });
                 for (int64_t i = 0; i < count; ++i) {
@@ -233,10 +238,10 @@ class Run {
                 }
                 for (int64_t column = begin; column < end; column += 2 * kPanel) {
                     const int64_t num_panels = std::min<int64_t>(2, panels_of(end - column));
-                    const T* panels[2] = {};
+                    Panel<W> panels[2] = {};
                     for (int64_t n = 0; n < num_panels; ++n)
-                        panels[n] = weights.panel(column + n * kPanel,
-                                                  memory.get() + n * Matrix<T>::panel_size(expert.middle));
+                        panels[n] = expert.down.panel(column + n * kPanel,
+                                                      memory.get() + n * Matrix<W>::panel_size(expert.middle));
                     for (int64_t i = 0; i < count; ++i) fetch(sums[i].to + column, std::min(2 * kPanel, end - column));
                     multiply<T>(rows.rows(), count, panels, num_panels, expert.middle, products.get());
                     for (int64_t n = 0; n < num_panels; ++n) {
@@ -282,8 +287,8 @@ class Run {
         const Run& run;
         const Routing& routing;
         float* const total;
-        Activations<T> hidden, activated, shared_activated;
-        const Scratch<T> memory;  // two panels
+        Activations<T, W> hidden, activated, shared_activated;
+        const Scratch<W> memory;  // two panels
         const Products products;
         Scratch<float> gates;     // products of several panels
         int64_t gates_room = 0;
@@ -306,6 +311,8 @@ class Run {
 
 extern "C" bool qnext_experts(const qnext::Experts* p) {
     bool valid = false;
-    qnext::with_type(p->dtype, [&](auto type) { valid = qnext::Run<decltype(type)>(*p).run(); });
+    qnext::with_types(p->dtype, p->w13_scale, [&](auto type, auto weight) {
+        valid = qnext::Run<decltype(type), decltype(weight)>(*p).run();
+    });
     return valid;
 }

@@ -8,7 +8,7 @@ namespace qnext {
 
 struct Pack {
     void* weights;  // [matrices, rows, k], contiguous; k is whole steps
-    int64_t dtype, matrices, rows, k;
+    int64_t stored, matrices, rows, k;
     int64_t back;  // from panels to rows
 };
 
@@ -29,9 +29,9 @@ void store(const float* products, int64_t count, const T* bias, T* out, int64_t 
     }
 }
 
-template <class T>
+template <class T, class W>
 void linear(const Linear& p) {
-    const Matrix<T> weight{static_cast<const T*>(p.weight), p.rows, p.k, p.packed != 0};
+    const Matrix<W> weight{static_cast<const W*>(p.weight), p.rows, p.k, p.packed != 0, p.scale};
     const T *x = static_cast<const T*>(p.x), *bias = static_cast<const T*>(p.bias);
     T* out = static_cast<T*>(p.out);
     // Two panels are two streams for a few tokens; for many, one stays in the second-level cache.
@@ -43,16 +43,16 @@ void linear(const Linear& p) {
     const int64_t token_block = shared ? (p.tokens + blocks - 1) / blocks : kTokenBlock;
 #pragma omp parallel if (worth_threads(p.tokens * p.rows * p.k))
     {
-        Activations<T> activations(p.k);
-        const int64_t panel_size = Matrix<T>::panel_size(p.k);
-        const auto memory = scratch<T>(weight.packed ? panel_size : at_once * panel_size);
+        Activations<T, W> activations(p.k);
+        const int64_t panel_size = Matrix<W>::panel_size(p.k);
+        const auto memory = scratch<W>(weight.packed ? panel_size : at_once * panel_size);
         const Products products(std::min(kTokens, p.tokens));
         for (int64_t begin = 0; begin < p.tokens; begin += token_block) {
             const int64_t end = std::min(begin + token_block, p.tokens);
 #pragma omp for schedule(dynamic, 1) nowait
             for (int64_t range = 0; range < ranges; ++range) {
                 const int64_t first = range * at_once * kPanel, panels = std::min(at_once, panels_of(p.rows - first));
-                const T* w[2] = {};
+                Panel<W> w[2] = {};
                 for (int64_t n = 0; n < panels; ++n)
                     w[n] = weight.panel(first + n * kPanel, memory.get() + (weight.packed ? 0 : n * panel_size));
                 for (int64_t block = begin; block < end; block += kTokens) {
@@ -70,9 +70,14 @@ void linear(const Linear& p) {
     }
 }
 
+void unpack_panel(const float8* panel, int64_t k, float8* to) {
+    for (int64_t r = 0; r < kPanel; ++r)
+        for (int64_t i = 0; i < k; ++i) to[r * k + i] = panel[i / 2 * 2 * kPanel + float8_place(r, i % 2)];
+}
+
 template <class T>
 void unpack_panel(const T* panel, int64_t k, T* to) {
-    constexpr int64_t step = Dot<T>::step;
+    constexpr int64_t step = kStep<T>;
     for (int64_t r = 0; r < kPanel; ++r)
         for (int64_t i = 0; i < k; ++i) to[r * k + i] = panel[(i / step * kPanel + r) * step + i % step];
 }
@@ -102,9 +107,12 @@ void pack(const Pack& p) {
 }  // namespace qnext
 
 extern "C" void qnext_linear(const qnext::Linear* p) {
-    qnext::with_type(p->dtype, [&](auto type) { qnext::linear<decltype(type)>(*p); });
+    qnext::with_types(p->dtype, p->scale, [&](auto type, auto weight) {
+        qnext::linear<decltype(type), decltype(weight)>(*p);
+    });
 }
 
 extern "C" __attribute__((visibility("default"))) void qnext_pack(const qnext::Pack* p) {
-    qnext::with_type(p->dtype, [&](auto type) { qnext::pack<decltype(type)>(*p); });
+    if (p->stored == qnext::kFloat8) return qnext::pack<qnext::float8>(*p);
+    qnext::with_type(p->stored, [&](auto type) { qnext::pack<decltype(type)>(*p); });
 }

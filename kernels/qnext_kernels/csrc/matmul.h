@@ -6,13 +6,15 @@
 // stream. Other panels are packed on the way.
 //
 // A result is the sum over blocks of K of one chain of sums each, in one order. It does not depend on how many activations
-// or rows are multiplied together, or on who packed the panel.
+// or rows are multiplied together, or on who packed the panel. Of weights in e4m3 a block is what has a scale in common,
+// which its chain is multiplied with.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
 #include "arguments.h"
+#include "float8.h"
 
 namespace qnext {
 
@@ -25,17 +27,20 @@ constexpr int kFew = Vec::size == 16 ? 3 : 1;
 // Activations whose products are kept together, and that are converted together where they have to be.
 constexpr int64_t kTokens = 48 * kTogether;
 constexpr int64_t kAhead = 16;   // steps that are fetched ahead
+constexpr int64_t kAheadFloat8 = 32;
 constexpr int64_t kChain = Vec::size == 16 ? 128 : 64;  // steps of a chain of sums
 // Tiles of activations, at most, that meet half as long a piece of a panel: they wait for memory, and a core's first cache
 // holds it and as much that is fetched meanwhile. More tiles have the time to read the second cache.
 constexpr int64_t kFewTiles = 3;
 constexpr int64_t kPiece = 64;
 
+// How activations as they are packed meet weights as they are stored: `w` is a step of a panel, of which vector `v` is read.
 struct DotFloat {
     using Packed = float;
-    static constexpr int64_t step = 1;  // elements in 32 bits
+    using Weight = float;
+    static constexpr int64_t step = 1;  // elements of K
     static constexpr int parts = 1;
-    static Vec weights(const float* w, int) { return Vec::load(w); }
+    static Vec weights(const float* w, int v, int) { return Vec::load(w + v * Vec::size); }
     static Vec activation(const float* x, int) { return Vec::fill(*x); }
     static Vec add(Vec total, Vec x, Vec w) { return fma(x, w, total); }
 };
@@ -44,9 +49,10 @@ struct DotFloat {
 
 struct DotBFloat16 {
     using Packed = bfloat16;
+    using Weight = bfloat16;
     static constexpr int64_t step = 2;
     static constexpr int parts = 1;
-    static Vec weights(const bfloat16* w, int) { return {_mm512_loadu_ps(w)}; }
+    static Vec weights(const bfloat16* w, int v, int) { return {_mm512_loadu_ps(w + v * 2 * Vec::size)}; }
     static Vec activation(const bfloat16* x, int) {
         float pair;
         std::memcpy(&pair, x, sizeof pair);
@@ -62,17 +68,18 @@ struct DotBFloat16 {
 // The even elements, then the odd ones: two bfloat16 in 32 bits are two floats after a shift and a mask.
 struct DotBFloat16 {
     using Packed = float;
+    using Weight = bfloat16;
     static constexpr int64_t step = 2;
     static constexpr int parts = 2;
 #if defined(__AVX512F__)
-    static Vec weights(const bfloat16* w, int part) {
-        const __m512i pairs = _mm512_loadu_si512(w);
+    static Vec weights(const bfloat16* w, int v, int part) {
+        const __m512i pairs = _mm512_loadu_si512(w + v * 2 * Vec::size);
         return {_mm512_castsi512_ps(part ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000)))
                                          : _mm512_slli_epi32(pairs, 16))};
     }
 #else
-    static Vec weights(const bfloat16* w, int part) {
-        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+    static Vec weights(const bfloat16* w, int v, int part) {
+        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + v * 2 * Vec::size));
         return {_mm256_castsi256_ps(part ? _mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000)))
                                          : _mm256_slli_epi32(pairs, 16))};
     }
@@ -83,23 +90,66 @@ struct DotBFloat16 {
 
 #endif
 
-template <class T>
-using Dot = std::conditional_t<std::is_same_v<T, float>, DotFloat, DotBFloat16>;
-template <class T>
-using Packed = typename Dot<T>::Packed;
+// The even column, then the odd one.
+struct DotFloat8 {
+    using Packed = float;
+    using Weight = float8;
+    using Decoded = DotFloat;  // how they meet weights that are decoded beforehand, with the same result
+    static constexpr int64_t step = 2;
+    static constexpr int parts = 2;
+    static Vec weights(const float8* w, int v, int part) { return float8_column(w, v, part); }
+    static Vec activation(const float* x, int part) { return Vec::fill(x[part]); }
+    static Vec add(Vec total, Vec x, Vec w) { return fma(x, w, total); }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+
+struct DotFloat8Pairs : DotBFloat16 {
+    using Weight = float8;
+    using Decoded = DotBFloat16;
+    static Vec weights(const float8* w, int v, int) { return {_mm512_castsi512_ps(float8_pairs(w, v))}; }
+};
+
+#else
+
+using DotFloat8Pairs = DotFloat8;
+
+#endif
+
+// Of activations T with weights W: of the same type, or in e4m3.
+template <class T, class W = T>
+using Dot = std::conditional_t<std::is_same_v<W, float>, DotFloat,
+                               std::conditional_t<std::is_same_v<W, bfloat16>, DotBFloat16,
+                                                  std::conditional_t<std::is_same_v<T, float>, DotFloat8, DotFloat8Pairs>>>;
+template <class T, class W = T>
+using Packed = typename Dot<T, W>::Packed;
+
+// Calls f with a value of the C++ type of activations, and one of that of weights: e4m3 where they have scales.
+template <class F>
+void with_types(int64_t dtype, const float* scales, F f) {
+    with_type(dtype, [&](auto type) {
+        if (scales)
+            f(type, float8());
+        else
+            f(type, type);
+    });
+}
 
 inline int64_t panels_of(int64_t rows) { return (rows + kPanel - 1) / kPanel; }
 
-// Steps of 32 bits in K elements.
-template <class T>
+// Elements of K that lie side by side in a panel: 32 bits, or two e4m3.
+template <class W>
+constexpr int64_t kStep = std::is_same_v<W, float> ? 1 : 2;
+
+template <class W>
 int64_t steps_of(int64_t k) {
-    return (k + Dot<T>::step - 1) / Dot<T>::step;
+    return (k + kStep<W> - 1) / kStep<W>;
 }
 
 // A panel of `rows` rows, zeros behind their last element and behind the last of them.
 template <class T>
 void pack_panel(const T* w, int64_t rows, int64_t k, T* to) {
-    constexpr int64_t step = Dot<T>::step, width = Vec::size * step;
+    constexpr int64_t step = kStep<T>, width = Vec::size * step;
     const int64_t steps = steps_of<T>(k);
     for (int64_t r = 0; r < kPanel; r += Vec::size) {
         for (int64_t s = 0; s < steps; s += Vec::size) {
@@ -121,55 +171,78 @@ void pack_panel(const T* w, int64_t rows, int64_t k, T* to) {
     }
 }
 
+inline void pack_panel(const float8* w, int64_t rows, int64_t k, float8* to) {
+    const int64_t steps = steps_of<float8>(k);
+    if (rows < kPanel || k % 2) std::fill_n(to, steps * 2 * kPanel, float8{});
+    // Lines of some rows at a time stay in the first cache.
+    for (int64_t first = 0; first < k; first += 64)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t i = first; i < std::min(first + 64, k); ++i)
+                to[i / 2 * 2 * kPanel + float8_place(r, i % 2)] = w[r * k + i];
+}
+
+// A panel of weights, and in e4m3 its scale for every block of columns.
+template <class W>
+struct Panel {
+    const W* data;
+    const float* scales;
+};
+
 // A weight matrix [rows, K]; if it is packed, K is whole steps, and rows behind the last whole panel lie as they are.
-template <class T>
+template <class W>
 struct Matrix {
-    const T* data;
+    const W* data;
     int64_t rows, k;
     bool packed;
+    const float* scales = nullptr;  // in e4m3 [blocks of rows, blocks of columns]
 
-    static int64_t panel_size(int64_t k) { return steps_of<T>(k) * Dot<T>::step * kPanel; }
+    static int64_t panel_size(int64_t k) { return steps_of<W>(k) * kStep<W> * kPanel; }
 
     // The panel from row `first` on, in place or in `memory`, which holds panel_size(k) elements.
-    const T* panel(int64_t first, T* memory) const {
-        if (packed && first + kPanel <= rows) return data + first * k;
+    Panel<W> panel(int64_t first, W* memory) const {
+        static_assert(kScaleBlock % kPanel == 0, "a panel lies in one block of rows");
+        const int64_t blocks = (k + kScaleBlock - 1) / kScaleBlock;
+        const float* scales = this->scales ? this->scales + first / kScaleBlock * blocks : nullptr;
+        if (packed && first + kPanel <= rows) return {data + first * k, scales};
         pack_panel(data + first * k, std::min(kPanel, rows - first), k, memory);
-        return memory;
+        return {memory, scales};
     }
 };
 
-// Rows of activations as products read them.
-template <class T>
+// Rows of activations as products with weights W read them.
+template <class T, class W = T>
 class Activations {
+    using Packed = qnext::Packed<T, W>;
+
   public:
     explicit Activations(int64_t k)
-        : k(k), width(steps_of<T>(k) * Dot<T>::step), direct(std::is_same_v<T, Packed<T>> && width == k) {}
+        : k(k), width(steps_of<W>(k) * kStep<W>), direct(std::is_same_v<T, Packed> && width == k) {}
 
     // `count` rows, at most kTokens; row(i) is where row i lies.
     template <class F>
     void take(int64_t count, F row) {
         if (count > room) {
             room = count;
-            places = scratch<const Packed<T>*>(room);
-            if (!direct) memory = scratch<Packed<T>>(room * width);
+            places = scratch<const Packed*>(room);
+            if (!direct) memory = scratch<Packed>(room * width);
         }
         for (int64_t i = 0; i < count; ++i) {
-            if constexpr (std::is_same_v<T, Packed<T>>) {
+            if constexpr (std::is_same_v<T, Packed>) {
                 if (direct) {
                     places[i] = row(i);
                     continue;
                 }
             }
-            Packed<T>* to = memory.get() + i * width;
+            Packed* to = memory.get() + i * width;
             convert(row(i), to);
             places[i] = to;
         }
     }
 
-    const Packed<T>* const* rows() const { return places.get(); }
+    const Packed* const* rows() const { return places.get(); }
 
   private:
-    void convert(const T* from, Packed<T>* to) const {
+    void convert(const T* from, Packed* to) const {
         int64_t i = 0;
         for (; i + Vec::size <= k; i += Vec::size) Vec::load(from + i).store(to + i);
         for (; i < k; ++i) assign(to[i], to_float(from[i]));
@@ -179,8 +252,8 @@ class Activations {
     const int64_t k, width;
     const bool direct;
     int64_t room = 0;
-    Scratch<const Packed<T>*> places;
-    Scratch<Packed<T>> memory;
+    Scratch<const Packed*> places;
+    Scratch<Packed> memory;
 };
 
 // Where in bytes from a piece on to fetch, and how much further with every step.
@@ -192,24 +265,31 @@ struct Fetch {
 struct Piece {
     int64_t first, steps;
     bool begins_chain, ends_chain;
+    int64_t at;  // its first step in the memory of a panel
+};
+
+// A whole chain, which is multiplied with the scale of each panel.
+struct ScaledChain {
+    int64_t first, steps, at;
+    const float* scales;
+    static constexpr bool begins_chain = true, ends_chain = true;
 };
 
 // To c[p] [A, kPanel], or added to it, the products of the steps of `piece` of A activations with V vectors of rows of each
 // of P panels; to `open` where it does not end a chain. Meanwhile `Lines` lines are fetched a step.
-template <class T, int A, int V, int P, int Lines>
-QNEXT_INLINE inline void add_tile(const Packed<T>* const* x, const T* const* panels, Piece piece, Fetch fetch,
-                                  float* const* c, float* open) {
-    using D = Dot<T>;
-    constexpr int64_t vector = Vec::size * D::step, row = kPanel * D::step;
+template <class D, int A, int V, int P, int Lines, class Piece>
+QNEXT_INLINE inline void add_tile(const typename D::Packed* const* x, const typename D::Weight* const* panels, Piece piece,
+                                  Fetch fetch, float* const* c, float* open) {
+    constexpr int64_t row = kPanel * D::step;
     constexpr bool few = A <= kFew;
     Vec total[P][A][V];
-    const Packed<T>* from[A];
-    const T* w[P];
+    const typename D::Packed* from[A];
+    const typename D::Weight* w[P];
 #pragma GCC unroll 8
     for (int a = 0; a < A; ++a) from[a] = x[a] + piece.first * D::step;
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
-        w[p] = panels[p] + piece.first * row;
+        w[p] = panels[p] + piece.at * row;
 #pragma GCC unroll 8
         for (int a = 0; a < A; ++a)
 #pragma GCC unroll 8
@@ -233,7 +313,7 @@ QNEXT_INLINE inline void add_tile(const Packed<T>* const* x, const T* const* pan
                 for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
                     for (int v = 0; v < V; ++v) {
-                        weights[0][0] = D::weights(w[p] + s * row + v * vector, part);
+                        weights[0][0] = D::weights(w[p] + s * row, v, part);
 #pragma GCC unroll 8
                         for (int a = 0; a < A; ++a)
                             total[p][a][v] = D::add(total[p][a][v], activations[a], weights[0][0]);
@@ -242,7 +322,7 @@ QNEXT_INLINE inline void add_tile(const Packed<T>* const* x, const T* const* pan
 #pragma GCC unroll 2
                 for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-                    for (int v = 0; v < V; ++v) weights[p][v] = D::weights(w[p] + s * row + v * vector, part);
+                    for (int v = 0; v < V; ++v) weights[p][v] = D::weights(w[p] + s * row, v, part);
 #pragma GCC unroll 8
                 for (int a = 0; a < A; ++a) {
                     activations[0] = D::activation(from[a] + s * D::step, part);
@@ -255,34 +335,47 @@ QNEXT_INLINE inline void add_tile(const Packed<T>* const* x, const T* const* pan
             }
         }
     }
-    const bool adds = piece.ends_chain && piece.first >= kChain;
+    if constexpr (std::is_same_v<Piece, ScaledChain>) {
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p)
+        for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-        for (int a = 0; a < A; ++a)
+            for (int a = 0; a < A; ++a)
 #pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) {
-                float* to = (piece.ends_chain ? c[p] : open) + a * kPanel + v * Vec::size;
-                (adds ? Vec::load(to) + total[p][a][v] : total[p][a][v]).store(to);
-            }
+                for (int v = 0; v < V; ++v) {
+                    float* to = c[p] + a * kPanel + v * Vec::size;
+                    const Vec scale = Vec::fill(piece.scales[p]);
+                    (piece.first ? fma(scale, total[p][a][v], Vec::load(to)) : scale * total[p][a][v]).store(to);
+                }
+    } else {
+        const bool adds = piece.ends_chain && piece.first >= kChain;
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+            for (int a = 0; a < A; ++a)
+#pragma GCC unroll 8
+                for (int v = 0; v < V; ++v) {
+                    float* to = (piece.ends_chain ? c[p] : open) + a * kPanel + v * Vec::size;
+                    (adds ? Vec::load(to) + total[p][a][v] : total[p][a][v]).store(to);
+                }
+    }
 }
 
 // Neither this nor the next is inlined: among the surrounding loops the compiler would keep sums in memory instead of
 // registers.
-template <class T, int A, int V, int P, int Lines>
-__attribute__((noinline)) void multiply_tile(const Packed<T>* const* x, const T* const* panels, Piece piece, Fetch fetch,
-                                             float* const* c, float* open) {
-    add_tile<T, A, V, P, Lines>(x, panels, piece, fetch, c, open);
+template <class D, int A, int V, int P, int Lines, class Piece>
+__attribute__((noinline)) void multiply_tile(const typename D::Packed* const* x, const typename D::Weight* const* panels,
+                                             Piece piece, Fetch fetch, float* const* c, float* open) {
+    add_tile<D, A, V, P, Lines>(x, panels, piece, fetch, c, open);
 }
 
 // As multiply_tile of one panel and a whole chain, for tiles of A activations one after the other: a processor begins with
 // a tile before the last is stored.
-template <class T, int A, int V>
-__attribute__((noinline)) void multiply_tiles(const Packed<T>* const* x, int64_t tiles, const T* panel, int64_t first,
-                                              int64_t steps, Fetch fetch, float* c) {
+template <class D, int A, int V, class Piece>
+__attribute__((noinline)) void multiply_tiles(const typename D::Packed* const* x, int64_t tiles,
+                                              const typename D::Weight* panel, Piece piece, Fetch fetch, float* c) {
     for (int64_t tile = 0; tile < tiles; ++tile, x += A, c += A * kPanel) {
-        add_tile<T, A, V, 1, 1>(x, &panel, {first, steps, true, true}, fetch, &c, nullptr);
-        fetch.from += steps * fetch.step;
+        add_tile<D, A, V, 1, 1>(x, &panel, piece, fetch, &c, nullptr);
+        fetch.from += piece.steps * fetch.step;
     }
 }
 
@@ -295,49 +388,76 @@ QNEXT_INLINE inline void with_count(int64_t count, F f) {
     f(std::integral_constant<int, N>());
 }
 
+// Steps of a panel in e4m3 as Decoded reads them, while as many behind them are fetched.
+template <class D>
+void decode(const float8* w, int64_t steps, typename D::Decoded::Weight* to) {
+    constexpr int64_t row = kPanel * D::step, length = kScaleBlock / D::step;
+    for (int64_t s = 0; s < steps; ++s, w += row) {
+        for (int64_t line = 0; line < row; line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(w + length * row + line), _MM_HINT_T0);
+#pragma GCC unroll 2
+        for (int part = 0; part < D::parts; ++part)
+#pragma GCC unroll 8
+            for (int v = 0; v < kPanelVectors; ++v, to += sizeof(Vec) / sizeof(*to))
+                D::weights(w, v, part).store(reinterpret_cast<float*>(to));
+    }
+}
+
 // Vectors of a panel beside which the sums of all kTogether fit in the registers.
 constexpr int kVectorsTogether = Vec::size == 16 ? kPanelVectors : 2;
 
-template <class T, int P, int Lines>
-QNEXT_INLINE inline void multiply_panels(const Packed<T>* const* x, int64_t count, const T* const* panels, Piece piece,
-                                         Fetch fetch, float* const* c, float* open) {
+template <class D, int P, int Lines, class Piece>
+QNEXT_INLINE inline void multiply_panels(const typename D::Packed* const* x, int64_t count,
+                                         const typename D::Weight* const* panels, Piece piece, Fetch fetch,
+                                         float* const* c, float* open) {
     with_count<kTogether>(count, [&](auto a) {
         if constexpr (a <= kFew) {
-            multiply_tile<T, a, kPanelVectors, P, Lines>(x, panels, piece, fetch, c, open);
+            multiply_tile<D, a, kPanelVectors, P, Lines>(x, panels, piece, fetch, c, open);
         } else {
-            for (int p = 0; p < P; ++p)
+            for (int p = 0; p < P; ++p) {
                 for (int v = 0; v < kPanelVectors; v += kVectorsTogether) {
-                    const T* panel = panels[p] + v * Vec::size * Dot<T>::step;
+                    const typename D::Weight* panel = panels[p] + v * Vec::size * D::step;
                     float* to = c[p] + v * Vec::size;
                     constexpr int lines = kVectorsTogether == kPanelVectors ? Lines : 1;
-                    multiply_tile<T, a, kVectorsTogether, 1, lines>(x, &panel, piece, fetch, &to, open + v * Vec::size);
+                    multiply_tile<D, a, kVectorsTogether, 1, lines>(x, &panel, piece, fetch, &to, open + v * Vec::size);
                 }
+                if constexpr (std::is_same_v<Piece, ScaledChain>) ++piece.scales;
+            }
         }
     });
+}
+
+// To c [count, kPanel] a chain of one panel for more than kFewTiles tiles, which share in fetching from `next` bytes on.
+template <class D, class Piece>
+QNEXT_INLINE inline void multiply_chain(const typename D::Packed* const* x, int64_t count, const typename D::Weight* panel,
+                                        Piece piece, int64_t next, float* c) {
+    constexpr int64_t row = kPanel * 4;  // bytes
+    static_assert((kFewTiles * kTogether + 1) / (kFewTiles + 1) > kFew, "none of many tiles is of few activations");
+    const int64_t tiles = (count + kTogether - 1) / kTogether;
+    // Tiles of one activation more come behind the others.
+    const int64_t size = count / tiles, larger = count % tiles;
+    const auto run = [&](int64_t tile, int64_t num_tiles, int64_t begin, int64_t together) {
+        const Fetch share{next + piece.steps * (row / tiles) * tile, row / tiles};
+        with_count<kTogether>(together, [&](auto a) {
+            if constexpr (a > kFew) {
+                for (int v = 0; v < kPanelVectors; v += kVectorsTogether)
+                    multiply_tiles<D, a, kVectorsTogether>(x + begin, num_tiles, panel + v * Vec::size * D::step, piece, share,
+                                                           c + begin * kPanel + v * Vec::size);
+            }
+        });
+    };
+    run(0, tiles - larger, 0, size);
+    if (larger) run(tiles - larger, larger, (tiles - larger) * size, size + 1);
 }
 
 // As `multiply`, for one panel and more than kFewTiles tiles, all of which meet a chain of the panel before the next.
 template <class T>
 void multiply_many(const Packed<T>* const* x, int64_t count, const T* panel, int64_t k, float* c) {
     constexpr int64_t row = kPanel * 4;  // bytes
-    static_assert((kFewTiles * kTogether + 1) / (kFewTiles + 1) > kFew, "none of many tiles is of few activations");
-    const int64_t steps = steps_of<T>(k), tiles = (count + kTogether - 1) / kTogether;
-    // Tiles of one activation more come behind the others.
-    const int64_t size = count / tiles, larger = count % tiles;
+    const int64_t steps = steps_of<T>(k);
     for (int64_t first = 0; first == 0 || first < steps; first += kChain) {
-        const int64_t some = std::min(kChain, steps - first);
-        const auto run = [&](int64_t tile, int64_t num_tiles, int64_t begin, int64_t together) {
-            const Fetch share{kChain * row + some * (row / tiles) * tile, row / tiles};
-            with_count<kTogether>(together, [&](auto a) {
-                if constexpr (a > kFew) {
-                    for (int v = 0; v < kPanelVectors; v += kVectorsTogether)
-                        multiply_tiles<T, a, kVectorsTogether>(x + begin, num_tiles, panel + v * Vec::size * Dot<T>::step,
-                                                               first, some, share, c + begin * kPanel + v * Vec::size);
-                }
-            });
-        };
-        run(0, tiles - larger, 0, size);
-        if (larger) run(tiles - larger, larger, (tiles - larger) * size, size + 1);
+        const Piece chain{first, std::min(kChain, steps - first), true, true, first};
+        multiply_chain<Dot<T>>(x, count, panel, chain, kChain * row, c);
     }
 }
 
@@ -349,7 +469,7 @@ void multiply_many(const Packed<T>* const* x, int64_t count, const T* panel, int
 //
 // Not inlined: where a file calls it several times, a compiler would make calls of the functions above.
 template <class T>
-__attribute__((noinline)) void multiply(const Packed<T>* const* x, int64_t count, const T* const* panels,
+__attribute__((noinline)) void multiply(const Packed<T>* const* x, int64_t count, const Panel<T>* panels,
                                         int64_t num_panels, int64_t k, float* const* c) {
     constexpr int64_t row = kPanel * 4;  // bytes
     const int64_t steps = steps_of<T>(k), tiles = (count + kTogether - 1) / kTogether;
@@ -357,7 +477,8 @@ __attribute__((noinline)) void multiply(const Packed<T>* const* x, int64_t count
         for (int p = 0; p < 2; ++p) multiply<T>(x, count, panels + p, 1, k, c + p);
         return;
     }
-    if (tiles > kFewTiles) return multiply_many<T>(x, count, panels[0], k, c[0]);
+    if (tiles > kFewTiles) return multiply_many<T>(x, count, panels[0].data, k, c[0]);
+    const T* const weights[] = {panels[0].data, num_panels == 2 ? panels[1].data : nullptr};
     const std::integral_constant<int, 1> one;
     const std::integral_constant<int, 2> two;
     const std::integral_constant<int, 4> four;
@@ -365,12 +486,12 @@ __attribute__((noinline)) void multiply(const Packed<T>* const* x, int64_t count
     alignas(64) float open[kFewTiles * kTogether * kPanel];  // sums that a piece leaves to the next
     for (int64_t first = 0; first == 0 || first < steps; first += length) {
         const int64_t some = std::min(length, steps - first), end = first + some;
-        const Piece piece{first, some, first % kChain == 0, end % kChain == 0 || end == steps};
+        const Piece piece{first, some, first % kChain == 0, end % kChain == 0 || end == steps, first};
         for (int64_t tile = 0, a = 0; tile < tiles; ++tile) {
             const int64_t together = (count - a) / (tiles - tile);
             float* const to[] = {c[0] + a * kPanel, num_panels == 2 ? c[1] + a * kPanel : nullptr};
             const auto run = [&](auto num, auto lines, Fetch fetch) {
-                multiply_panels<T, num, lines>(x + a, together, panels, piece, fetch, to, open + a * kPanel);
+                multiply_panels<Dot<T>, num, lines>(x + a, together, weights, piece, fetch, to, open + a * kPanel);
             };
             if (tiles > 1)
                 run(one, two, {length * row + some * row / tiles * tile, row / tiles});
@@ -378,6 +499,50 @@ __attribute__((noinline)) void multiply(const Packed<T>* const* x, int64_t count
                 run(one, four, {kAhead * row, row});
             else
                 run(two, four, {kAhead * row, row});
+            a += together;
+        }
+    }
+}
+
+// The same with panels in e4m3. Where activations are of several tiles, a block of a panel is decoded once for all of them.
+template <class T>
+__attribute__((noinline)) void multiply(const Packed<T, float8>* const* x, int64_t count, const Panel<float8>* panels,
+                                        int64_t num_panels, int64_t k, float* const* c) {
+    using D = Dot<T, float8>;
+    using Decoded = typename D::Decoded;
+    constexpr int64_t row = kPanel * D::step, length = kScaleBlock / D::step, factor = D::step / Decoded::step;
+    const int64_t steps = steps_of<float8>(k), tiles = (count + kTogether - 1) / kTogether;
+    if (num_panels == 2 && tiles > 1) {
+        for (int p = 0; p < 2; ++p) multiply<T>(x, count, panels + p, 1, k, c + p);
+        return;
+    }
+    const float8* const weights[] = {panels[0].data, num_panels == 2 ? panels[1].data : nullptr};
+    alignas(64) typename Decoded::Weight decoded[kScaleBlock * kPanel];
+    for (int64_t first = 0; first == 0 || first < steps; first += length) {
+        const int64_t some = std::min(length, steps - first);
+        float scales[2] = {};
+        for (int64_t p = 0; p < num_panels && some; ++p) scales[p] = panels[p].scales[first / length] * kFloat8Unit;
+        if (tiles == 1) {
+            const ScaledChain piece{first, some, first, scales};
+            const Fetch fetch{kAheadFloat8 * row, row};
+            if (num_panels == 1)
+                multiply_panels<D, 1, 2>(x, count, weights, piece, fetch, c, c[0]);
+            else
+                multiply_panels<D, 2, 2>(x, count, weights, piece, fetch, c, c[0]);
+            continue;
+        }
+        decode<D>(weights[0] + first * row, some, decoded);
+        const ScaledChain piece{first * factor, some * factor, 0, scales};
+        const typename Decoded::Weight* const panel = decoded;
+        if (tiles > kFewTiles) {
+            // What is decoded next is being fetched: its lines stay, and others are not asked for.
+            multiply_chain<Decoded>(x, count, panel, piece, 0, c[0]);
+            continue;
+        }
+        for (int64_t tile = 0, a = 0; tile < tiles; ++tile) {
+            const int64_t together = (count - a) / (tiles - tile);
+            float* const to = c[0] + a * kPanel;
+            multiply_panels<Decoded, 1, 0>(x + a, together, &panel, piece, {}, &to, to);
             a += together;
         }
     }

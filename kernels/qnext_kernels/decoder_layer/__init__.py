@@ -18,7 +18,7 @@ from torch import Tensor
 from qnext_kernels.decoder_layer import native
 from qnext_kernels.gated_attention import qk_norm_rope_gate, sigmoid_gate
 from qnext_kernels.linear import linear
-from qnext_kernels.moe import experts, topk_softmax
+from qnext_kernels.moe import experts, experts_fp8, topk_softmax
 from qnext_kernels.rms_norm import rms_norm
 
 __all__ = ["ExpertsWeights", "LinearWeight", "linear_norm_experts", "norm_heads", "norm_linears"]
@@ -32,18 +32,26 @@ class LinearWeight(NamedTuple):
     bias: Tensor | None = None
     """[N]"""
     packed: bool = False
+    scale: Tensor | None = None
+    """[ceil(N / 128), ceil(K / 128)] of a weight in FP8."""
 
 
 class ExpertsWeights(NamedTuple):
-    """Of routed experts and the shared one, as :func:`qnext_kernels.experts` takes them."""
+    """Of routed experts and the shared one, as :func:`qnext_kernels.experts` takes them.
+
+    With scales as ``experts_fp8`` takes them, which then does not quantize activations.
+    """
 
     w13: Tensor
     """[E, 2·M, D]"""
     w2: Tensor
     """[E, D, M]"""
     packed: bool = False
-    shared: tuple[Tensor, Tensor, Tensor] | None = None
-    """w13 [2·S, D], w2 [D, S] and gate [D] of the shared expert."""
+    shared: tuple[Tensor, ...] | None = None
+    """w13 [2·S, D], w2 [D, S] and gate [D] of the shared expert; each matrix with its scale behind it where
+    :attr:`scales` are."""
+    scales: tuple[Tensor, Tensor] | None = None
+    """Of w13 and w2 in FP8."""
 
 
 def norm_linears(
@@ -104,9 +112,9 @@ def norm_heads(
     if native.serves(x, "rms_norm", "linear", "gated_attention"):
         reads = native.reads_norm(x, residual, norm_weight) and native.reads_linear(qkv, x.shape[1], x.dtype)
         if reads and native.reads_heads(x.shape[0], qkv.weight.shape[0], *heads):
-            norm, linear_weight = (x, residual, norm_weight, eps), (qkv.weight, qkv.bias, qkv.packed)
+            norm = x, residual, norm_weight, eps
             q, k, v, gate, total = native.norm_heads(
-                *norm, *linear_weight, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads
+                *norm, *qkv, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads
             )
             return q, k, v, gate, x if residual is None else total
     normed, total = rms_norm(x, norm_weight, eps, residual)
@@ -147,10 +155,12 @@ def linear_norm_experts(
     block = (x, gate, out_proj, residual, norm_weight, router, moe, top_k)
     if native.serves(x, *parts) and native.reads_block(*block):
         shared: tuple[Tensor, ...] = () if moe.shared is None else moe.shared
-        before = (x, gate, out_proj.weight, out_proj.bias, out_proj.packed, residual, norm_weight, eps)
-        routing = (router.weight, router.bias, router.packed)
-        return native.linear_norm_experts(*before, *routing, moe.w13, moe.w2, moe.packed, shared, top_k, renormalize)
+        before, stored = (x, gate, *out_proj, residual, norm_weight, eps), (moe.w13, moe.w2, moe.scales or ())
+        return native.linear_norm_experts(*before, *router, *stored, moe.packed, shared, top_k, renormalize)
     gated = x if gate is None else sigmoid_gate(x, gate)
     normed, total = rms_norm(linear(gated, *out_proj), norm_weight, eps, residual)
     choice = topk_softmax(linear(normed, *router), top_k, renormalize)
-    return experts(normed, moe.w13, moe.w2, *choice, moe.packed, moe.shared), total
+    if moe.scales is None:
+        return experts(normed, moe.w13, moe.w2, *choice, moe.packed, moe.shared), total  # type: ignore[arg-type]
+    weights = moe.w13, moe.scales[0], moe.w2, moe.scales[1]
+    return experts_fp8(normed, *weights, *choice, moe.packed, moe.shared, False), total  # type: ignore[arg-type]

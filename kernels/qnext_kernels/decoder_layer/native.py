@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qnext_kernels.checks import INTEGERS, expect_indices
 from qnext_kernels.dispatch import OPERATIONS
+from qnext_kernels.fp8 import reads_scale
 from qnext_kernels.gated_attention.results import empty_heads
 from qnext_kernels.linear.native import linear_fields
 from qnext_kernels.moe.native import experts_fields
@@ -43,9 +44,16 @@ def reads_norm(x: Tensor, residual: Tensor | None, weight: Tensor) -> bool:
 
 def reads_linear(linear: LinearWeight, k: int, dtype: torch.dtype) -> bool:
     """Whether a linear of tokens [T, k] of ``dtype`` fits them and the kernel."""
-    weight, bias, _ = linear
-    fits = weight.dim() == 2 and weight.shape[1] == k and weight.dtype == dtype and weight.is_contiguous()
+    weight, bias, _, scale = linear
+    fits = weight.dim() == 2 and weight.shape[1] == k and _reads_matrix(weight, scale, dtype)
     return fits and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == dtype and bias.is_contiguous()))
+
+
+def _reads_matrix(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, halves: int = 1) -> bool:
+    """Whether the kernel reads a weight [..., N, K] with or without a scale along with tokens of ``dtype``."""
+    if scale is None:
+        return weight.dtype == dtype and weight.is_contiguous()
+    return reads_scale(scale, weight, halves) and weight.is_contiguous() and scale.is_contiguous()
 
 
 def reads_heads(
@@ -86,10 +94,10 @@ def reads_block(
     """Whether the arguments of :func:`linear_norm_experts` fit each other and the kernel."""
     if x.dim() != 2 or not reads_linear(out_proj, x.shape[1], x.dtype):
         return False
-    w13, w2, _, shared = moe
+    w13, w2, _, shared, scales = moe
     hidden = out_proj.weight.shape[0]
     num_experts, double, _ = w13.shape if w13.dim() == 3 else (0, 0, 0)
-    matrices = (w13, w2) if shared is None else (w13, w2, *shared[:2])
+    w13_scale, w2_scale = scales or (None, None)
     return (
         (gate is None or (gate.shape == x.shape and gate.dtype in DTYPES))
         and residual.shape == (x.shape[0], hidden)
@@ -101,15 +109,24 @@ def reads_block(
         and w13.shape[2] == hidden
         and w2.shape == (num_experts, hidden, double // 2)
         and double % 2 == 0
-        and all(weight.dtype == x.dtype and weight.is_contiguous() for weight in matrices)
-        and (shared is None or _reads_shared(*shared, hidden, x.dtype))
+        and _reads_matrix(w13, w13_scale, x.dtype, halves=2)
+        and _reads_matrix(w2, w2_scale, x.dtype)
+        and (shared is None or _reads_shared(shared, hidden, x.dtype, scaled=scales is not None))
     )
 
 
-def _reads_shared(w13: Tensor, w2: Tensor, gate: Tensor, hidden: int, dtype: torch.dtype) -> bool:
+def _reads_shared(shared: Sequence[Tensor], hidden: int, dtype: torch.dtype, *, scaled: bool) -> bool:
+    w13, w13_scale, w2, w2_scale, gate = shared if scaled else (shared[0], None, shared[1], None, shared[2])
     double = w13.shape[0]
-    fits = w13.shape == (double, hidden) and double % 2 == 0 and w2.shape == (hidden, double // 2)
-    return fits and gate.shape == (hidden,) and gate.dtype == dtype
+    return (
+        w13.shape == (double, hidden)
+        and double % 2 == 0
+        and w2.shape == (hidden, double // 2)
+        and _reads_matrix(w13, w13_scale, dtype, halves=2)
+        and _reads_matrix(w2, w2_scale, dtype)
+        and gate.shape == (hidden,)
+        and gate.dtype == dtype
+    )
 
 
 def _empty_linears(
@@ -120,6 +137,7 @@ def _empty_linears(
     first: Tensor,
     first_bias: Tensor | None,
     first_packed: bool,
+    first_scale: Tensor | None,
     second: Tensor,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,21 +154,25 @@ def norm_linears(
     first: Tensor,
     first_bias: Tensor | None,
     first_packed: bool,
+    first_scale: Tensor | None,
     second: Tensor,
     second_bias: Tensor | None,
     second_packed: bool,
+    second_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The public function on what the functions above allow; without a residual, the sum is empty."""
-    tokens = x.shape[0]
-    one, other, total = _empty_linears(x, residual, norm_weight, eps, first, first_bias, first_packed, second)
+    tokens, dtype = x.shape[0], DTYPES[x.dtype]
+    one = (first, first_bias, first_packed, first_scale)
+    other = (second, second_bias, second_packed, second_scale)
+    outs = _empty_linears(x, residual, norm_weight, eps, *one, *other)
     x, residual = unit_rows(x), None if residual is None else unit_rows(residual)
     added = NO_ROWS if residual is None else _token_rows(residual)
     _linears_kernel()(
-        *norm_fields(_token_rows(x), added, norm_weight, total.data_ptr(), tokens, eps),
-        *linear_fields(first, first_bias, first_packed, tokens, one.data_ptr()),
-        *linear_fields(second, second_bias, second_packed, tokens, other.data_ptr()),
+        *norm_fields(_token_rows(x), added, norm_weight, outs[2].data_ptr(), tokens, eps),
+        *linear_fields(*one, tokens, dtype, outs[0].data_ptr()),
+        *linear_fields(*other, tokens, dtype, outs[1].data_ptr()),
     )
-    return one, other, total
+    return outs
 
 
 def _empty_heads(
@@ -161,6 +183,7 @@ def _empty_heads(
     qkv: Tensor,
     qkv_bias: Tensor | None,
     qkv_packed: bool,
+    qkv_scale: Tensor | None,
     positions: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
@@ -181,6 +204,7 @@ def norm_heads(
     qkv: Tensor,
     qkv_bias: Tensor | None,
     qkv_packed: bool,
+    qkv_scale: Tensor | None,
     positions: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
@@ -189,7 +213,7 @@ def norm_heads(
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The public function on what the functions above allow; without a residual, the sum is empty."""
-    norm, linear = (x, residual, norm_weight, eps), (qkv, qkv_bias, qkv_packed)
+    norm, linear = (x, residual, norm_weight, eps), (qkv, qkv_bias, qkv_packed, qkv_scale)
     results = _empty_heads(*norm, *linear, positions, q_weight, k_weight, cos_sin, num_heads, num_kv_heads)
     q, k, v, gate, total = (result.data_ptr() for result in results)
     tokens = x.shape[0]
@@ -199,7 +223,7 @@ def norm_heads(
     q_weight, k_weight, positions = q_weight.contiguous(), k_weight.contiguous(), positions.contiguous()
     if not _heads_kernel()(
         *norm_fields(_token_rows(x), added, norm_weight, total, tokens, eps),
-        *linear_fields(*linear, tokens),
+        *linear_fields(*linear, tokens, DTYPES[x.dtype]),
         *(0, DTYPES[x.dtype], qkv.shape[0], positions.data_ptr(), positions.dtype == torch.int64),
         *(*floats(q_weight), *floats(k_weight), table, table_dtype, table_stride, q, k, v, gate),
         *(tokens, num_heads, num_kv_heads, q_weight.shape[0], cos_sin.shape[1], cos_sin.shape[0], eps),
@@ -220,35 +244,39 @@ def linear_norm_experts(
     out_proj: Tensor,
     out_bias: Tensor | None,
     out_packed: bool,
+    out_scale: Tensor | None,
     residual: Tensor,
     norm_weight: Tensor,
     eps: float,
     router: Tensor,
     router_bias: Tensor | None,
     router_packed: bool,
+    router_scale: Tensor | None,
     w13: Tensor,
     w2: Tensor,
+    scales: Sequence[Tensor],
     packed: bool,
     shared: Sequence[Tensor],
     top_k: int,
     renormalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """The public function on what :func:`reads_block` allows."""
-    (tokens, width), (out, total) = x.shape, _empty_block(x, gate, out_proj)
+    (tokens, width), (out, total), dtype = x.shape, _empty_block(x, gate, out_proj), DTYPES[x.dtype]
+    out_linear = (out_proj, out_bias, out_packed, out_scale)
     x, residual = unit_rows(x), unit_rows(residual)
     gate_fields: tuple[int, ...] = (0,) * 13
     if gate is not None:
         gate = unit_rows(gate)
         gate_fields = *_token_rows(x), *_token_rows(gate), 0, 1, tokens, width, width
     if shared:
-        shared = [*shared[:2], shared[2].contiguous()]
+        shared = [*shared[:-1], shared[-1].contiguous()]
     _block_kernel()(
         *gate_fields,
-        *linear_fields(out_proj, out_bias, out_packed, tokens, 0, x.data_ptr(), x.stride(0)),
+        *linear_fields(*out_linear, tokens, dtype, 0, x.data_ptr(), x.stride(0)),
         *norm_fields(NO_ROWS, _token_rows(residual), norm_weight, total.data_ptr(), tokens, eps),
-        *linear_fields(router, router_bias, router_packed, tokens),
+        *linear_fields(router, router_bias, router_packed, router_scale, tokens, dtype),
         *choice_fields(tokens, w13.shape[0], top_k, renormalize),
-        *experts_fields(w13, w2, packed, shared, top_k, tokens, out.data_ptr()),
+        *experts_fields(w13, w2, scales, packed, shared, top_k, tokens, dtype, out.data_ptr()),
     )
     return out, total
 
@@ -280,7 +308,7 @@ def choice_fields(tokens: int, num_experts: int, top_k: int, renormalize: bool) 
 
 
 NO_ROWS = (0, 0, 0, 0)
-NORM, LINEAR, HEADS, CHOICE, EXPERTS, GATE = "15qd", "10q", "22qd", "10q", "19q", "13q"
+NORM, LINEAR, HEADS, CHOICE, EXPERTS, GATE = "15qd", "11q", "22qd", "10q", "23q", "13q"
 """The structs' fields, as in :mod:`struct`."""
 BLOCK = GATE + LINEAR + NORM + LINEAR + CHOICE + EXPERTS
 _linears_kernel = cache(lambda: packed_function("qnext_norm_linears", NORM + LINEAR + LINEAR))

@@ -97,7 +97,7 @@ class DecoderStack:
 
     def __init__(self, layers: Sequence[StackedLayer], eps: float) -> None:
         self._layers, self._eps = list(layers), eps
-        self._width, self._dtype = layers[0].norm.shape[0], layers[0].out_proj.weight.dtype
+        self._width, self._dtype = layers[0].norm.shape[0], _dtype(layers)
         self._kept: list[Tensor] = []
         packed = b"".join(map(self._pack, layers))
         self._memory = ctypes.create_string_buffer(packed, len(packed))
@@ -205,29 +205,29 @@ class DecoderStack:
         raise IndexError("query_start_loc: expected fewer tokens a sequence than slots and convolution windows")
 
     def _pack(self, layer: StackedLayer) -> bytes:
-        mixer, moe = layer.mixer, layer.moe
+        mixer, moe, dtype = layer.mixer, layer.moe, DTYPES[self._dtype]
         norm = native.norm_fields(native.NO_ROWS, native.NO_ROWS, layer.input_norm, 0, 0, self._eps)
         delta_net: tuple[float, ...] = (0,) * _fields(_DELTA_NET)
         attention: tuple[float, ...] = (0,) * _fields(_ATTENTION)
         if isinstance(mixer, DeltaNetMixer):
-            linears = (*linear_fields(*mixer.qkvz, 0), *linear_fields(*mixer.ba, 0))
+            linears = (*linear_fields(*mixer.qkvz, 0, dtype), *linear_fields(*mixer.ba, 0, dtype))
             delta_net = (*norm, *linears, *self._delta_net_fields(mixer))
         else:
-            attention = (*norm, *linear_fields(*mixer.qkv, 0), *self._attention_fields(mixer))
-        shared = () if moe.shared is None else (*moe.shared[:2], moe.shared[2].contiguous())
+            attention = (*norm, *linear_fields(*mixer.qkv, 0, dtype), *self._attention_fields(mixer))
+        shared = () if moe.shared is None else (*moe.shared[:-1], moe.shared[-1].contiguous())
         self._kept += shared
         block = (
             *(0,) * _fields(native.GATE),
-            *linear_fields(*layer.out_proj, 0),
+            *linear_fields(*layer.out_proj, 0, dtype),
             *native.norm_fields(native.NO_ROWS, native.NO_ROWS, layer.norm, 0, 0, self._eps),
-            *linear_fields(*layer.router, 0),
+            *linear_fields(*layer.router, 0, dtype),
             *native.choice_fields(0, moe.w13.shape[0], layer.top_k, layer.renormalize),
-            *experts_fields(moe.w13, moe.w2, moe.packed, shared, layer.top_k, 0),
+            *experts_fields(moe.w13, moe.w2, moe.scales or (), moe.packed, shared, layer.top_k, 0, dtype),
         )
         return _LAYER.pack(isinstance(mixer, AttentionMixer), layer.group, *delta_net, *attention, *block)
 
     def _delta_net_fields(self, mixer: DeltaNetMixer) -> tuple[float, ...]:
-        prepared = _prepared(mixer, self._eps)
+        prepared = _prepared(mixer, self._dtype, self._eps)
         assert prepared is not None
         self._kept += prepared.tensors
         return prepared.fields()
@@ -255,9 +255,16 @@ class DecoderStack:
 
 def stackable(layers: Sequence[StackedLayer], eps: float) -> bool:
     """Whether C++ serves all that these layers do, and reads their weights, pools and caches."""
-    dtype = layers[0].out_proj.weight.dtype
+    dtype = _dtype(layers)
     parts = ("rms_norm", "linear", "moe", "gated_attention", "paged_attention")
+    if dtype not in DTYPES:
+        return False
     return native.serves(torch.empty(0, dtype=dtype), *parts) and all(_fits(layer, dtype, eps) for layer in layers)
+
+
+def _dtype(layers: Sequence[StackedLayer]) -> torch.dtype:
+    """That of hidden states: other linears than the router may be in FP8."""
+    return layers[0].router.weight.dtype
 
 
 def _fits(layer: StackedLayer, dtype: torch.dtype, eps: float) -> bool:
@@ -271,7 +278,7 @@ def _fits(layer: StackedLayer, dtype: torch.dtype, eps: float) -> bool:
     if isinstance(mixer, DeltaNetMixer):
         value_width = mixer.state.shape[1] * mixer.state.shape[2]
         linears = all(native.reads_linear(linear, width, dtype) for linear in (mixer.qkvz, mixer.ba))
-        return linears and mixed.shape[1] == value_width and _prepared(mixer, eps) is not None
+        return linears and mixed.shape[1] == value_width and _prepared(mixer, dtype, eps) is not None
     heads = (mixer.q_weight, mixer.k_weight, mixer.cos_sin, mixer.num_heads, mixer.num_kv_heads)
     caches = (mixer.key_cache, mixer.value_cache)
     return (
@@ -284,8 +291,8 @@ def _fits(layer: StackedLayer, dtype: torch.dtype, eps: float) -> bool:
     )
 
 
-def _prepared(mixer: DeltaNetMixer, eps: float) -> PreparedLayer | None:
-    qkvz, ba = (linear.weight.new_empty(0, linear.weight.shape[0]) for linear in (mixer.qkvz, mixer.ba))
+def _prepared(mixer: DeltaNetMixer, dtype: torch.dtype, eps: float) -> PreparedLayer | None:
+    qkvz, ba = (torch.empty(0, linear.weight.shape[0], dtype=dtype) for linear in (mixer.qkvz, mixer.ba))
     return prepare_layer(qkvz, ba, mixer.weights, eps, mixer.conv_state, mixer.state)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qnext_kernels.dispatch import Backend, refuse_if_deterministic
+from qnext_kernels.fp8 import dequantize_blocks
 
 
 class CpuBackend(Backend):
@@ -17,3 +19,8 @@ class CpuBackend(Backend):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         refuse_if_deterministic("linear", "PyTorch's linear")
         return F.linear(x, weight, bias)
+
+    def linear_fp8(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+        refuse_if_deterministic("linear", "PyTorch's linear")
+        bias = None if bias is None else bias.float()
+        return F.linear(x.float(), dequantize_blocks(weight, scale, torch.float32), bias).to(x.dtype)

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from qnext_kernels.checks import INTEGERS, expect_dtype, expect_floating, expect_indices, expect_shape
 from qnext_kernels.dispatch import BackendError, Call, Operation
+from qnext_kernels.fp8 import FP8, expect_scale
 from qnext_kernels.layouts import once_per_layout
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.moe.flashinfer import FlashInferMoe
 from qnext_kernels.moe.native import MoeNative
-from qnext_kernels.moe.reference import FP8_GROUP, ReferenceBackend
+from qnext_kernels.moe.reference import ReferenceBackend
 from qnext_kernels.moe.triton import TritonMoe
 from qnext_kernels.operators import operator
 
-FP8 = torch.float8_e4m3fn
 PACKING = (MoeNative.name, FlashInferMoe.name)
 """Backends that read weights laid out otherwise than in a checkpoint."""
 operation = Operation("moe", [MoeNative(), CpuBackend(), TritonMoe(), FlashInferMoe(), ReferenceBackend()])
@@ -105,12 +105,14 @@ def experts_fp8(
     topk_ids: Tensor,
     packed: bool = False,
     shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
+    quantize_activations: bool = True,
 ) -> Tensor:
     """:func:`experts` over block-wise FP8 weights (transformers' fine-grained FP8, the ``-FP8`` checkpoints).
 
     Activations, x and what comes out of SwiGLU, are quantized on the way: each group of 128 columns of a token is
     divided by its largest magnitude over 448 and rounded to e4m3. Products of e4m3 are summed up by groups, and
-    multiplied with the scales of both groups, in float32.
+    multiplied with the scales of both groups, in float32. Where they are not quantized (W8A16), their products with
+    e4m3 are summed up by blocks of 128 columns, and multiplied with the block's scale, in float32.
 
     Args:
         x: [T, D], any float dtype.
@@ -121,20 +123,20 @@ def experts_fp8(
         w2_scale: [E, ceil(D / 128), ceil(I / 128)] float32.
         topk_weights: [T, top_k] float32.
         topk_ids: [T, top_k] int32 or int64; −1 (an expert of another rank) is skipped.
-        packed: whether :func:`pack_experts_fp8_` has packed the weights; not with a shared expert.
+        packed: whether :func:`pack_experts_fp8_` has packed the weights, those of a shared expert too.
         shared: of the shared expert, w13 [2·S, D], w13_scale, w2 [D, S], w2_scale as those of one expert, and its gate
             [D] in the dtype of ``x``; or None.
+        quantize_activations: the kernels for GPUs always do, C++ over packed weights never.
 
     Returns:
         [T, D] in the dtype of ``x``, summed up as by :func:`experts`.
 
     Raises:
         ValueError, TypeError, IndexError: an argument does not fit.
-        BackendError: the backend that serves does not read packed weights.
+        BackendError: the backend that serves does not read packed weights, or does not treat activations so.
     """
-    if packed and shared is not None:
-        raise ValueError("packed: expected False because shared is given, got True")
-    return _experts_fp8(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, packed, shared or ())
+    weights = w13, w13_scale, w2, w2_scale
+    return _experts_fp8(x, *weights, topk_weights, topk_ids, packed, shared or (), quantize_activations)
 
 
 def pack_experts_(w13: Tensor, w2: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> bool:
@@ -162,15 +164,22 @@ def unpack_experts_(w13: Tensor, w2: Tensor, shared: tuple[Tensor, Tensor] | Non
     _expect_packing(operation.select(w13.device, w13.dtype)).unpack_experts_(w13, w2, shared=shared)
 
 
-def pack_experts_fp8_(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> bool:
-    """:func:`pack_experts_` of weights and scales in block-wise FP8, for activations in bfloat16."""
-    return _pack(torch.bfloat16, "experts_fp8", w13, w13_scale, w2, w2_scale)
+def pack_experts_fp8_(
+    w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, shared: tuple[Tensor, Tensor] | None = None
+) -> bool:
+    """:func:`pack_experts_` of weights and scales in block-wise FP8, and w13 and w2 of a shared expert in FP8.
+
+    FlashInfer's are for activations in bfloat16 that are quantized, those of C++ for any that are not.
+    """
+    return _pack(torch.bfloat16, "experts_fp8", w13, w13_scale, w2, w2_scale, shared=shared)
 
 
-def unpack_experts_fp8_(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> None:
+def unpack_experts_fp8_(
+    w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, shared: tuple[Tensor, Tensor] | None = None
+) -> None:
     """Undo :func:`pack_experts_fp8_` in place."""
     weights = w13, w13_scale, w2, w2_scale
-    _expect_packing(operation.select(w13.device, torch.bfloat16)).unpack_experts_(*weights)
+    _expect_packing(operation.select(w13.device, torch.bfloat16)).unpack_experts_(*weights, shared=shared)
 
 
 def _pack(dtype: torch.dtype, method: str, *weights: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> bool:
@@ -236,6 +245,7 @@ def _experts_fp8(
     topk_ids: Tensor,
     packed: bool,
     shared: Sequence[Tensor],
+    quantize: bool,
 ) -> Tensor:
     backend = _expect_experts(x, w13, w2, topk_weights, topk_ids, FP8)
     _expect_scales(w13, w13_scale, w2, w2_scale)
@@ -243,10 +253,8 @@ def _experts_fp8(
         shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, gate = shared
         _expect_shared(x, shared_w13, shared_w2, gate, FP8)
         _expect_scales(shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, "shared_")
-    arguments = x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids
-    if packed:
-        return _expect_packing(backend).experts_fp8_packed(*arguments)
-    return backend.experts_fp8(*arguments, tuple(shared) or None)
+    arguments = (x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, tuple(shared) or None, quantize)
+    return _expect_packing(backend).experts_fp8_packed(*arguments) if packed else backend.experts_fp8(*arguments)
 
 
 @once_per_layout
@@ -307,10 +315,5 @@ def _expect_shared(x: Tensor, w13: Tensor, w2: Tensor, gate: Tensor, dtype: torc
 
 @once_per_layout
 def _expect_scales(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, prefix: str = "") -> None:
-    *leading, hidden, middle = (-(-size // FP8_GROUP) if n >= w2.dim() - 2 else size for n, size in enumerate(w2.shape))
-    for name, scale, shape in (
-        ("w13_scale", w13_scale, (*leading, 2 * middle, hidden)),
-        ("w2_scale", w2_scale, (*leading, hidden, middle)),
-    ):
-        expect_shape(prefix + name, scale, shape)
-        expect_dtype(prefix + name, scale, (torch.float32,))
+    expect_scale(f"{prefix}w13_scale", w13_scale, w13, halves=2)
+    expect_scale(f"{prefix}w2_scale", w2_scale, w2)

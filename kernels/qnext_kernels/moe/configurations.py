@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from qnext_kernels.moe.reference import FP8_GROUP
+from qnext_kernels.fp8 import FP8_GROUP
 from qnext_kernels.triton_support import Target, power_of_two
 
 TUNED = Path(__file__).parent / "tuned"

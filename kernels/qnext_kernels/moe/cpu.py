@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qnext_kernels.dispatch import Backend, refuse_if_deterministic
 from qnext_kernels.elementwise import sigmoid, silu
-from qnext_kernels.moe.reference import dequantize_blocks, dequantize_groups, dequantize_w13, quantize_groups
+from qnext_kernels.fp8 import dequantize_blocks, dequantize_groups, dequantize_w13, quantize_groups
 
 
 class CpuBackend(Backend):
@@ -67,13 +67,20 @@ class CpuBackend(Backend):
         topk_weights: Tensor,
         topk_ids: Tensor,
         shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+        quantize: bool,
     ) -> Tensor:
         refuse_if_deterministic("moe", "PyTorch's linear")
-        hidden = _requantized(x)
+
+        def activations(values: Tensor) -> Tensor:
+            if not quantize:
+                return values.float()
+            return dequantize_groups(*quantize_groups(values.to(x.dtype)), torch.float32)
+
+        hidden = activations(x)
 
         def swiglu(hidden: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> Tensor:
             both = F.linear(hidden, dequantize_w13(w13, w13_scale, torch.float32))
-            middle = _requantized(self.silu_and_mul(both).to(x.dtype))
+            middle = activations(self.silu_and_mul(both))
             return F.linear(middle, dequantize_blocks(w2, w2_scale, torch.float32))
 
         def expert(e: int, tokens: Tensor) -> Tensor:
@@ -83,11 +90,6 @@ class CpuBackend(Backend):
         if shared is not None:
             total += sigmoid(F.linear(x.float(), shared[4].float()[None])) * swiglu(hidden, *shared[:4])
         return total.to(x.dtype)
-
-
-def _requantized(x: Tensor) -> Tensor:
-    """What is left of activations behind their quantization, in float32."""
-    return dequantize_groups(*quantize_groups(x), torch.float32)
 
 
 def _weighted_sum(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qnext_kernels.dispatch import Call
+from qnext_kernels.dispatch import BackendError, Call
 from qnext_kernels.flashinfer_support import FlashInferBackend
-from qnext_kernels.moe.reference import FP8_GROUP
+from qnext_kernels.fp8 import FP8_GROUP, expect_quantized
 from qnext_kernels.moe.triton import TritonMoe
 from qnext_kernels.triton_support import aligned_rows
 
@@ -70,7 +70,12 @@ class FlashInferMoe(FlashInferBackend, TritonMoe):
         w2_scale: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+        quantize: bool,
     ) -> Tensor:
+        expect_quantized(self.name, quantize)
+        if shared is not None:
+            raise BackendError(f"shared: backend {self.name} does not compute a shared expert along")
         return fused_experts(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale)
 
 

@@ -8,12 +8,13 @@ from functools import cache
 from torch import Tensor
 
 from qnext_kernels.checks import expect_indices
+from qnext_kernels.dispatch import BackendError
 from qnext_kernels.linear import pack_weight_, unpack_weight_
 from qnext_kernels.linear.native import packable
 from qnext_kernels.moe import elementwise_native
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, NativeBackend
-from qnext_kernels.rows import indices, packed_function
+from qnext_kernels.rows import address, indices, packed_function
 
 
 class MoeNative(NativeBackend, CpuBackend):
@@ -31,7 +32,7 @@ class MoeNative(NativeBackend, CpuBackend):
         if not (w13.is_contiguous() and w2.is_contiguous()):
             _expect_ids(topk_ids, w13)
             return super().experts(x, w13, w2, topk_weights, topk_ids)
-        return self.run(x, w13, w2, topk_weights, topk_ids, None, packed=False)
+        return self.run(x, w13, w2, topk_weights, topk_ids, (), packed=False)
 
     def experts_with_shared(
         self,
@@ -47,22 +48,58 @@ class MoeNative(NativeBackend, CpuBackend):
             return super().experts_with_shared(x, w13, w2, topk_weights, topk_ids, shared)
         return self.run(x, w13, w2, topk_weights, topk_ids, shared, packed=False)
 
+    def experts_fp8(
+        self,
+        x: Tensor,
+        w13: Tensor,
+        w13_scale: Tensor,
+        w2: Tensor,
+        w2_scale: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+        quantize: bool,
+    ) -> Tensor:
+        weights = w13, w13_scale, w2, w2_scale
+        if quantize or not all(weight.is_contiguous() for weight in weights + (shared or ())[:4]):
+            return super().experts_fp8(x, *weights, topk_weights, topk_ids, shared, quantize)
+        scales = w13_scale, w2_scale
+        return self.run(x, w13, w2, topk_weights, topk_ids, shared or (), scales, packed=False)
+
+    def experts_fp8_packed(
+        self,
+        x: Tensor,
+        w13: Tensor,
+        w13_scale: Tensor,
+        w2: Tensor,
+        w2_scale: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+        quantize: bool,
+    ) -> Tensor:
+        if quantize:
+            raise BackendError(
+                "quantize_activations: backend native does not over packed weights, expected False, got True"
+            )
+        scales = w13_scale.contiguous(), w2_scale.contiguous()
+        return self.run(x, w13, w2, topk_weights, topk_ids, shared or (), scales, packed=True)
+
     def pack_experts_(self, *weights: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> bool:
-        """Pack gate, up and down projections apart; False where strides or sizes forbid it, or they are in FP8."""
-        in_fp8 = len(weights) != 2  # with their scales
-        weights += shared or ()
-        if in_fp8 or not all(map(packable, weights)):
+        """Pack gate, up and down projections apart, scales stay; False where strides or sizes forbid it."""
+        matrices = _without_scales(weights) + (shared or ())
+        if not all(map(packable, matrices)):
             return False
-        for matrices in _matrices(*weights):
-            pack_weight_(matrices)
+        for each in _matrices(*matrices):
+            pack_weight_(each)
         return True
 
     def unpack_experts_(self, *weights: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> None:
-        for matrices in _matrices(*weights, *(shared or ())):
-            unpack_weight_(matrices)
+        for each in _matrices(*_without_scales(weights), *(shared or ())):
+            unpack_weight_(each)
 
     def experts_packed(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        return self.run(x, w13, w2, topk_weights, topk_ids, None, packed=True)
+        return self.run(x, w13, w2, topk_weights, topk_ids, (), packed=True)
 
     def run(
         self,
@@ -71,17 +108,23 @@ class MoeNative(NativeBackend, CpuBackend):
         w2: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        shared: tuple[Tensor, Tensor, Tensor] | None,
+        shared: Sequence[Tensor],
+        scales: Sequence[Tensor] = (),
         *,
         packed: bool,
     ) -> Tensor:
-        """Over contiguous weights, all of them packed or none; the gate may be strided."""
+        """Over contiguous weights, all packed or none, all in FP8 with scales or none; the gate may be strided.
+
+        Args:
+            shared: empty, or of the shared expert as ``experts`` takes it, with scales as ``experts_fp8`` does.
+            scales: empty, or those of ``w13`` and ``w2``.
+        """
         x = x if x.stride()[1] == 1 else x.contiguous()
         topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
         out = x.new_empty(x.shape)
-        contiguous = () if shared is None else (*shared[:2], shared[2].contiguous())
+        contiguous = (*shared[:-1], shared[-1].contiguous()) if shared else ()
         choice = (topk_weights.data_ptr(), *indices(topk_ids))
-        weights, sizes = (w13, w2, packed, contiguous), (topk_ids.shape[1], x.shape[0])
+        weights, sizes = (w13, w2, scales, packed, contiguous), (topk_ids.shape[1], x.shape[0], DTYPES[x.dtype])
         if not _kernel()(*experts_fields(*weights, *sizes, out.data_ptr(), x.data_ptr(), x.stride()[0], choice)):
             _expect_ids(topk_ids, w13)
         return out
@@ -90,10 +133,12 @@ class MoeNative(NativeBackend, CpuBackend):
 def experts_fields(
     w13: Tensor,
     w2: Tensor,
+    scales: Sequence[Tensor],
     packed: bool,
     shared: Sequence[Tensor],
     top_k: int,
     tokens: int,
+    dtype: int,
     out: int = 0,
     x: int = 0,
     x_token: int = 0,
@@ -102,24 +147,31 @@ def experts_fields(
     """The fields of ``Experts``; what it reads or writes is the neighbouring operation's where it is 0.
 
     Args:
-        shared: of the shared expert, whose gate is contiguous, or empty.
+        scales, shared: of :meth:`MoeNative.run`, contiguous.
+        dtype: of the tokens, as in ``DTYPES``.
         out, x, x_token: addresses, and the stride between tokens.
         choice: where the weights lie, and the fields of ``Indices`` of the ids.
     """
-    places, middle = (0, 0, 0), 0
+    w13_scale, w2_scale = scales or (None, None)
+    both: Sequence[Tensor | None] = (None,) * 5
+    middle = 0
     if shared:
-        shared_w13, shared_w2, gate = shared
-        places, middle = (shared_w13.data_ptr(), shared_w2.data_ptr(), gate.data_ptr()), shared_w2.shape[1]
+        both = shared if scales else (shared[0], None, shared[1], None, shared[2])
+        middle = shared[len(shared) // 2].shape[1]
     num_experts, hidden, width = w2.shape
-    sizes = (DTYPES[w13.dtype], x_token, tokens, top_k, num_experts, hidden, width, middle, packed)
-    return x, w13.data_ptr(), w2.data_ptr(), *choice, *places, out, *sizes
+    sizes = (dtype, x_token, tokens, top_k, num_experts, hidden, width, middle, packed)
+    return x, *map(address, (w13, w13_scale, w2, w2_scale)), *choice, *map(address, both), out, *sizes
 
 
 def _expect_ids(topk_ids: Tensor, w13: Tensor) -> None:
     expect_indices("topk_ids", topk_ids, -1, w13.shape[0])
 
 
-_kernel = cache(lambda: packed_function("qnext_experts", "19q"))
+_kernel = cache(lambda: packed_function("qnext_experts", "23q"))
+
+
+def _without_scales(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return weights if len(weights) == 2 else weights[::2]
 
 
 def _matrices(*weights: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.dispatch import is_deterministic
+from qnext_kernels.fp8 import expect_quantized
 from qnext_kernels.layouts import once_per_layout
 from qnext_kernels.moe.configurations import Configuration, Few, Shape, choose, few
 from qnext_kernels.operators import operator
@@ -76,9 +77,12 @@ class TritonMoe(TritonBackend):
         topk_weights: Tensor,
         topk_ids: Tensor,
         shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+        quantize: bool,
     ) -> Tensor:
         from qnext_kernels.moe.triton_experts import Shared, Weights, matrices
         from qnext_kernels.moe.triton_fp8 import run_fp8
+
+        expect_quantized(self.name, quantize)
 
         if x.numel() == 0:
             return torch.empty_like(x, memory_format=torch.contiguous_format)

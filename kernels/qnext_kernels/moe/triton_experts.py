@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qnext_kernels.dispatch import is_deterministic
+from qnext_kernels.fp8 import FP8_GROUP, FP8_MAX, FP8_TINY
 from qnext_kernels.moe.configurations import Configuration, Product
-from qnext_kernels.moe.reference import FP8_GROUP, FP8_MAX, FP8_TINY
 from qnext_kernels.moe.triton_align import align, most_blocks
 from qnext_kernels.triton_launch import launch
 from qnext_kernels.triton_overlap import overlapping, wait_for_launch_in_front

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qnext_kernels.fp8 import FP8_GROUP
 from qnext_kernels.moe.configurations import Few
-from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_kernels.moe.triton_experts import (
     Shared,
     Weights,

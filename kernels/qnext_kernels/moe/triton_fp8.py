@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qnext_kernels.fp8 import FP8_GROUP
 from qnext_kernels.moe.configurations import Configuration, Few
-from qnext_kernels.moe.reference import FP8_GROUP
 from qnext_kernels.moe.triton_experts import Call, Shared, Weights, quantized_rows
 from qnext_kernels.moe.triton_few import run_few
 from qnext_kernels.triton_launch import launch

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import qnext_kernels
 from qnext_kernels.dispatch import OPERATIONS
+from qnext_kernels.fp8 import FP8, FP8_GROUP
 from qnext_kernels.moe import PACKING
 from qnext_plugins.cli.bench.elementwise import elementwise_rows
 from qnext_plugins.cli.bench.gated_delta_net import conv_rows, delta_rule_rows
@@ -35,8 +36,6 @@ from qnext_plugins.cli.bench.inputs import (
 )
 from qnext_plugins.cli.bench.roofs import rotations
 
-FP8, FP8_BLOCK = torch.float8_e4m3fn, 128
-
 # Weights.
 
 
@@ -48,13 +47,15 @@ class Stored:
         self.plain, self._pack = weights, pack
         self._packed: dict[str, tuple[Tensor, ...] | None] = {}
 
-    def read(self, operation: str, function: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> Tensor:
-        """Call ``function(x, *weights, *rest)`` with what the backend that serves reads."""
+    def read(
+        self, operation: str, function: Callable[..., Tensor], x: Tensor, *rest: Tensor, **options: Tensor | None
+    ) -> Tensor:
+        """Call ``function(x, *weights, *rest, **options)`` with what the backend that serves reads."""
         backend = OPERATIONS[operation].select(x.device, x.dtype).name
         if backend not in self._packed:
             self._packed[backend] = self._copies() if backend in PACKING else None
         packed = self._packed[backend]
-        return function(x, *(packed or self.plain), *rest, packed=packed is not None)
+        return function(x, *(packed or self.plain), *rest, packed=packed is not None, **options)
 
     def _copies(self) -> tuple[Tensor, ...] | None:
         copies = tuple(weight.clone() for weight in self.plain)
@@ -102,17 +103,27 @@ def experts_fp8_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         w2, w2_scale = fp8_blocks(s.experts, s.hidden, s.intermediate)
         stored = w13, w13_scale, w2, w2_scale
         peers = {each.name: found for each in libraries if (found := each.experts_fp8(*stored)) is not None}
-        return partial(Stored(stored, qnext_kernels.pack_experts_fp8_).read, "moe", qnext_kernels.experts_fp8), peers
+        function = partial(qnext_kernels.experts_fp8, quantize_activations=not on_cpu())
+        return partial(Stored(stored, qnext_kernels.pack_experts_fp8_).read, "moe", function), peers
 
-    # Two sides may quantize what is between the products differently: half a unit in the last place of e4m3.
-    tolerance = torch.finfo(FP8).eps / 2
-    yield from routed_rows(s, "experts fp8", weights, bytes_of_weight=1, compute="fp8", tolerance=tolerance)
+    if on_cpu():
+        # Activations stay what they are.
+        compute, tolerance = "bf16", TOLERANCE
+    else:
+        # Two sides may quantize what is between the products differently: half a unit in the last place of e4m3.
+        compute, tolerance = "fp8", torch.finfo(FP8).eps / 2
+    yield from routed_rows(s, "experts fp8", weights, bytes_of_weight=1, compute=compute, tolerance=tolerance)
+
+
+def on_cpu() -> bool:
+    """Whether inputs are made on a CPU."""
+    return torch.get_default_device().type == "cpu"
 
 
 def fp8_blocks(experts: int, rows: int, columns: int, halves: int = 1) -> tuple[Tensor, Tensor]:
     """Weights [E, rows, columns] in e4m3 and scales of their blocks, those of each of ``halves`` apart."""
     weight = normal(experts, rows, columns).to(FP8)
-    blocks = halves * -(-rows // halves // FP8_BLOCK), -(-columns // FP8_BLOCK)
+    blocks = halves * -(-rows // halves // FP8_GROUP), -(-columns // FP8_GROUP)
     return weight, 0.02 * (0.5 + torch.rand(experts, *blocks))
 
 
@@ -234,36 +245,44 @@ def attention_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
 # Linear layers of decode size.
 
 
+class Layer(NamedTuple):
+    """A linear layer, and what other libraries make of its weight."""
+
+    weight: Stored
+    scale: Tensor | None
+    peers: dict[str, tuple[str, Callable[[Tensor], Tensor]]]
+
+
 def linear_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
-    Layer = tuple[Stored, dict[str, tuple[str, Callable[[Tensor], Tensor]]]]
+    def plain(n: int, k: int) -> Layer:
+        weight = normal(n, k, scale=0.02)
+        peers = {each.name: found for each in libraries if (found := each.linear(weight)) is not None}
+        return Layer(Stored((weight,), qnext_kernels.pack_weight_), None, peers)
 
-    def layer(n: int, k: int) -> Callable[[], list[Layer]]:
-        @cache
-        def make() -> list[Layer]:
-            weights = [normal(n, k, scale=0.02) for _ in range(rotations(2 * n * k))]
-            return [
-                (
-                    Stored((weight,), qnext_kernels.pack_weight_),
-                    {each.name: found for each in libraries if (found := each.linear(weight)) is not None},
-                )
-                for weight in weights
-            ]
+    def in_fp8(n: int, k: int) -> Layer:
+        weight, scale = (part[0] for part in fp8_blocks(1, n, k))
+        return Layer(Stored((weight,), qnext_kernels.pack_weight_), scale, {})
 
-        return make
+    def several(make: Callable[[int, int], Layer], n: int, k: int, bytes_of_weight: int) -> Callable[[], list[Layer]]:
+        return cache(lambda: [make(n, k) for _ in range(rotations(bytes_of_weight * n * k))])
 
-    def build(layers: Callable[[], list[Layer]], tokens: int, n: int, k: int) -> Case:
+    def build(layers: Callable[[], list[Layer]], tokens: int, n: int, k: int, bytes_of_weight: int) -> Case:
         turns, x = layers(), normal(tokens, k)
         apart = len(turns) // 2
 
+        def ours(i: int) -> Tensor:
+            layer = turns[i % len(turns)]
+            return layer.weight.read("linear", qnext_kernels.linear, x, scale=layer.scale)
+
         def side(library: str) -> Side:
-            calls = [peers[library][1] for _, peers in turns]
-            return Side(turns[0][1][library][0], lambda i: calls[(i + apart if i else 0) % len(calls)](x))
+            calls = [layer.peers[library][1] for layer in turns]
+            return Side(turns[0].peers[library][0], lambda i: calls[(i + apart if i else 0) % len(calls)](x))
 
         return Case(
-            lambda i: turns[i % len(turns)][0].read("linear", qnext_kernels.linear, x),
-            {library: side(library) for library in turns[0][1]},
+            ours,
+            {library: side(library) for library in turns[0].peers},
             flops=2 * tokens * n * k,
-            moved=2 * (n * k + tokens * (n + k)),
+            moved=bytes_of_weight * n * k + 2 * tokens * (n + k),
             sets=len(turns),
         )
 
@@ -272,11 +291,15 @@ def linear_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         "out": (s.hidden, s.value_heads * s.linear_dim),
         "lm_head": (s.vocabulary, s.hidden),
     }
-    for name, (n, k) in shapes.items():
-        layers = layer(n, k)
-        for tokens in s.linear_tokens:
-            row = partial(Row, f"linear {name}", f"M={tokens} {k}→{n}", partial(build, layers, tokens, n, k), "linear")
-            yield row(quick=tokens in (1, 4), stepped=tokens <= STEP)
+    for op, make, size in (("linear", plain, 2), ("linear fp8", in_fp8, 1)):
+        for name, (n, k) in shapes.items():
+            if make is in_fp8 and name == "lm_head":  # no checkpoint has that
+                continue
+            layers = several(make, n, k, size)
+            for tokens in s.linear_tokens:
+                case = partial(build, layers, tokens, n, k, size)
+                row = partial(Row, f"{op} {name}", f"M={tokens} {k}→{n}", case, "linear")
+                yield row(quick=tokens in (1, 4), stepped=tokens <= STEP)
 
 
 GROUPS: tuple[Callable[[Sizes, Sequence[Library]], Iterator[Row]], ...] = (

@@ -12,10 +12,10 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMo
 
 from qnext_kernels import experts, experts_fp8, force_backend, topk_softmax, triton_support
 from qnext_kernels.dispatch import deterministic
+from qnext_kernels.fp8 import quantize_groups
 from qnext_kernels.moe import triton as moe_triton
 from qnext_kernels.moe import triton_experts, triton_fp8
 from qnext_kernels.moe.configurations import Configuration, Few, Product
-from qnext_kernels.moe.reference import quantize_groups
 from qnext_kernels.moe.triton import TritonMoe
 from qnext_kernels.moe.triton_align import COMPARED, FEW_PAIRS, STEP, Blocks, align, most_blocks
 from tests.kernels.kernel_inputs import assert_close, same_bits
@@ -46,7 +46,7 @@ def ours(arguments: dict[str, Any]) -> Tensor:
 
 
 def ours_fp8(arguments: dict[str, Any]) -> Tensor:
-    return TritonMoe().experts_fp8(**({"shared": None} | arguments))
+    return TritonMoe().experts_fp8(**({"shared": None, "quantize": True} | arguments))
 
 
 def truth_of(arguments: dict[str, Any]) -> Tensor:
