@@ -35,7 +35,8 @@ test: lint ## Lint, then the tests of kernels, model and both engines (starts en
 	@$(MAKE) --no-print-directory --keep-going test-kernels test-cli test-vllm test-sglang
 
 test-kernels: env ## The tests of the kernels, of the model and of the documentation, one a core at a time
-	"$(BIN)/python" -m pytest -n auto --durations=10 tests/kernels tests/model tests/docs tests/benchmarks $(ARGS)
+	"$(BIN)/python" -m pytest -n auto --durations=10 -m "not vllm and not sglang" \
+		tests/kernels tests/model tests/docs tests/benchmarks $(ARGS)
 
 test-cli: env env-sglang ## The tests of the command line that start no engine and are not slow
 	QNEXT_SGLANG_PYTHON="$$(cd "$(SGLANG_BIN)" && pwd)/python" \
@@ -48,13 +49,13 @@ test-sglang: env env-sglang ## SGLang's tests, which start vLLM too, to compare
 	QNEXT_VLLM_PYTHON="$$(cd "$(BIN)" && pwd)/python" \
 		"$(SGLANG_BIN)/python" -m pytest -v --durations=10 tests/sglang $(ARGS)
 
-test-clients: env env-sglang ## The examples and the rest of the command line, against both engines (not in `make test`)
+test-clients: env env-sglang ## Examples, the rest of the command line, benchmarks, with both engines (not in `make test`)
 	QNEXT_CLIENTS_PYTHON="$$(cd "$(SGLANG_BIN)" && pwd)/python" \
 		"$(BIN)/python" -m pytest -v --durations=10 -m "not sglang" tests/examples $(ARGS)
 	QNEXT_VLLM_PYTHON="$$(cd "$(BIN)" && pwd)/python" \
-		"$(SGLANG_BIN)/python" -m pytest -v --durations=10 -m sglang tests/examples tests/cli $(ARGS)
+		"$(SGLANG_BIN)/python" -m pytest -v --durations=10 -m sglang tests/examples tests/cli tests/benchmarks $(ARGS)
 	QNEXT_SGLANG_PYTHON="$$(cd "$(SGLANG_BIN)" && pwd)/python" \
-		"$(BIN)/python" -m pytest -v --durations=10 -m "(vllm or slow) and not sglang" tests/cli $(ARGS)
+		"$(BIN)/python" -m pytest -v --durations=10 -m "(vllm or slow) and not sglang" tests/cli tests/benchmarks $(ARGS)
 
 test-fast: env ## The tests that start no engine and take less than a minute each
 	"$(BIN)/python" -m pytest -m "not vllm and not sglang and not slow" --ignore=tests/sglang $(ARGS)

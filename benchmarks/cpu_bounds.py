@@ -24,11 +24,10 @@ from pathlib import Path
 
 import torch
 from cpu_report import make_console, milliseconds, parse, print_table, write_csv
-from cpu_slice import Work
 
 from qnext_kernels import native, use_huge_pages
 from qnext_plugins.cli.bench.inputs import REAL
-from qnext_plugins.cli.bench.models import Slice
+from qnext_plugins.cli.bench.models import Slice, SliceWork
 from qnext_plugins.cli.bench.roofs import OtherLoad, clock, describe_machine
 
 COLUMNS = ("op", "shape", "threads", "least_ms", "bound", "ours_ms", "bound_pct", "peer_ms", "most_ratio")
@@ -102,7 +101,7 @@ def needs() -> Iterator[Need]:
         yield Need("delta rule verify", f"B={batch} × {tokens} tokens", moved=moved, pattern=f"copy to {tokens}")
     for tokens in s.conv_prefills:
         yield Need("conv prefill", f"T={tokens}", moved=4 * tokens * s.channels, pattern="copy to 1")
-    work = Work(SLICE)
+    work = SliceWork(SLICE)
     for tokens in (512, 2048):
         yield Need("prefill", f"T={tokens}", dots=work.flops(tokens, tokens))
     for context in (128, 32768):

@@ -2,6 +2,7 @@
 """Layers of Qwen3-Next-80B-A3B at real widths in vLLM on this CPU, with the plugin and without, step by step.
 
     python benchmarks/cpu_slice.py [--quick] [--layers 4 --experts 256] [--threads 1,2] [--csv FILE] [--plot FILE]
+    python benchmarks/cpu_slice.py --fp8 --peer bfloat16,vllm [...]
     python benchmarks/cpu_slice.py --peer llama.cpp --llama-python PYTHON [...]
 
 Two engines with random bfloat16 weights are held in memory at once and run in turns: a prefill each, then some decode
@@ -31,53 +32,16 @@ from cpu_slice_llama import LlamaEngine, LlamaSide, find_llama
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qnext_plugins.cli.bench.models import Slice
+from qnext_plugins.cli.bench.models import Slice, SliceWork
 from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine
 from qnext_plugins.cli.bench.stepped import EngineError
 
 IN_TREE = "vLLM in-tree"
-PEERS = ("vllm", "llama.cpp")
+BFLOAT16 = "plugin, bfloat16"
+PEERS = ("vllm", "llama.cpp", "bfloat16")
 STEPS = 8
 """Decode steps of one engine before it is the other's turn."""
 DRAFTS = 2
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a step must move and compute, from the sizes of the layers."""
-
-    model: Slice
-
-    def weights(self, tokens: int) -> float:
-        """Bytes of the weights that ``tokens`` tokens of one sequence read, every expert at most once; with head."""
-        chosen = self.model.experts * (1 - (1 - 10 / self.model.experts) ** tokens)
-        return 2 * (self._dense() + self.model.layers * (chosen + 1) * self._expert() + self._head())
-
-    def decode(self, context: int, tokens: int = 1) -> float:
-        """Bytes of a step of ``tokens`` tokens: weights, states (one read, one written a token), keys and values."""
-        full = self.model.layers // 4
-        state = (self.model.layers - full) * 32 * 128 * 128 * 4
-        return self.weights(tokens) + (1 + tokens) * state + full * context * 2 * 2 * 256 * 2
-
-    def flops(self, tokens: int, context: int) -> float:
-        """FLOP of ``tokens`` tokens that end at ``context``; one of them goes through the head."""
-        full = self.model.layers // 4
-        matrices = 2 * tokens * (self._dense() + self.model.layers * 11 * self._expert()) + 2 * self._head()
-        scores = tokens * (context - tokens / 2)
-        return matrices + full * 4 * 16 * 256 * scores + (self.model.layers - full) * tokens * 32 * 7 * 128**2
-
-    def _dense(self) -> float:
-        hidden, full = self.model.hidden, self.model.layers // 4
-        linear = hidden * (12288 + 64 + 4096)
-        attention = hidden * (8192 + 1024 + 4096)
-        router = hidden * (self.model.experts + 1)
-        return (self.model.layers - full) * linear + full * attention + self.model.layers * router
-
-    def _expert(self) -> float:
-        return 3 * self.model.hidden * self.model.intermediate
-
-    def _head(self) -> float:
-        return self.model.vocabulary * self.model.hidden
 
 
 @dataclass(frozen=True)
@@ -134,7 +98,7 @@ def measure_prefill(pair: Pair, args: argparse.Namespace, tokens: int) -> Iterat
         engine.finish()
         return [seconds]
 
-    work = Work(args.model)
+    work = SliceWork(args.model)
     for engine in pair.engines:
         run(engine, max(args.threads))
     for threads in args.threads:
@@ -153,7 +117,7 @@ def measure_decode(pair: Pair, args: argparse.Namespace, context: int, op: str) 
     for engine in pair.engines:
         engine.prefill(prompt, max(args.threads))
         engine.steps(STEPS, max(args.threads))
-    work = Work(args.model)
+    work = SliceWork(args.model)
     for threads in args.threads:
         times = medians(pair.engines, 2 * args.rounds, lambda engine, threads=threads: run(engine, threads))
         flops = work.flops(tokens, context) + 2 * (tokens - 1) * args.model.vocabulary * args.model.hidden
@@ -181,7 +145,7 @@ def measure_verify(pair: Pair, args: argparse.Namespace, console: Console) -> It
 
 def run(args: argparse.Namespace, console: Console) -> tuple[list[Result], Roofs]:
     results, roofs = list[Result](), Roofs()
-    ours = Side("with the plugin", plugin=True, eager=args.eager)
+    ours = Side("with the plugin", plugin=True, eager=args.eager, fp8=args.fp8)
     pairs = [[ours]] if args.alone else [[ours, peer] for peer in args.peers]
     drafting = [
         [replace(side, drafts=DRAFTS) for side in pair] for pair in pairs if not isinstance(pair[-1], LlamaSide)
@@ -239,7 +203,7 @@ def peer_names(value: str) -> list[str]:
     """Some of :data:`PEERS`, separated by commas."""
     names = list(dict.fromkeys(value.split(",")))
     if not set(names) <= set(PEERS):
-        raise argparse.ArgumentTypeError(f"expected {' or '.join(PEERS)}, or both with a comma, got {value}")
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PEERS)}, with commas, got {value}")
     return names
 
 
@@ -252,9 +216,9 @@ def main() -> int:
     parser.add_argument("--context", type=positive_numbers, default="128,32768", help="tokens, default 128,32768")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each engine (default 3)")
     parser.add_argument("--eager", action="store_true", help="both without torch.compile")
-    parser.add_argument(
-        "--peer", type=peer_names, default="vllm", help="vllm (default), llama.cpp, or both: vllm,llama.cpp"
-    )
+    parser.add_argument("--fp8", action="store_true", help="ours in block-wise FP8; peers stay in bfloat16")
+    help_peer = "some of vllm (default), llama.cpp and bfloat16, the plugin's own, with commas"
+    parser.add_argument("--peer", type=peer_names, default="vllm", help=help_peer)
     python = os.environ.get("QNEXT_LLAMA_PYTHON")
     parser.add_argument("--llama-python", default=python, metavar="PYTHON", help="by default $QNEXT_LLAMA_PYTHON")
     parser.add_argument("--alone", action="store_true", help="without the peer")
@@ -268,8 +232,9 @@ def main() -> int:
     header, others = describe_machine(), OtherLoad()
     args.peers = []
     for name in [] if args.alone else args.peer:
-        if name == "vllm":
-            args.peers.append(Side(IN_TREE, plugin=False, eager=args.eager))
+        if name in ("vllm", "bfloat16"):
+            plugin = name == "bfloat16"
+            args.peers.append(Side(BFLOAT16 if plugin else IN_TREE, plugin=plugin, eager=args.eager))
             continue
         try:
             llama, package = find_llama(args.llama_python)
@@ -277,12 +242,13 @@ def main() -> int:
             parser.error(f"--llama-python: {error}")
         args.peers.append(llama)
         header.append(f"{llama.name} of {package}")
-    args.model = Slice(args.layers, args.experts, args.vocabulary)
+    args.model = Slice(args.layers, args.experts, args.vocabulary, fp8=args.fp8)
     args.logs = args.logs or Path(tempfile.mkdtemp(prefix="cpu-slice-"))
     args.logs.mkdir(parents=True, exist_ok=True)
 
     console = make_console()
-    header.append(f"slice: {args.layers} layers, {args.experts} experts, vocabulary {args.vocabulary}, bfloat16")
+    stored = "bfloat16, ours in block-wise FP8" if args.fp8 else "bfloat16"
+    header.append(f"slice: {args.layers} layers, {args.experts} experts, vocabulary {args.vocabulary}, {stored}")
     results, roofs = run(args, console)
     header += [roofs.describe(threads) for threads in args.threads]
     header += [others.describe(), *in_words(results)]

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ class Side:
     drafts: int = 0
     """Draft tokens of n-gram lookup, which costs next to nothing: what is timed is the verify step."""
     eager: bool = False
+    fp8: bool = False
     max_tokens: int = 40_000
     chunk: int = 2048
     """Tokens of a prefill step at most."""
@@ -36,7 +37,7 @@ class Engine(EngineProcess):
     @classmethod
     def start(cls, side: Side, model: Slice, threads: int, log: Path) -> Self:
         """Start ``side`` on ``model``, with at most so many threads."""
-        settings = {"side": side, "config": model.config(), "threads": threads}
+        settings = {"side": side, "config": replace(model, fp8=side.fp8).config(), "threads": threads}
         engine = cls.spawn(side.name, log, f"{__name__}:RunningEngine", settings)
         engine.side = side
         return engine

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pydoc_data.topics
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,10 +13,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3NextForCausalLM
 
+from examples.tiny.prompts import prompts
 from examples.tiny.train import split_corpus
 
-PROMPT_LENGTHS = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 33, 40, 48, 57, 63, 64, 65, 70, 85, 99, 110, 127, 128, 129, 130)
-LONG_PROMPT_LENGTHS = (150, 191, 192, 193, 220, 255, 256, 257, 280, 300)
 MAX_TOKENS = 64
 MEMORY = Path(__file__).parents[1] / ".pytest_cache" / "transformers-greedy"
 """What ``greedy`` has computed, for the next run: a file for each checkpoint's bytes and version of transformers."""
@@ -29,17 +27,6 @@ Tokens = tuple[int, ...]
 def load(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Qwen3NextForCausalLM:
     """The checkpoint in transformers."""
     return Qwen3NextForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
-
-
-@cache
-def prompts(checkpoint: Path) -> tuple[Tokens, ...]:
-    """Passages of Python's documentation, 1 to 300 tokens long, each from another topic."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    lengths = PROMPT_LENGTHS + LONG_PROMPT_LENGTHS
-    long_topics = sorted(name for name, text in pydoc_data.topics.topics.items() if len(text) > 2400)
-    chosen = [long_topics[n % len(long_topics)] for n in range(len(lengths))]
-    passages = [pydoc_data.topics.topics[name][200 + 50 * n :][:2000] for n, name in enumerate(chosen)]
-    return tuple(tuple(tokenizer.encode(text)[:length]) for text, length in zip(passages, lengths, strict=True))
 
 
 @cache

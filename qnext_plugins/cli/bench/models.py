@@ -17,10 +17,13 @@ class Slice:
     vocabulary: int = 151936
     hidden: int = 2048
     intermediate: int = 512
+    fp8: bool = False
+    """Whether linears and experts are in block-wise FP8, as in the published checkpoint."""
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` says."""
-        return {
+        quantized = {"quantization_config": self._quantization()} if self.fp8 else {}
+        return quantized | {
             "architectures": ["Qwen3NextForCausalLM"],
             "model_type": "qwen3_next",
             "torch_dtype": "bfloat16",
@@ -54,10 +57,70 @@ class Slice:
             "eos_token_id": 0,
         }
 
+    def _quantization(self) -> dict[str, Any]:
+        modules = ("linear_attn.in_proj_ba", "linear_attn.conv1d", "mlp.gate", "mlp.shared_expert_gate")
+        return {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": [
+                "lm_head",
+                *(f"model.layers.{n}.{module}" for n in range(self.layers) for module in modules),
+            ],
+        }
+
     def cache_bytes(self, context: int) -> int:
         """Of keys, values and states of one sequence in the slice, with room for the engine's paging."""
         full = self.layers // 4
         return 2 * (full * context * 2 * 2 * 256 * BF16_BYTES + (self.layers - full) * 4 * (32 * 128 * 128 * 4))
+
+
+@dataclass(frozen=True)
+class SliceWork:
+    """What a step of a slice must move and compute, from the sizes of its layers."""
+
+    model: Slice
+
+    def weights(self, tokens: int) -> float:
+        """Bytes of the weights that ``tokens`` tokens of a step read, every expert at most once; with head."""
+        chosen = self.model.experts * (1 - (1 - 10 / self.model.experts) ** tokens)
+        linears = self._linears() + self.model.layers * (chosen + 1) * self._expert()
+        return (1 if self.model.fp8 else BF16_BYTES) * linears + BF16_BYTES * (self._small() + self._head())
+
+    def decode(self, context: int, tokens: int = 1, batch: int = 1) -> float:
+        """Bytes of a step of ``tokens`` tokens for each of ``batch`` sequences.
+
+        Weights; of each sequence its states (one read, one written a token), keys and values.
+        """
+        full = self.model.layers // 4
+        state = (self.model.layers - full) * 32 * 128 * 128 * 4
+        keys = full * context * 2 * 2 * 256 * BF16_BYTES
+        return self.weights(batch * tokens) + batch * ((1 + tokens) * state + keys)
+
+    def flops(self, tokens: int, context: int) -> float:
+        """FLOP of ``tokens`` tokens of a sequence that end at ``context``; one of them goes through the head."""
+        full = self.model.layers // 4
+        dense = self._linears() + self._small()
+        matrices = 2 * tokens * (dense + self.model.layers * 11 * self._expert()) + 2 * self._head()
+        scores = tokens * (context - tokens / 2)
+        return matrices + full * 4 * 16 * 256 * scores + (self.model.layers - full) * tokens * 32 * 7 * 128**2
+
+    def _linears(self) -> float:
+        """Parameters around the mixers of all layers, those that may be in FP8."""
+        full = self.model.layers // 4
+        return self.model.hidden * ((self.model.layers - full) * (12288 + 4096) + full * (8192 + 1024 + 4096))
+
+    def _small(self) -> float:
+        """Of the projections of gates, and of the routers."""
+        full = self.model.layers // 4
+        return self.model.hidden * ((self.model.layers - full) * 64 + self.model.layers * (self.model.experts + 1))
+
+    def _expert(self) -> float:
+        return 3 * self.model.hidden * self.model.intermediate
+
+    def _head(self) -> float:
+        return self.model.vocabulary * self.model.hidden
 
 
 @dataclass(frozen=True)

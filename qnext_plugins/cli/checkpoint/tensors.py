@@ -56,12 +56,16 @@ class Values:
             return structured.embedding(self.dtype)
         if structured is not None and name == "lm_head.weight":
             return structured.head(self.dtype)
-        noise = torch.randn(shape, generator=generator(self.spec.seed, name))
+        noise = self.noise(name, shape)
         if structured is not None and name == "mtp.fc.weight":
             return torch.cat([structured.fc(), noise[:, shape[0] :] * DISTURBANCE * shape[0] ** -0.5], dim=1).to(
                 self.dtype
             )
         return self._parameter(name, shape, noise).to(self.dtype)
+
+    def noise(self, name: str, shape: Shape) -> Tensor:
+        """float32 of a standard normal distribution, the same for the same name."""
+        return torch.randn(shape, generator=generator(self.spec.seed, name))
 
     def _parameter(self, name: str, shape: Shape, noise: Tensor) -> Tensor:
         module = name.split(".")[-2]
