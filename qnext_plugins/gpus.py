@@ -60,14 +60,14 @@ def fp8_experts_obstacle(
     """
     from qnext_kernels import OPERATIONS
     from qnext_kernels.dispatch import Call
-    from qnext_kernels.moe.reference import FP8_GROUP
+    from qnext_kernels.fp8 import FP8_GROUP
 
     if block is None or list(block) != [FP8_GROUP] * 2:
         return f"their weights are quantized ({method})"
     if middle % FP8_GROUP:
         return f"a rank's {middle} columns of them are not whole blocks of FP8"
     backend = OPERATIONS["moe"].select(device, dtype)
-    if backend.name not in ("triton", "flashinfer"):
+    if device.type != "cpu" and backend.name not in ("triton", "flashinfer"):
         return f"the {backend.name} backend serves them, without FP8"
     reason = backend.supports_call(device, dtype, Call("experts_fp8", tokens=0, shape=(middle,)))
     return None if reason is None else f"the {backend.name} backend {reason}"

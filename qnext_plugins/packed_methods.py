@@ -1,4 +1,4 @@
-"""Linears, heads and experts of either engine on our kernels; unquantized weights are packed once behind loading."""
+"""Linears, heads and experts of either engine on our kernels; on a CPU weights are packed once behind loading."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qnext_kernels import (
@@ -65,6 +66,13 @@ class PackedLinear:
         return linear(x, layer.weight, bias, layer.packed)
 
 
+class Fp8Linear(PackedLinear):
+    """Goes before an engine's method of linears in block-wise FP8, on a CPU."""
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, layer.weight, bias, layer.packed, layer.weight_scale_inv)
+
+
 class PackedExperts:
     """Goes before an engine's unquantized method of routed experts, whose weights are laid out as the kernel's."""
 
@@ -104,29 +112,55 @@ class PackedExperts:
 
 
 class Fp8Experts:
-    """Goes before an engine's method of experts in block-wise FP8, whose weights and scales stay as they are loaded.
+    """Goes before an engine's method of experts in block-wise FP8; on a GPU weights and scales stay as they are loaded.
 
-    Where the kernel wants each up projection before its gate, both are exchanged in place.
+    There a kernel may want each up projection before its gate: then both are exchanged in place. On a CPU matrices are
+    packed, and activations are not quantized: reading the weights is what takes the time.
     """
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
         layer.packed = False
+        use_huge_pages(layer.w13_weight, layer.w2_weight)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        _pack(layer, lambda: pack_experts_fp8_(*(weight.data for weight in _fp8_weights(layer))))
+        _version.rise()
+        _pack(layer, lambda: pack_experts_fp8_(*self._weights(layer)))
 
     def unpack(self, layer: Any) -> None:
-        unpack_experts_fp8_(*(weight.data for weight in _fp8_weights(layer)))
+        unpack_experts_fp8_(*self._weights(layer))
+
+    def shared(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+        """w13, w2, each with its scale behind it, and gate of the shared expert, or None."""
+        if layer.shared_expert[0] is None:
+            return None
+        up, down, gate = layer.shared_expert[0].linears()
+        gate_weight = getattr(gate, "plain_weight", gate.weight)[0]
+        return *_fp8_weight(up), *_fp8_weight(down), gate_weight
 
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """As that of :class:`PackedExperts`; a shared expert is in FP8 too."""
-        shared = None
+        choice, quantize = (topk_weights, topk_ids), _quantizes(x.device, x.dtype)
+        return experts_fp8(x, *_fp8_weights(layer), *choice, layer.packed, self.shared(layer), quantize)
+
+    def _weights(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        w13, w13_scale, w2, w2_scale = (weight.data for weight in _fp8_weights(layer))
+        both = None
         if layer.shared_expert[0] is not None:
-            *projections, gate = layer.shared_expert[0].linears()
-            both = (tensor for linear in projections for tensor in (linear.weight, linear.weight_scale_inv))
-            shared = (*both, gate.weight[0])
-        return experts_fp8(x, *_fp8_weights(layer), topk_weights, topk_ids, layer.packed, shared)
+            up, down, _ = layer.shared_expert[0].linears()
+            both = up.weight.data, down.weight.data
+        return w13, w13_scale, w2, w2_scale, both
+
+
+def _quantizes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel for experts in block-wise FP8 quantizes activations: any but those made for a CPU does."""
+    return device.type != "cpu" or OPERATIONS["moe"].select(device, dtype).name in ("triton", "flashinfer")
+
+
+def _fp8_weight(layer: Any) -> tuple[Tensor, Tensor]:
+    """A linear's weight and scales; once they have been loaded, vLLM's on a CPU have a plain tensor of each."""
+    weight, scale = layer.weight, layer.weight_scale_inv
+    return getattr(layer, "plain_weight", weight), getattr(layer, "plain_scale", scale)
 
 
 def _fp8_weights(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -180,8 +214,9 @@ def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable
     if method is None:  # quantized; in four bits there is no parameter called weight
         return layer
     weight = layer.weight
+    dtype = torch.get_default_dtype() if issubclass(method, Fp8Linear) else weight.dtype
     on_cpu = weight.device.type == "cpu"  # on a GPU the engine's own serve, whatever QNEXT_BACKEND forces on the others
-    if on_cpu and OPERATIONS["linear"].select(weight.device, weight.dtype).name == "native":
+    if on_cpu and OPERATIONS["linear"].select(weight.device, dtype).name == "native":
         layer.quant_method = method()
         layer.packable, layer.packed = packable, False
         use_huge_pages(layer.weight)
@@ -194,15 +229,23 @@ def linear_weight(layer: Any, ranks: int) -> LinearWeight | None:
         return None
     if ranks > 1 and getattr(layer, "reduce_results", False):
         return None
+    if isinstance(layer.quant_method, Fp8Linear):
+        weight, scale = _fp8_weight(layer)
+        return LinearWeight(weight, layer.bias, layer.packed, scale)
     return LinearWeight(getattr(layer, "plain_weight", layer.weight), layer.bias, layer.packed)
 
 
 def experts_weights(layer: Any) -> ExpertsWeights | None:
-    """Those of routed experts on our kernel, which are not quantized; None of others."""
+    """Those of routed experts on our kernel, not quantized or, on a CPU, in block-wise FP8; None of others."""
     method = layer.quant_method
-    if not isinstance(method, PackedExperts):
+    if not isinstance(method, PackedExperts | Fp8Experts):
         return None
-    return ExpertsWeights(layer.w13_weight, layer.w2_weight, layer.packed, method.shared(layer))
+    scales = None
+    if isinstance(method, Fp8Experts):
+        if _quantizes(layer.w13_weight.device, torch.get_default_dtype()):
+            return None
+        scales = layer.w13_weight_scale_inv, layer.w2_weight_scale_inv
+    return ExpertsWeights(layer.w13_weight, layer.w2_weight, layer.packed, method.shared(layer), scales)
 
 
 @contextmanager

@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM
 
+from qnext_kernels.fp8 import dequantize_blocks
+from qnext_plugins.cli.checkpoint.tensors import is_quantized, quantize
+
 TINY = Path(__file__).parents[1] / "examples" / "tiny" / "checkpoint"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -59,10 +62,40 @@ def quantize_experts(path: Path) -> None:
             weights[name] = weight.bfloat16()
             kept.add(name.removesuffix(".weight"))
     save_file(weights, path / "model.safetensors", {"format": "pt"})
+    _describe_fp8(path, kept)
+
+
+def _describe_fp8(path: Path, kept: set[str]) -> None:
     quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"] = quantization | {"modules_to_not_convert": sorted(kept)}
     (path / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def write_fp8_checkpoint(path: Path, dequantized: Path) -> None:
+    """Write a random checkpoint in block-wise FP8, laid out as the published ones, and the same one in float32.
+
+    Every matrix has several blocks of scales that differ, and so has each of two ranks' part of it.
+    """
+    torch.manual_seed(1)
+    widths = {"hidden_size": 256, "head_dim": 128, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
+    heads = {"linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "mlp_only_layers": []}
+    write_random_checkpoint(dequantized, num_hidden_layers=4, num_experts=8, agreement=0.5, **widths, **heads)
+    shutil.copytree(dequantized, path)
+    stored, read, kept = {}, {}, set()
+    for name, weight in load_file(dequantized / "model.safetensors").items():
+        stored[name] = read[name] = weight
+        if not is_quantized(name):
+            kept.add(name.removesuffix(".weight"))
+            continue
+        factors = torch.rand([size // 128 for size in weight.shape]) + 0.5
+        varied = weight * factors.repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
+        stored[name], scale = quantize(varied)
+        stored[f"{name}_scale_inv"] = scale
+        read[name] = dequantize_blocks(stored[name], scale.float(), torch.float32)
+    save_file(stored, path / "model.safetensors", {"format": "pt"})
+    save_file(read, dequantized / "model.safetensors", {"format": "pt"})
+    _describe_fp8(path, kept)
 
 
 def write_random_checkpoint(path: Path, *, seed: int = 0, agreement: float = 0.35, **overrides: Any) -> Path:

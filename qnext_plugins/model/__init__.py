@@ -20,7 +20,15 @@ from qnext_plugins.model.mtp import MultiTokenPredictor
 from qnext_plugins.model.norm import RMSNorm
 from qnext_plugins.model.port import Engine
 from qnext_plugins.model.sparse_moe import MLP, SparseMoe
-from qnext_plugins.model.weights import CheckpointError, check_files, checked_weights, expected_shapes, weight_files
+from qnext_plugins.model.weights import (
+    CheckpointError,
+    check_files,
+    checked_weights,
+    expected_shapes,
+    fp8_shapes,
+    is_block_fp8,
+    weight_files,
+)
 
 __all__ = [
     "MLP",
@@ -42,5 +50,7 @@ __all__ = [
     "check_files",
     "checked_weights",
     "expected_shapes",
+    "fp8_shapes",
+    "is_block_fp8",
     "weight_files",
 ]

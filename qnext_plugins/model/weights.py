@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qnext_kernels.fp8 import FP8_GROUP
 from qnext_plugins.model.config import FULL_ATTENTION, Qwen3NextConfig
 
 MTP_PREFIX = "mtp."
 EXPERTS = ".mlp.experts."
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+NEVER_QUANTIZED = ("embed_tokens", "lm_head", "gate", "shared_expert_gate")
 
 
 class CheckpointError(ValueError):
@@ -21,7 +24,7 @@ class CheckpointError(ValueError):
 
 
 def expected_shapes(config: Qwen3NextConfig, *, target: bool = True, mtp: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an unquantized checkpoint's tensors.
+    """Names and shapes of an unquantized checkpoint's tensors; :func:`fp8_shapes` adds those of block-wise FP8.
 
     Args:
         config: of the checkpoint.
@@ -43,6 +46,32 @@ def expected_shapes(config: Qwen3NextConfig, *, target: bool = True, mtp: bool =
         for n in range(config.num_nextn_predict_layers):
             shapes |= _layer_shapes(config, f"mtp.layers.{n}", FULL_ATTENTION, sparse=config.num_experts > 0)
     return shapes
+
+
+def is_block_fp8(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether a checkpoint's ``quantization_config`` says FP8 in blocks of 128 × 128, which our kernels read."""
+    described = quantization or {}
+    return described.get("quant_method") == "fp8" and described.get("weight_block_size") == [FP8_GROUP] * 2
+
+
+def fp8_shapes(shapes: Mapping[str, tuple[int, ...]], left_out: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Those of the same checkpoint in block-wise FP8: beside the weight of each linear the scales of its blocks.
+
+    Args:
+        shapes: of :func:`expected_shapes`.
+        left_out: ``modules_to_not_convert``; experts are left out where one of them is.
+    """
+    layers = {f"{name}.".partition(EXPERTS)[0] for name in left_out if EXPERTS in f"{name}."}
+    stored: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        stored[name] = shape
+        module, _, parameter = name.rpartition(".")
+        if parameter != "weight" or len(shape) != 2 or module.rpartition(".")[2] in NEVER_QUANTIZED:
+            continue
+        layer, experts, _ = module.partition(EXPERTS)
+        if not (layer in layers if experts else module in left_out):
+            stored[f"{name}_scale_inv"] = tuple(-(-size // FP8_GROUP) for size in shape)
+    return stored
 
 
 def checked_weights(

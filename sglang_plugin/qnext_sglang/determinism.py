@@ -21,6 +21,7 @@ from qnext_plugins.largest import largest_first
 from qnext_sglang import serving
 from qnext_sglang.experts import obstacle
 from qnext_sglang.hooks import Hook, install
+from qnext_sglang.quantization import ours_on_cpu
 
 
 class DeterminismError(RuntimeError):
@@ -34,7 +35,7 @@ def obstacles(server_args: Any, hf_config: Any, quant_config: Any) -> list[str]:
         experts = obstacle(None, 0, device, torch.get_default_dtype())
     cache, state = server_args.kv_cache_dtype, mamba2_state_dtype(hf_config).temporal
     found = {
-        "quantized weights": quant_config is not None,
+        "quantized weights": quant_config is not None and not ours_on_cpu(quant_config),
         "--enable-fp32-lm-head": server_args.enable_fp32_lm_head,
         f"--kv-cache-dtype {cache}": cache not in ("auto", "bf16", "bfloat16"),
         f"--mamba-ssm-dtype {state}": state != torch.float32,

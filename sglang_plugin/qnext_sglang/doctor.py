@@ -149,13 +149,23 @@ def interval(subject: Subject) -> Finding | None:
 
 
 def quantization(subject: Subject) -> Finding | None:
-    """Quantized checkpoints are untried here."""
+    """On a CPU ours serve FP8 in blocks of 128 × 128 alone; on a GPU quantized checkpoints are untried."""
     quantized = (subject.config or {}).get("quantization_config") or {}
     if not quantized:
         return None
-    return warning(
-        f"the checkpoint is quantized ({quantized.get('quant_method')}), untried with the plugin on SGLang",
-        "take the checkpoint in bfloat16",
+    from qnext_plugins.model import is_block_fp8
+
+    method, block = quantized.get("quant_method"), quantized.get("weight_block_size")
+    instead = "take the checkpoint in bfloat16"
+    if device_type() != "cpu":
+        return warning(f"the checkpoint is quantized ({method}), untried with the plugin on SGLang", instead)
+    if is_block_fp8(quantized):
+        return ok("block-wise FP8: linears and experts run on the plugin's kernels, with activations as they are")
+    blocks = "" if block is None else f" in blocks of {block}"
+    return failure(
+        f"the checkpoint is quantized ({method}{blocks}), and on a CPU the plugin serves FP8 in blocks of 128 × 128 or "
+        "no quantization",
+        f"{instead}, or in block-wise FP8",
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qnext_kernels import ExpertsWeights, LinearWeight
-from qnext_plugins.model import MLP, CoreWeights, Qwen3NextConfig
+from qnext_plugins.model import MLP, ConfigError, CoreWeights, Qwen3NextConfig
 from qnext_plugins.model.gated_delta_net import GatedDeltaNetCore
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_plugins.packed_methods import experts_weights, linear_weight
@@ -59,33 +59,24 @@ class SglangEngine:
         self.batch = CurrentBatch()
 
     def column_linear(self, input_size: int, output_size: int, *, prefix: str) -> nn.Module:
-        return on_our_kernel(ColumnLinear(input_size, output_size, **self._linear(prefix)))
+        return self._linear(ColumnLinear, input_size, output_size, prefix=prefix)
 
     def gate_up_linear(self, input_size: int, intermediate_size: int, *, prefix: str) -> nn.Module:
-        return on_our_kernel(GateUpLinear(input_size, [intermediate_size] * 2, **self._linear(prefix)))
+        return self._linear(GateUpLinear, input_size, [intermediate_size] * 2, prefix=prefix)
 
     def qkv_linear(self, config: Qwen3NextConfig, *, prefix: str) -> nn.Module:
-        return on_our_kernel(
-            QKVLinear(
-                config.hidden_size,
-                config.head_dim,
-                2 * config.num_attention_heads,
-                config.num_key_value_heads,
-                **self._linear(prefix, bias=config.attention_bias),
-            )
-        )
+        heads = 2 * config.num_attention_heads, config.num_key_value_heads
+        sizes = (config.hidden_size, config.head_dim, *heads)
+        return self._linear(QKVLinear, *sizes, bias=config.attention_bias, prefix=prefix)
 
     def row_linear(
         self, input_size: int, output_size: int, *, reduce: bool, bias: bool = False, prefix: str
     ) -> nn.Module:
-        options = self._linear(prefix, bias=bias)
-        return on_our_kernel(RowLinear(input_size, output_size, reduce_results=reduce, **options))
+        return self._linear(RowLinear, input_size, output_size, reduce_results=reduce, bias=bias, prefix=prefix)
 
     def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:
-        options = self._linear(prefix)
-        if not quantized:
-            options["quant_config"] = None
-        return on_our_kernel(ReplicatedLinear(input_size, output_size, **options))
+        quantization = {} if quantized else {"quant_config": None}
+        return self._linear(ReplicatedLinear, input_size, output_size, prefix=prefix, **quantization)
 
     def conv_weight(self, segments: tuple[int, ...], kernel_size: int) -> nn.Parameter:
         return sharded_parameter(segments, 1, kernel_size, dtype=torch.get_default_dtype(), **self._rank)
@@ -126,8 +117,18 @@ class SglangEngine:
     def _rope_parameters(self) -> dict[str, Any]:
         return rope_parameters(self.hf_config)
 
-    def _linear(self, prefix: str, *, bias: bool = False) -> dict:
-        return {"bias": bias, "quant_config": self.quant_config, "prefix": prefix}
+    def _linear(self, kind: type, *sizes: Any, prefix: str, **options: Any) -> nn.Module:
+        """One of SGLang's linears, on our kernel.
+
+        Raises:
+            ConfigError: a rank's part of it is not whole blocks of the quantization.
+        """
+        options = {"bias": False, "quant_config": self.quant_config, "prefix": prefix} | options
+        try:
+            linear = kind(*sizes, **options)
+        except ValueError as error:
+            raise ConfigError(f"{prefix} on {self.tensor_parallel_size} ranks: {error}") from error
+        return on_our_kernel(linear)
 
 
 class CurrentBatch:

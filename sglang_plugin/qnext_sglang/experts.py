@@ -12,8 +12,9 @@ from qnext_kernels import OPERATIONS, topk_softmax
 from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle
 from qnext_plugins.model import MLP, Qwen3NextConfig
 from qnext_plugins.packed_methods import Fp8Experts, LeftAsLoaded, PackedExperts, leave_to_experts
-from qnext_sglang import serving, step_back
+from qnext_sglang import UnsupportedEngineError, serving, step_back
 from qnext_sglang import sglang_api as api
+from qnext_sglang.linear import QnextFp8LinearMethod
 
 
 class _OurKernel:
@@ -37,7 +38,14 @@ class QnextFp8MoEMethod(_OurKernel, Fp8Experts, api.Fp8MoEMethod):
 
 
 class SharedFp8LinearMethod(LeftAsLoaded, api.LinearMethodBase):
-    """Of the shared expert's projections in block-wise FP8, where our kernel for experts reads them."""
+    """Of the shared expert's projections in block-wise FP8, where on a GPU our kernel for experts reads them."""
+
+
+STORED_ALIKE: dict[type, tuple[type, ...]] = {
+    QnextMoEMethod: (api.UnquantizedLinearMethod,),
+    QnextFp8MoEMethod: (api.Fp8LinearMethod, QnextFp8LinearMethod),
+}
+"""For each of our methods of experts, the methods of linears whose weights are stored as its are."""
 
 
 class SparseExperts(api.FusedMoE):
@@ -98,13 +106,13 @@ class SparseExperts(api.FusedMoE):
 def computes_shared(method: Any, shared_expert: MLP, middle: int) -> bool:
     """Whether the calls of our routed experts compute the shared one along, if both are stored alike.
 
-    In C++ they do without quantization; in Triton, where a rank's parts of both are of one size, in block-wise FP8 too.
+    In C++ they do; in Triton, where a rank's parts of both are of one size.
 
     Args:
         method: of the routed experts.
         middle: this rank's columns between the two products of a routed expert.
     """
-    stored = {QnextMoEMethod: api.UnquantizedLinearMethod, QnextFp8MoEMethod: api.Fp8LinearMethod}.get(type(method))
+    stored = STORED_ALIKE.get(type(method))
     backend = OPERATIONS["moe"].select(serving.device(), torch.get_default_dtype()).name
     projections: tuple[Any, ...] = shared_expert.linears()[:2]
     same_size = projections[1].weight.shape[1] == middle
@@ -123,13 +131,15 @@ def our_method(quant_config: Any, prefix: str, middle: int, device: torch.device
         device, dtype: of the activations.
 
     Raises:
-        UnsupportedEngineError: with ``QNEXT_STRICT=1`` they would stay SGLang's own.
+        UnsupportedEngineError: they would stay SGLang's own, on a plain CPU or with ``QNEXT_STRICT=1``.
     """
     if isinstance(quant_config, api.Fp8Config) and api.is_layer_skipped(
         prefix, quant_config.ignored_layers, fused_mapping=quant_config.packed_modules_mapping
     ):
         quant_config = None
     if (reason := obstacle(quant_config, middle, device, dtype)) is not None:
+        if serving.on_plain_cpu():
+            raise UnsupportedEngineError(f"qnext-plugins on a CPU does not serve the experts: {reason}")
         if device.type != "cpu":
             _say_once(reason)
         return None

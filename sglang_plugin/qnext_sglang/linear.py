@@ -1,15 +1,31 @@
-"""SGLang's unquantized linears and heads on our kernel."""
+"""SGLang's linears and heads on our kernel: unquantized ones, and on a CPU those in block-wise FP8."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from qnext_plugins.packed_methods import PackedLinear, replace_method
+from qnext_kernels import use_huge_pages
+from qnext_plugins.packed_methods import Fp8Linear, PackedLinear, replace_method
+from qnext_sglang import quantization
 from qnext_sglang import sglang_api as api
 
 
 class QnextLinearMethod(PackedLinear, api.UnquantizedLinearMethod):
     pass
+
+
+class QnextFp8LinearMethod(Fp8Linear, api.LinearMethodBase):
+    """Its weights and scales are those that SGLang's method has created and SGLang loads.
+
+    Args:
+        quant_config: SGLang's, which its loading asks a method for.
+    """
+
+    def __init__(self, quant_config: Any) -> None:
+        self.quant_config = quant_config
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("SGLang's method has created the weights")
 
 
 class QnextHeadMethod(PackedLinear, api.UnquantizedEmbeddingMethod):
@@ -20,8 +36,14 @@ OURS = {api.UnquantizedLinearMethod: QnextLinearMethod, api.UnquantizedEmbedding
 
 
 def on_our_kernel(layer: Any, packable: bool = True) -> Any:
-    """``layer`` with our method, where our kernel for linears serves its weight and it is not quantized.
+    """``layer`` with our method, where our kernel for linears serves its weight.
 
     ``packable``: nothing but this layer reads its weight.
     """
+    theirs = layer.quant_method
+    if type(theirs) is api.Fp8LinearMethod and quantization.ours_on_cpu(theirs.quant_config):
+        layer.quant_method = QnextFp8LinearMethod(theirs.quant_config)
+        layer.packable, layer.packed = packable, False
+        use_huge_pages(layer.weight)
+        return layer
     return replace_method(layer, OURS, packable)

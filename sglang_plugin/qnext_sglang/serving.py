@@ -101,7 +101,7 @@ def in_tree_class(architecture: str) -> type | None:
             return None
         except LookupError as error:
             reason = str(error)
-    if _on_plain_cpu():
+    if on_plain_cpu():
         raise UnsupportedEngineError(f"qnext-plugins: {reason}, and SGLang's own {architecture} does not run on a CPU")
     decline(reason)
     return getattr(importlib.import_module(IN_TREE[architecture]), architecture)
@@ -137,17 +137,18 @@ def loads_nothing() -> bool:
 def stacks_layers() -> bool:
     """Whether the layers of a decode step may run as one call: on a CPU, on one rank, and with no one listening in."""
     server_args = get_server_args()
-    return _on_plain_cpu() and get_parallel().tp_size == 1 and not server_args.enable_hierarchical_cache
+    return on_plain_cpu() and get_parallel().tp_size == 1 and not server_args.enable_hierarchical_cache
 
 
 def _install_hooks() -> None:
     hooks.install(hooks.HOOKS)
-    if _on_plain_cpu():
+    if on_plain_cpu():
         from qnext_sglang.cpu import hooks as cpu_hooks
 
         hooks.install(cpu_hooks.HOOKS)
         cpu_hooks.install_names()
 
 
-def _on_plain_cpu() -> bool:
+def on_plain_cpu() -> bool:
+    """Whether SGLang runs on our platform for CPUs, where its own kernels do not."""
     return getattr(current_platform, "is_qnext", False)

@@ -307,11 +307,12 @@ def test_yarn_in_the_dialect_of_the_published_model_needs_a_variable_in_vllm() -
     assert finding.status == Status.OK
 
 
-def test_block_wise_fp8_is_told_where_vllm_has_no_kernels_for_it() -> None:
-    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    finding = quantization(Subject(config=config))
+@pytest.mark.parametrize("block", [[128, 128], [64, 64], None])
+def test_whose_kernels_serve_fp8_on_a_cpu_is_told(block: list[int] | None) -> None:
+    finding = quantization(Subject(config={"quantization_config": {"quant_method": "fp8", "weight_block_size": block}}))
     assert finding is not None
-    assert finding.status == (Status.NOTE if "amx_tile" in cpu_flags() else Status.FAILURE)
+    of_vllm = Status.NOTE if "amx_tile" in cpu_flags() else Status.FAILURE
+    assert finding.status == (Status.OK if block == [128, 128] else of_vllm)
     assert quantization(Subject(config={})) is None
 
 
@@ -344,11 +345,15 @@ def test_a_companion_package_that_does_not_load_is_told(tmp_path: Path, monkeypa
     assert "pip uninstall --yes torchvision" in str(finding.fix)
 
 
+BLOCK_WISE = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
 @pytest.mark.parametrize(
     ("environment", "config", "status"),
     [
         ({}, None, Status.OK),
         ({"QNEXT_DETERMINISTIC": "1"}, None, Status.OK),
+        ({"QNEXT_DETERMINISTIC": "1"}, {"quantization_config": BLOCK_WISE}, Status.OK),
         ({}, {"quantization_config": {"quant_method": "fp8"}}, Status.NOTE),
         ({"QNEXT_DETERMINISTIC": "1"}, {"quantization_config": {"quant_method": "fp8"}}, Status.FAILURE),
     ],

@@ -10,7 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qnext_plugins.model import CheckpointError, Qwen3NextConfig, check_files, checked_weights, expected_shapes
+from qnext_plugins.model import (
+    CheckpointError,
+    Qwen3NextConfig,
+    check_files,
+    checked_weights,
+    expected_shapes,
+    fp8_shapes,
+)
 from tests.model.transformers_models import GROUP_OF_THREE, GROUP_OF_TWO, small_config, small_model
 
 Shapes = dict[str, tuple[int, ...]]
@@ -125,6 +132,30 @@ def test_tensors_are_drawn_one_by_one() -> None:
 
     next(checked_weights(source(), SHAPES))
     assert drawn == list(SHAPES)[:1]
+
+
+def test_in_block_wise_fp8_scales_lie_beside_the_linears_that_are_not_left_out() -> None:
+    layer = "model.layers.0"
+    shapes = {
+        "model.embed_tokens.weight": (50, 300),
+        "lm_head.weight": (50, 300),
+        "mtp.fc.weight": (300, 600),
+        f"{layer}.linear_attn.in_proj_ba.weight": (8, 300),
+        f"{layer}.linear_attn.out_proj.weight": (300, 128),
+        f"{layer}.linear_attn.conv1d.weight": (8, 1, 4),
+        f"{layer}.linear_attn.A_log": (4,),
+        f"{layer}.mlp.gate.weight": (4, 300),
+        f"{layer}.mlp.shared_expert_gate.weight": (1, 300),
+        f"{layer}.mlp.experts.0.up_proj.weight": (256, 300),
+        "model.layers.1.mlp.experts.0.up_proj.weight": (256, 300),
+        "model.layers.2.mlp.experts.0.up_proj.weight": (256, 300),
+    }
+    left_out = ["mtp.fc", f"{layer}.linear_attn.in_proj_ba", "model.layers.1.mlp.experts"]
+    left_out.append("model.layers.2.mlp.experts.3.up_proj")
+    assert fp8_shapes(shapes, left_out) == shapes | {
+        f"{layer}.linear_attn.out_proj.weight_scale_inv": (3, 1),
+        f"{layer}.mlp.experts.0.up_proj.weight_scale_inv": (2, 3),
+    }
 
 
 def test_headers_of_the_files_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from qnext_sglang.cpu import attention, defaults, gated_delta_net, platform, spe
 from qnext_sglang.cpu import hooks as cpu_hooks
 from qnext_sglang.experts import QnextFp8MoEMethod, QnextMoEMethod, SharedFp8LinearMethod, SparseExperts
 from qnext_sglang.gated_delta_net import GatedDeltaNetBackend
+from qnext_sglang.linear import QnextFp8LinearMethod
+from qnext_sglang.quantization import CpuFp8Config
 
 PACKAGE = Path(qnext_sglang.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -154,7 +156,7 @@ OBJECTS: list[tuple[str, str, set[str] | None]] = [
     ("layer", "layers.radix_linear_attention.RadixLinearAttention", {"engine.py", "gated_delta_net.py"}),
     ("dispatch_output", "layers.moe.token_dispatcher.StandardDispatchOutput", None),
     ("moe_runner", "layers.moe.utils.MoeRunnerBackend", None),
-    ("quant_config", "layers.quantization.fp8.Fp8Config", {"experts.py"}),
+    ("quant_config", "layers.quantization.fp8.Fp8Config", {"experts.py", "quantization.py"}),
     ("RoutingMethodType", "layers.moe.utils.RoutingMethodType", None),
     ("platform", "platforms.interface.SRTPlatform", {"__init__.py"}),
     ("sampling_info", "sampling.sampling_batch_info.SamplingBatchInfo", None),
@@ -178,6 +180,8 @@ CLASSES: dict[type, set[str]] = {
     QnextMoEMethod: set(),
     QnextFp8MoEMethod: set(),
     SharedFp8LinearMethod: set(),
+    QnextFp8LinearMethod: set(),
+    CpuFp8Config: set(),
     SparseExperts: {"_route"},
 }
 # Overridden methods whose arguments are ours to choose, because we call them ourselves.

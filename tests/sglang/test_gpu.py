@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ from qnext_kernels import experts as our_experts
 from qnext_kernels import experts_fp8, force_backend, layouts, topk_softmax, triton_support
 from qnext_kernels.dispatch import OPERATIONS, deterministic
 from qnext_plugins import gpus
-from qnext_plugins.model import Qwen3NextConfig, SparseMoe
+from qnext_plugins.model import ConfigError, Qwen3NextConfig, SparseMoe
 from qnext_plugins.packed_methods import unpacked_weights
 from qnext_sglang import UnsupportedEngineError, determinism, experts, gpu_refusal, serving
 from qnext_sglang import sglang_api as api
@@ -313,17 +314,19 @@ class TestExpertsLayer:
             assert block.experts.shared_expert == (None,)
             assert isinstance(block.shared_expert.down_proj.quant_method, UnquantizedLinearMethod)
 
+    @pytest.mark.parametrize("quantized", [False, True], ids=["float32", "fp8"])
     def test_on_a_cpu_the_shared_one_of_any_size_is_packed_and_computed_along_and_loads_again(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, quantized: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(serving, "device", lambda: torch.device("cpu"))
-        block = self.block(None, shared_expert_intermediate_size=256)
+        config = Fp8Config(True, weight_block_size=[128, 128]) if quantized else None
+        block = self.block(config, shared_expert_intermediate_size=256)
         layer = block.experts
         assert layer.shared_expert == (block.shared_expert,)
         model = nn.ModuleDict({"layer": nn.ModuleDict({"mlp": block})})
         random = torch.Generator().manual_seed(3)
         for _ in range(2):
-            checkpoint = random_block(random, layer.num_experts, quantized=False, shared_size=256)
+            checkpoint = random_block(random, layer.num_experts, quantized, shared_size=256)
             with unpacked_weights(model):
                 load_parameters(model, checkpoint.items(), layer.num_experts)
             for module in block.modules():
@@ -333,10 +336,16 @@ class TestExpertsLayer:
             x, logits = torch.randn(5, 128, generator=random), torch.randn(5, 4, generator=random)
             with force_backend("moe=reference"):
                 routed = topk_softmax(logits, layer.top_k, True)
-                weights, shared = arguments_of(checkpoint, layer.num_experts, quantized=False)
-                expected = our_experts(x, *weights, *routed, shared=shared)
+                weights, shared = arguments_of(checkpoint, layer.num_experts, quantized)
+                unrounded = partial(experts_fp8, quantize_activations=False) if quantized else our_experts
+                expected = unrounded(x, *weights, *routed, shared=shared)
             out = layer.quant_method.apply(layer, StandardDispatchOutput(x, None, layer._route(x, logits)))
             assert (out.hidden_states - expected).norm() <= TOLERANCE * expected.norm()
+
+    def test_a_linear_whose_parts_are_no_whole_blocks_is_named(self) -> None:
+        engine = SglangEngine(random_config(), Fp8Config(True, weight_block_size=[128, 128]))
+        with pytest.raises(ConfigError, match=r"^mlp.gate_up_proj on 1 ranks: .* = 192 is not divisible by"):
+            engine.gate_up_linear(128, 192, prefix="mlp.gate_up_proj")
 
     def test_sglangs_own_experts_do_not_compute_the_shared_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(get_flags().moe, "runner_backend", MoeRunnerBackend.TRITON)
@@ -370,9 +379,11 @@ def random_block(
         for name, shape in (("gate_proj", (size, 128)), ("up_proj", (size, 128)), ("down_proj", (128, size))):
             weight = torch.randn(shape, generator=random) * 0.1
             if quantized:
-                scale = torch.rand(1, 1, generator=random) * 1e-3 + 1e-4
+                blocks = [size // 128 for size in shape]
+                scale = torch.rand(blocks, generator=random) * 1e-3 + 1e-4
                 checkpoint[f"layer.mlp.{expert}.{name}.weight_scale_inv"] = scale
-                weight = (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+                spread = scale.repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
+                weight = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
             checkpoint[f"layer.mlp.{expert}.{name}.weight"] = weight
     return checkpoint
 

@@ -67,6 +67,18 @@ PARAMETERS: dict[str, set[str]] = {
         "fused_mapping",
         "match_mode",
     },
+    "vllm.model_executor.layers.quantization.utils.fp8_utils.create_fp8_weight_parameter": {
+        "output_size_per_partition",
+        "input_size_per_partition",
+        "weight_loader",
+    },
+    "vllm.model_executor.layers.quantization.utils.fp8_utils.create_fp8_scale_parameter": {
+        "parameter_type",
+        "output_partition_sizes",
+        "input_size_per_partition",
+        "block_size",
+        "weight_loader",
+    },
     "vllm.model_executor.layers.rotary_embedding.get_rope": {"head_size", "max_position", "rope_parameters", "dtype"},
     "vllm.compilation.decorators.support_torch_compile": {"dynamic_arg_dims"},
     "vllm.model_executor.models.utils.AutoWeightsLoader.load_weights": {"weights", "mapper"},
@@ -110,7 +122,8 @@ FIELDS: dict[str, set[str]] = {
         "num_accepted_tokens",
     },
     "vllm.forward_context.ForwardContext": {"attn_metadata", "no_compile_layers", "additional_kwargs"},
-    "vllm.config.VllmConfig": {"additional_config"},
+    "vllm.config.VllmConfig": {"additional_config", "quant_config"},
+    "vllm.config.ModelConfig": {"quantization", "quantization_config", "hf_config"},
     "vllm.config.CacheConfig": {"mamba_ssm_cache_dtype", "mamba_cache_dtype"},
     "vllm.config.CompilationConfig": {"static_forward_context", "splitting_ops"},
     "vllm.config.KernelConfig": {"moe_backend", "linear_backend", "linear_backend_per_quant"},
@@ -153,6 +166,11 @@ ATTRIBUTES: dict[str, set[str]] = {
         "process_weights_after_loading",
         "get_fused_moe_quant_config",
         "apply",
+    },
+    "vllm.model_executor.layers.quantization.fp8.Fp8Config": {
+        "from_config",
+        "get_quant_method",
+        "get_supported_act_dtypes",
     },
     "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP", "VerifyAndUpdateConfig"},
     "vllm.model_executor.models.config.VerifyAndUpdateConfig": {"verify_and_update_config"},
@@ -296,9 +314,23 @@ def test_experts_of_an_out_of_tree_backend_are_not_padded() -> None:
     assert round_up(backend.OOT, 72, 24) == (72, 24)
 
 
+def test_the_configuration_hook_comes_before_vllm_reads_the_quantization() -> None:
+    check = inspect.getsource(resolve("vllm.config.VllmConfig.__post_init__"))
+    assert 0 < check.index("self.try_verify_and_update_config()") < check.index("if self.quant_config is None and")
+
+
 def test_every_forward_pass_has_a_context_of_its_own() -> None:
     create = inspect.getsource(resolve("vllm.forward_context.create_forward_context"))
     assert "additional_kwargs=additional_kwargs or {}" in create
+
+
+def test_the_scales_of_our_fp8_linears_are_loaded_by_blocks() -> None:
+    linear = resolve("vllm.model_executor.layers.linear")
+    assert "QnextFp8LinearMethod" in linear.WEIGHT_LOADER_V2_SUPPORTED
+    for kind in ("MergedColumnParallelLinear", "QKVParallelLinear"):
+        load = inspect.getsource(getattr(linear, kind).weight_loader_v2)
+        assert "isinstance(param, BlockQuantScaleParameter)" in load
+        assert 'getattr(self, "weight_block_size", None)' in load
 
 
 def test_fp8_weights_and_scales_have_the_names_that_we_read() -> None:

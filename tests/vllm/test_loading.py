@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
@@ -21,9 +23,10 @@ from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.utils import initialize_model
 
-from qnext_plugins.model import CheckpointError
+from qnext_plugins.model import CheckpointError, Qwen3NextConfig
 from qnext_plugins.packed_methods import PackedLinear, unpacked_weights
 from qnext_vllm.engine import VllmEngine
+from qnext_vllm.linear import QnextFp8LinearMethod, cpu_fp8_config
 from qnext_vllm.mtp import Qwen3NextMTP
 from tests.checkpoints import TINY
 
@@ -147,6 +150,58 @@ def test_a_linear_in_four_bits_is_vllms(config: VllmConfig, method: str) -> None
     linear = VllmEngine(config).column_linear(128, 256, prefix="model.layers.0.linear_attn.in_proj_qkvz")
     assert not hasattr(linear, "weight")
     assert not isinstance(linear.quant_method, PackedLinear | UnquantizedLinearMethod)
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda engine: engine.gate_up_linear(256, 192, prefix="mlp.gate_up_proj"), r"mlp\.gate_up_proj: .* 128 rows"),
+        (lambda engine: engine.column_linear(256, 384, prefix="linear_attn.in_proj_qkvz"), r"in_proj_qkvz: .*got 192"),
+        (lambda engine: engine.row_linear(384, 256, reduce=True, prefix="o_proj"), r"o_proj: .* 128 columns .*got 192"),
+    ],
+)
+def test_in_fp8_each_matrix_of_a_rank_has_whole_blocks(
+    config: VllmConfig, make: Callable[[VllmEngine], nn.Module], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.quant_config = cpu_fp8_config(FP8)
+    monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=message):
+        make(VllmEngine(config))
+
+
+def test_in_fp8_rows_behind_the_last_whole_block_have_a_scale(config: VllmConfig) -> None:
+    config.quant_config = cpu_fp8_config(FP8)
+    linear: Any = VllmEngine(config).column_linear(200, 320, prefix="linear_attn.in_proj_qkvz")
+    assert isinstance(linear.quant_method, QnextFp8LinearMethod)
+    assert linear.weight.dtype == torch.float8_e4m3fn
+    assert linear.weight_scale_inv.shape == (3, 2)
+    assert linear.weight_scale_inv.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "other", [{"weight_block_size": [64, 64]}, {"weight_block_size": None}, {"store_dtype": "mxfp4"}]
+)
+def test_fp8_that_is_stored_otherwise_is_vllms(other: dict[str, Any]) -> None:
+    assert cpu_fp8_config(FP8) is not None
+    assert cpu_fp8_config(FP8 | other) is None
+    assert cpu_fp8_config(None) is None
+
+
+def test_a_layer_that_an_fp8_checkpoint_leaves_out_is_not_quantized(config: VllmConfig) -> None:
+    config.quant_config = cpu_fp8_config(FP8 | {"modules_to_not_convert": ["mtp.fc"]})
+    fc = VllmEngine(config).replicated_linear(256, 128, quantized=True, prefix="mtp.fc")
+    assert isinstance(fc.quant_method, UnquantizedLinearMethod)
+
+
+def test_experts_of_a_rank_in_fp8_have_whole_blocks(config: VllmConfig) -> None:
+    config.quant_config = cpu_fp8_config(FP8)
+    engine = VllmEngine(config)
+    odd = replace(Qwen3NextConfig.from_hf(config.model_config.hf_text_config), moe_intermediate_size=192)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: a rank's 192 columns of them are not whole blocks"):
+        engine.experts(odd, None, prefix="model.layers.0.mlp.experts")
 
 
 def test_in_a_checkpoint_in_nvfp4_the_drafts_fc_is_not_quantized(config: VllmConfig) -> None:

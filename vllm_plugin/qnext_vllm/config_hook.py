@@ -16,7 +16,7 @@ THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def register_config_hook() -> None:
-    """Have vLLM call :func:`bind_threads` when it checks the configuration of a Qwen3-Next on a CPU."""
+    """Have vLLM call what is below when it checks the configuration of a Qwen3-Next on a CPU."""
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
     from vllm.platforms import current_platform
 
@@ -27,6 +27,7 @@ def register_config_hook() -> None:
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             bind_threads(vllm_config)
+            serve_fp8(vllm_config)
 
     MODELS_CONFIG_MAP.setdefault("Qwen3NextForCausalLM", Qwen3NextForCausalLMConfig)
 
@@ -44,3 +45,14 @@ def bind_threads(vllm_config: VllmConfig) -> None:
         return
     os.environ[THREADS_BIND] = binding
     logger.info("qnext-plugins binds %d ranks to cores: %s=%s", ranks, THREADS_BIND, binding)
+
+
+def serve_fp8(vllm_config: VllmConfig) -> None:
+    """Have our kernels serve a checkpoint in block-wise FP8, for which vLLM's on a CPU need AMX and bfloat16."""
+    model = vllm_config.model_config
+    online = model.quantization_config is not None
+    if model.quantization != "fp8" or online or vllm_config.quant_config is not None:
+        return
+    from qnext_vllm.linear import cpu_fp8_config
+
+    vllm_config.quant_config = cpu_fp8_config(getattr(model.hf_config, "quantization_config", None))

@@ -185,17 +185,23 @@ def interval(subject: Subject) -> Finding | None:
 
 
 def quantization(subject: Subject) -> Finding | None:
-    """vLLM's block-wise FP8 kernels for CPUs need AMX, and its kernels of any FP8 need bfloat16."""
+    """Of FP8 our kernels for CPUs read blocks of 128 × 128; vLLM's need AMX and bfloat16."""
     import torch
+
+    from qnext_plugins.model import is_block_fp8
 
     quantized = (subject.config or {}).get("quantization_config") or {}
     if quantized.get("quant_method") != "fp8" or device_type() != "cpu":
         return None
+    if is_block_fp8(quantized):
+        return ok("block-wise FP8: linears and experts run on the plugin's kernels, with activations as they are")
+    block = quantized.get("weight_block_size")
+    found = f"the checkpoint is FP8 in blocks of {block}" if block else "the checkpoint is FP8 with a scale a tensor"
     if torch.cpu._is_amx_tile_supported():
-        return note("block-wise FP8 on a CPU is vLLM's own code; this plugin's tests do not run it")
+        return note(f"{found}, on a CPU vLLM's own code; this plugin's tests do not run it")
     return failure(
-        "the checkpoint is block-wise FP8, and vLLM's kernels for it on a CPU need AMX, which this processor lacks",
-        "take the checkpoint in bfloat16",
+        f"{found}, and vLLM's kernels for it on a CPU need AMX, which this processor lacks",
+        "take the checkpoint in bfloat16, or in FP8 with blocks of 128 × 128",
     )
 
 

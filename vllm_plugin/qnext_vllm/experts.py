@@ -14,6 +14,7 @@ from qnext_plugins.model import MLP
 from qnext_plugins.packed_methods import Fp8Experts, LeftAsLoaded, PackedExperts, leave_to_experts
 from qnext_vllm import step_back
 from qnext_vllm import vllm_api as api
+from qnext_vllm.linear import CpuFp8Config, QnextFp8LinearMethod
 
 
 def route(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,7 @@ class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
 
 
 class QnextFp8MoEMethod(Fp8Experts, api.Fp8MoEMethod):
-    """Experts in block-wise FP8 on our kernel, which reads weights and scales as the checkpoint stores them."""
+    """Experts in block-wise FP8 on our kernel."""
 
     is_monolithic = False
 
@@ -101,8 +102,10 @@ class QnextRoutedExperts(api.RoutedExperts):
             method = super()._get_quant_method(prefix, quant_config, moe_config)
             if type(method) is api.Fp8MoEMethod:
                 middle, dtype = moe_config.intermediate_size_per_partition, moe_config.in_dtype
-                ours = fp8_obstacle(quant_config, middle, torch.device(moe_config.device), dtype) is None
-                return QnextFp8MoEMethod(quant_config, self) if ours else method
+                reason = fp8_obstacle(quant_config, middle, torch.device(moe_config.device), dtype)
+                if reason is not None and isinstance(quant_config, CpuFp8Config):
+                    raise ValueError(f"{prefix}: {reason}")
+                return method if reason is not None else QnextFp8MoEMethod(quant_config, self)
             if type(method) is not api.UnquantizedFusedMoEMethod:
                 return method
         return QnextMoEMethod(moe_config)
@@ -130,22 +133,22 @@ def experts_options(vllm_config: api.VllmConfig, shared_expert: MLP | None, pref
 def computes_shared(vllm_config: api.VllmConfig, shared_expert: MLP, prefix: str) -> bool:
     """Whether the calls of our routed experts compute the shared one along.
 
-    In C++ they do where nothing is quantized, but not with LoRA adapters on its linears, nor with data parallelism,
-    where every rank would add it to the tokens of all. In Triton they do where a rank's parts of both are of one size,
-    and both are stored alike: without quantization, or in block-wise FP8.
+    They do where both are stored alike: without quantization, or in block-wise FP8. In C++ not with LoRA adapters on
+    its linears, nor with data parallelism, where every rank would add it to the tokens of all; in Triton where a rank's
+    parts of both are of one size.
     """
     device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
     backend, parallel = OPERATIONS["moe"].select(device, dtype).name, vllm_config.parallel_config
     middle, quant_config = columns_of_a_rank(vllm_config), vllm_config.quant_config
-    if backend == "native":
-        return quant_config is None and vllm_config.lora_config is None and parallel.data_parallel_size == 1
-    if backend != "triton":
+    if backend not in ("native", "triton"):
         return False
     if quant_config is not None and (
         fp8_obstacle(quant_config, middle, device, dtype) is not None
         or not both_in_fp8(quant_config, shared_expert, prefix)
     ):
         return False
+    if backend == "native":
+        return vllm_config.lora_config is None and parallel.data_parallel_size == 1
     shared = vllm_config.model_config.hf_text_config.shared_expert_intermediate_size
     return shared // parallel.tensor_parallel_size == middle
 
@@ -169,7 +172,8 @@ def both_in_fp8(quant_config: Any, shared_expert: MLP, prefix: str) -> bool:
         match_mode=quant_config.ignored_layers_match_mode,
     )
     projections = shared_expert.linears()[:2]
-    return not routed_left_out and all(type(linear.quant_method) is api.Fp8LinearMethod for linear in projections)
+    in_fp8 = api.Fp8LinearMethod, QnextFp8LinearMethod
+    return not routed_left_out and all(type(linear.quant_method) in in_fp8 for linear in projections)
 
 
 def columns_of_a_rank(vllm_config: api.VllmConfig) -> int:

@@ -18,6 +18,7 @@ from qnext_plugins.model import (
     check_files,
     checked_weights,
     expected_shapes,
+    fp8_shapes,
 )
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_plugins.packed_methods import unpacked_weights
@@ -25,7 +26,7 @@ from qnext_vllm import vllm_api as api
 from qnext_vllm.decoder_stack import DecoderLayers, stacks_layers
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.gated_delta_net import state_dtypes, state_shapes
-from qnext_vllm.linear import on_our_kernel
+from qnext_vllm.linear import CpuFp8Config, on_our_kernel
 from qnext_vllm.serving import prepare_process
 
 # Checkpoint tensors that vLLM keeps as one parameter.
@@ -53,9 +54,19 @@ READ_AT_ONCE = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor",
 
 
 def expects_checkpoint(vllm_config: api.VllmConfig) -> bool:
-    """Whether the first weights to be loaded are those of a whole unquantized checkpoint of a language model."""
-    read = vllm_config.quant_config is None and vllm_config.load_config.load_format in READ_AT_ONCE
+    """Whether the first weights to be loaded are those of a whole checkpoint of a language model, of known shapes.
+
+    They are known without quantization, and in block-wise FP8 on a CPU.
+    """
+    known = vllm_config.quant_config is None or isinstance(vllm_config.quant_config, CpuFp8Config)
+    read = known and vllm_config.load_config.load_format in READ_AT_ONCE
     return read and vllm_config.model_config.runner_type != "pooling"  # where vLLM puts another head on the model
+
+
+def checkpoint_shapes(vllm_config: api.VllmConfig, hf_config: Any, **parts: bool) -> dict[str, tuple[int, ...]]:
+    """:func:`expected_shapes` of a checkpoint as it is stored."""
+    shapes, quantization = expected_shapes(Qwen3NextConfig.from_hf(hf_config), **parts), vllm_config.quant_config
+    return shapes if quantization is None else fp8_shapes(shapes, quantization.ignored_layers)
 
 
 def reads_experts_of_a_rank(vllm_config: api.VllmConfig) -> bool:
@@ -193,7 +204,7 @@ class Qwen3NextForCausalLM(
         self.config = vllm_config.model_config.hf_text_config
         self.expects_checkpoint = expects_checkpoint(vllm_config)
         if self.expects_checkpoint and vllm_config.load_config.load_format in ("auto", "safetensors"):
-            shapes = expected_shapes(Qwen3NextConfig.from_hf(self.config))
+            shapes = checkpoint_shapes(vllm_config, self.config)
             check_files(Path(vllm_config.model_config.model), shapes, passing=(MTP_PREFIX,))
         self.quant_config = vllm_config.quant_config
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=api.maybe_prefix(prefix, "model"))
@@ -229,10 +240,10 @@ class Qwen3NextForCausalLM(
         """Load a checkpoint, or then what a trainer sends of one.
 
         Raises:
-            CheckpointError: an unquantized checkpoint has missing, surplus or misshapen tensors.
+            CheckpointError: a checkpoint, unquantized or in FP8 on a CPU, has missing, surplus or misshapen tensors.
         """
         if self.expects_checkpoint:
-            shapes = expected_shapes(Qwen3NextConfig.from_hf(self.config))
+            shapes = checkpoint_shapes(self.vllm_config, self.config)
             of_a_rank = reads_experts_of_a_rank(self.vllm_config)
             weights = checked_weights(weights, shapes, passing=(MTP_PREFIX,), experts_of_a_rank=of_a_rank)
             self.expects_checkpoint = False

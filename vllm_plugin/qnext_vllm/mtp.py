@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights, expected_shapes
+from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_plugins.packed_methods import unpacked_weights
 from qnext_vllm import vllm_api as api
@@ -16,6 +16,7 @@ from qnext_vllm.model import (
     PACKED_MODULES,
     STACKED,
     MixtureOfExpertsInfo,
+    checkpoint_shapes,
     expects_checkpoint,
     reads_experts_of_a_rank,
 )
@@ -93,11 +94,11 @@ class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
         """Load the draft's tensors of a checkpoint, or then what a trainer sends of them.
 
         Raises:
-            CheckpointError: in an unquantized checkpoint they are missing or misshapen.
+            CheckpointError: in a checkpoint, unquantized or in FP8 on a CPU, they are missing or misshapen.
         """
         weights = ((name, tensor) for name, tensor in weights if self._is_ours(name))
         if self.expects_checkpoint:
-            shapes = expected_shapes(Qwen3NextConfig.from_hf(self.config), target=False, mtp=True)
+            shapes = checkpoint_shapes(self.vllm_config, self.config, target=False, mtp=True)
             weights = checked_weights(weights, shapes, experts_of_a_rank=reads_experts_of_a_rank(self.vllm_config))
             self.expects_checkpoint = False
         renamed = api.WeightsMapper(orig_to_new_prefix={MTP_PREFIX: "model."})

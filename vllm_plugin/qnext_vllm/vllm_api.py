@@ -28,6 +28,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -38,6 +39,10 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     is_conv_state_dim_first,
 )
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
+from vllm.model_executor.layers.quantization.utils.fp8_utils import (
+    create_fp8_scale_parameter,
+    create_fp8_weight_parameter,
+)
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -63,6 +68,7 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.model_executor.parameter import BlockQuantScaleParameter
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionBackend, GDNAttentionMetadata
@@ -73,6 +79,7 @@ __all__ = [
     "NULL_BLOCK_ID",
     "Attention",
     "AutoWeightsLoader",
+    "BlockQuantScaleParameter",
     "CPUAttentionBackend",
     "CPUAttentionBackendImpl",
     "ColumnParallelLinear",
@@ -113,6 +120,8 @@ __all__ = [
     "VllmConfig",
     "VocabParallelEmbedding",
     "WeightsMapper",
+    "create_fp8_scale_parameter",
+    "create_fp8_weight_parameter",
     "eager_break_during_capture",
     "extract_layer_index",
     "get_current_vllm_config",
@@ -126,5 +135,6 @@ __all__ = [
     "make_empty_intermediate_tensors_factory",
     "make_layers",
     "maybe_prefix",
+    "register_weight_loader_v2_supported_method",
     "support_torch_compile",
 ]

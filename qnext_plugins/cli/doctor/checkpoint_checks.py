@@ -98,7 +98,7 @@ def weights(subject: Subject) -> Finding | None:
         return None
     if ARCHITECTURE not in (subject.config.get("architectures") or ()):
         return None
-    from qnext_plugins.model import CheckpointError, weight_files
+    from qnext_plugins.model import CheckpointError, is_block_fp8, weight_files
 
     try:
         files = weight_files(subject.folder)
@@ -112,13 +112,13 @@ def weights(subject: Subject) -> Finding | None:
             f"{len(missing)} of {len(files)} files that the index names are missing, {missing[0]} first",
             "finish the download",
         )
-    if subject.config.get("quantization_config"):
+    if (quantization := subject.config.get("quantization_config")) and not is_block_fp8(quantization):
         return ok(f"{len(files)} files, all there; quantized, so that the shapes of the tensors were not checked")
     return _tensors(subject)
 
 
 def _tensors(subject: Subject) -> Finding | None:
-    from qnext_plugins.model import CheckpointError, ConfigError, check_files, expected_shapes
+    from qnext_plugins.model import CheckpointError, ConfigError, check_files, expected_shapes, fp8_shapes
     from qnext_plugins.model.weights import MTP_PREFIX
 
     assert subject.folder is not None
@@ -127,13 +127,18 @@ def _tensors(subject: Subject) -> Finding | None:
         config = model_config(subject.config)
     except ConfigError:  # which the check of the architecture tells
         return None
+    quantization = subject.config.get("quantization_config")
+
+    def shapes(**parts: bool) -> dict[str, tuple[int, ...]]:
+        plain = expected_shapes(config, **parts)
+        return fp8_shapes(plain, quantization.get("modules_to_not_convert") or ()) if quantization else plain
+
     try:
-        check_files(subject.folder, expected_shapes(config), passing=(MTP_PREFIX,))
+        check_files(subject.folder, shapes(), passing=(MTP_PREFIX,))
     except CheckpointError as error:
         return failure(f"{error}", "download the checkpoint again, or correct its config.json")
-    draft = expected_shapes(config, target=False, mtp=True)
     try:
-        check_files(subject.folder, draft, passing=("model.layers.", "model.norm."))
+        check_files(subject.folder, shapes(target=False, mtp=True), passing=("model.layers.", "model.norm."))
     except CheckpointError as error:
         return note(f"complete without the draft's tensors ({error}): speculation will not start")
     return ok("every tensor of the model and of its draft is there, with its shape")

@@ -29,6 +29,13 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False
 
+    def get_quantization_config(self, quantization: str) -> type | None:
+        if quantization != "fp8":
+            return None
+        from qnext_sglang.quantization import CpuFp8Config
+
+        return CpuFp8Config
+
     def get_dispatch_key_name(self) -> str:
         return "native"
 

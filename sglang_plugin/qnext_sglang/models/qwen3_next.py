@@ -23,6 +23,7 @@ from qnext_sglang import sglang_api as api
 from qnext_sglang.engine import SglangEngine
 from qnext_sglang.linear import on_our_kernel
 from qnext_sglang.loading import load_parameters, read_config
+from qnext_sglang.quantization import expect_served, shapes_on_cpu
 from qnext_sglang.serving import announce, checkpoint_folder, in_tree_class, loads_nothing, stacks_layers
 
 
@@ -48,6 +49,7 @@ class ServedModel(nn.Module):
 
     def __init__(self, config: Any, quant_config: Any) -> None:
         super().__init__()
+        expect_served(quant_config)
         determinism.prepare(api.get_server_args(), config, quant_config)
         announce(type(self).__name__, torch.get_default_dtype())
         self.config, self.quant_config = config, quant_config
@@ -59,6 +61,11 @@ class ServedModel(nn.Module):
         self.logits_processor = api.LogitsProcessor(config)
         self.loads_parts = loads_nothing()
         """Whether a load may bring some of the weights alone: once there are any, they are updated in parts."""
+
+    def stored_shapes(self, **parts: bool) -> dict[str, tuple[int, ...]] | None:
+        """:func:`expected_shapes` as the checkpoint stores them, without quantization or in FP8 on a CPU; else None."""
+        shapes = expected_shapes(self.qnext_config, **parts)
+        return shapes if self.quant_config is None else shapes_on_cpu(self.quant_config, shapes)
 
     def make_embedding(self) -> nn.Module:
         return api.VocabParallelEmbedding(
@@ -155,8 +162,8 @@ class Qwen3NextForCausalLM(ServedModel):
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__(config, quant_config)
         folder = checkpoint_folder()
-        if quant_config is None and folder is not None:
-            check_files(folder, expected_shapes(self.qnext_config), passing=(MTP_PREFIX,))
+        if folder is not None and (shapes := self.stored_shapes()) is not None:
+            check_files(folder, shapes, passing=(MTP_PREFIX,))
         self.model = Qwen3NextModel(
             self.qnext_config, self.engine, self.make_embedding(), prefix=api.add_prefix("model", prefix)
         )
@@ -178,11 +185,11 @@ class Qwen3NextForCausalLM(ServedModel):
         """Load a checkpoint, all of it the first time.
 
         Raises:
-            CheckpointError: an unquantized one has missing, surplus or misshapen tensors.
+            CheckpointError: one whose tensors are known has others, or not all of them.
         """
         weights = ((name, tensor) for name, tensor in weights if not name.startswith(MTP_PREFIX))
-        if self.quant_config is None:
-            weights = checked_weights(weights, expected_shapes(self.qnext_config), complete=not self.loads_parts)
+        if (shapes := self.stored_shapes()) is not None:
+            weights = checked_weights(weights, shapes, complete=not self.loads_parts)
         with unpacked_weights(self):
             loaded = load_parameters(self, weights, self.qnext_config.num_experts)
         self.loads_parts = True

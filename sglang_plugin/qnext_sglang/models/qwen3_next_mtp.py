@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights, expected_shapes
+from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_plugins.packed_methods import unpacked_weights
 from qnext_sglang import sglang_api as api
@@ -66,11 +66,10 @@ class Qwen3NextForCausalLMMTP(ServedModel):
         """Load the draft's tensors, all of them the first time.
 
         Raises:
-            CheckpointError: an unquantized checkpoint's are missing or misshapen.
+            CheckpointError: of a checkpoint whose tensors are known, the draft's are others, or not all there.
         """
         weights = ((name, tensor) for name, tensor in weights if self._is_ours(name))
-        if self.quant_config is None:
-            shapes = expected_shapes(self.qnext_config, target=False, mtp=True)
+        if (shapes := self.stored_shapes(target=False, mtp=True)) is not None:
             weights = checked_weights(weights, shapes, complete=not self.loads_parts)
         with unpacked_weights(self):
             loaded = load_parameters(self, self._renamed(weights), self.qnext_config.num_experts)
