@@ -77,7 +77,6 @@ def write_fp8_checkpoint(path: Path, dequantized: Path) -> None:
 
     Every matrix has several blocks of scales that differ, and so has each of two ranks' part of it.
     """
-    torch.manual_seed(1)
     widths = {"hidden_size": 256, "head_dim": 128, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
     heads = {"linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "mlp_only_layers": []}
     write_random_checkpoint(dequantized, num_hidden_layers=4, num_experts=8, agreement=0.5, **widths, **heads)

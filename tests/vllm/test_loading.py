@@ -26,7 +26,8 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from qnext_plugins.model import CheckpointError, Qwen3NextConfig
 from qnext_plugins.packed_methods import PackedLinear, unpacked_weights
 from qnext_vllm.engine import VllmEngine
-from qnext_vllm.linear import QnextFp8LinearMethod, cpu_fp8_config
+from qnext_vllm.linear import QnextFp8LinearMethod, cpu_fp8_config, leaves_out
+from qnext_vllm.model import Qwen3NextForCausalLM
 from qnext_vllm.mtp import Qwen3NextMTP
 from tests.checkpoints import TINY
 
@@ -194,6 +195,22 @@ def test_a_layer_that_an_fp8_checkpoint_leaves_out_is_not_quantized(config: Vllm
     config.quant_config = cpu_fp8_config(FP8 | {"modules_to_not_convert": ["mtp.fc"]})
     fc = VllmEngine(config).replicated_linear(256, 128, quantized=True, prefix="mtp.fc")
     assert isinstance(fc.quant_method, UnquantizedLinearMethod)
+
+
+@pytest.mark.parametrize(
+    ("listed", "module", "left_out"),
+    [
+        ("model.layers.3.self_attn.q_proj", "model.layers.3.self_attn.q_proj", True),
+        ("model.layers.3.self_attn.qkv_proj", "model.layers.3.self_attn.q_proj", True),
+        ("model.layers.3.self_attn.qkv_proj", "model.layers.13.self_attn.q_proj", False),
+        ("model.layers.3.self_attn.qkv_proj", "model.layers.3.self_attn.o_proj", False),
+    ],
+)
+def test_an_fp8_checkpoint_may_list_a_layer_as_vllm_merges_it(listed: str, module: str, left_out: bool) -> None:
+    described = cpu_fp8_config(FP8 | {"modules_to_not_convert": [listed]})
+    assert described is not None
+    described.packed_modules_mapping = Qwen3NextForCausalLM.packed_modules_mapping
+    assert leaves_out(described, module) == left_out
 
 
 def test_experts_of_a_rank_in_fp8_have_whole_blocks(config: VllmConfig) -> None:

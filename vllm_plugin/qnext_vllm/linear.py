@@ -116,6 +116,16 @@ class CpuFp8Config(api.Fp8Config):
         return QnextFp8LinearMethod() if type(method) is api.Fp8LinearMethod else method
 
 
+def leaves_out(config: api.Fp8Config, module: str) -> bool:
+    """Whether a checkpoint in FP8 has a module otherwise: it lists it, or what vLLM merges it into."""
+    parent, _, name = module.rpartition(".")
+    merged = [whole for whole, parts in config.packed_modules_mapping.items() if name in parts]
+    return any(
+        api.is_layer_skipped(f"{parent}.{each}", config.ignored_layers, match_mode=config.ignored_layers_match_mode)
+        for each in (name, *merged)
+    )
+
+
 def cpu_fp8_config(described: dict[str, Any] | None) -> CpuFp8Config | None:
     """What a checkpoint's ``quantization_config`` describes, where that is FP8 in blocks of 128 × 128; else None."""
     if described is None or not is_block_fp8(described):

@@ -26,7 +26,7 @@ from qnext_vllm import vllm_api as api
 from qnext_vllm.decoder_stack import DecoderLayers, stacks_layers
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.gated_delta_net import state_dtypes, state_shapes
-from qnext_vllm.linear import CpuFp8Config, on_our_kernel
+from qnext_vllm.linear import CpuFp8Config, leaves_out, on_our_kernel
 from qnext_vllm.serving import prepare_process
 
 # Checkpoint tensors that vLLM keeps as one parameter.
@@ -66,7 +66,10 @@ def expects_checkpoint(vllm_config: api.VllmConfig) -> bool:
 def checkpoint_shapes(vllm_config: api.VllmConfig, hf_config: Any, **parts: bool) -> dict[str, tuple[int, ...]]:
     """:func:`expected_shapes` of a checkpoint as it is stored."""
     shapes, quantization = expected_shapes(Qwen3NextConfig.from_hf(hf_config), **parts), vllm_config.quant_config
-    return shapes if quantization is None else fp8_shapes(shapes, quantization.ignored_layers)
+    if quantization is None:
+        return shapes
+    modules = {name.rpartition(".")[0] for name in shapes}
+    return fp8_shapes(shapes, {module for module in modules if leaves_out(quantization, module)})
 
 
 def reads_experts_of_a_rank(vllm_config: api.VllmConfig) -> bool:
