@@ -98,12 +98,7 @@ class PackedExperts:
         unpack_experts_(*self._weights(layer))
 
     def _weights(self, layer: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        both = None
-        if layer.shared_expert[0] is not None:
-            # As they have just been loaded: what is kept beside them may be of an earlier time.
-            up, down, _ = layer.shared_expert[0].linears()
-            both = up.weight.data, down.weight.data
-        return layer.w13_weight.data, layer.w2_weight.data, both
+        return layer.w13_weight.data, layer.w2_weight.data, _shared_matrices(layer)
 
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """Σ of the experts, with the MLP of ``layer.shared_expert`` where the tuple has one."""
@@ -145,11 +140,15 @@ class Fp8Experts:
 
     def _weights(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         w13, w13_scale, w2, w2_scale = (weight.data for weight in _fp8_weights(layer))
-        both = None
-        if layer.shared_expert[0] is not None:
-            up, down, _ = layer.shared_expert[0].linears()
-            both = up.weight.data, down.weight.data
-        return w13, w13_scale, w2, w2_scale, both
+        return w13, w13_scale, w2, w2_scale, _shared_matrices(layer)
+
+
+def _shared_matrices(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """w13 and w2 of the shared expert as they have just been loaded: what is kept beside may be of an earlier time."""
+    if layer.shared_expert[0] is None:
+        return None
+    up, down, _ = layer.shared_expert[0].linears()
+    return up.weight.data, down.weight.data
 
 
 def _quantizes(device: torch.device, dtype: torch.dtype) -> bool:
@@ -202,6 +201,12 @@ def leave_to_experts(shared_expert: MLP, as_loaded: Mapping[type, type[LeftAsLoa
             layer.quant_method = ours(layer.quant_method.quant_config)
 
 
+def prepare(layer: Any, packable: bool) -> None:
+    """Have a linear's weight packed behind loading where ``packable``, on huge pages."""
+    layer.packable, layer.packed = packable, False
+    use_huge_pages(layer.weight)
+
+
 def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable: bool) -> Any:
     """A layer of an engine with its method replaced by ours for it, where our kernel serves the layer's weight.
 
@@ -214,12 +219,10 @@ def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable
     if method is None:  # quantized; in four bits there is no parameter called weight
         return layer
     weight = layer.weight
-    dtype = torch.get_default_dtype() if issubclass(method, Fp8Linear) else weight.dtype
     on_cpu = weight.device.type == "cpu"  # on a GPU the engine's own serve, whatever QNEXT_BACKEND forces on the others
-    if on_cpu and OPERATIONS["linear"].select(weight.device, dtype).name == "native":
+    if on_cpu and OPERATIONS["linear"].select(weight.device, weight.dtype).name == "native":
         layer.quant_method = method()
-        layer.packable, layer.packed = packable, False
-        use_huge_pages(layer.weight)
+        prepare(layer, packable)
     return layer
 
 

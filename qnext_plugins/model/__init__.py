@@ -27,6 +27,7 @@ from qnext_plugins.model.weights import (
     expected_shapes,
     fp8_shapes,
     is_block_fp8,
+    modules_of,
     weight_files,
 )
 
@@ -52,5 +53,6 @@ __all__ = [
     "expected_shapes",
     "fp8_shapes",
     "is_block_fp8",
+    "modules_of",
     "weight_files",
 ]

@@ -54,6 +54,12 @@ def is_block_fp8(quantization: Mapping[str, Any] | None) -> bool:
     return described.get("quant_method") == "fp8" and described.get("weight_block_size") == [FP8_GROUP] * 2
 
 
+def modules_of(shapes: Iterable[str]) -> set[str]:
+    """The modules of a checkpoint's tensors; all experts of a layer are one, whose FP8 is for all of them or none."""
+    split = (name.partition(EXPERTS) for name in shapes)
+    return {f"{layer}{EXPERTS[:-1]}" if experts else layer.rpartition(".")[0] for layer, experts, _ in split}
+
+
 def fp8_shapes(shapes: Mapping[str, tuple[int, ...]], left_out: Collection[str]) -> dict[str, tuple[int, ...]]:
     """Those of the same checkpoint in block-wise FP8: beside the weight of each linear the scales of its blocks.
 

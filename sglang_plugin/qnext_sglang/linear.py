@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qnext_kernels import use_huge_pages
-from qnext_plugins.packed_methods import Fp8Linear, PackedLinear, replace_method
+from qnext_plugins.packed_methods import Fp8Linear, PackedLinear, prepare, replace_method
 from qnext_sglang import quantization
 from qnext_sglang import sglang_api as api
 
@@ -43,7 +42,6 @@ def on_our_kernel(layer: Any, packable: bool = True) -> Any:
     theirs = layer.quant_method
     if type(theirs) is api.Fp8LinearMethod and quantization.ours_on_cpu(theirs.quant_config):
         layer.quant_method = QnextFp8LinearMethod(theirs.quant_config)
-        layer.packable, layer.packed = packable, False
-        use_huge_pages(layer.weight)
+        prepare(layer, packable)
         return layer
     return replace_method(layer, OURS, packable)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qnext_kernels.fp8 import FP8_GROUP
-from qnext_plugins.model import fp8_shapes
+from qnext_plugins.model import fp8_shapes, modules_of
 from qnext_sglang import UnsupportedEngineError, serving
 from qnext_sglang import sglang_api as api
 
@@ -41,8 +41,8 @@ def shapes_on_cpu(quant_config: Any, shapes: Mapping[str, tuple[int, ...]]) -> d
     """
     if not ours_on_cpu(quant_config):
         return None
-    modules = {name.rpartition(".")[0] for name in shapes}
-    return fp8_shapes(shapes, {name for name in modules if api.is_layer_skipped(name, quant_config.ignored_layers)})
+    ignored = quant_config.ignored_layers
+    return fp8_shapes(shapes, {module for module in modules_of(shapes) if api.is_layer_skipped(module, ignored)})
 
 
 def expect_served(quant_config: Any) -> None:

@@ -17,6 +17,7 @@ from qnext_plugins.model import (
     checked_weights,
     expected_shapes,
     fp8_shapes,
+    modules_of,
 )
 from tests.model.transformers_models import GROUP_OF_THREE, GROUP_OF_TWO, small_config, small_model
 
@@ -156,6 +157,11 @@ def test_in_block_wise_fp8_scales_lie_beside_the_linears_that_are_not_left_out()
         f"{layer}.linear_attn.out_proj.weight_scale_inv": (3, 1),
         f"{layer}.mlp.experts.0.up_proj.weight_scale_inv": (2, 3),
     }
+
+
+def test_all_experts_of_a_layer_are_one_module() -> None:
+    names = ["lm_head.weight", "a.mlp.gate.weight", *(f"a.mlp.experts.{e}.up_proj.weight" for e in range(3))]
+    assert modules_of(names) == {"lm_head", "a.mlp.gate", "a.mlp.experts"}
 
 
 def test_headers_of_the_files_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:

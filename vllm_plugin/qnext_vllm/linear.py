@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext_kernels import linear, use_huge_pages
+from qnext_kernels import linear
 from qnext_kernels.fp8 import FP8_GROUP
 from qnext_plugins.model import is_block_fp8
-from qnext_plugins.packed_methods import Fp8Linear, PackedLinear, replace_method
+from qnext_plugins.packed_methods import Fp8Linear, PackedLinear, prepare, replace_method
 from qnext_vllm import vllm_api as api
 
 
@@ -71,8 +71,7 @@ class QnextFp8LinearMethod(Fp8Linear, api.LinearMethodBase):
         sizes = output_partition_sizes, input_size_per_partition
         scale = api.create_fp8_scale_parameter(api.BlockQuantScaleParameter, *sizes, block, weight_loader)
         layer.register_parameter("weight_scale_inv", scale)
-        layer.packable, layer.packed = True, False
-        use_huge_pages(layer.weight)
+        prepare(layer, packable=True)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)

@@ -19,6 +19,7 @@ from qnext_plugins.model import (
     checked_weights,
     expected_shapes,
     fp8_shapes,
+    modules_of,
 )
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_plugins.packed_methods import unpacked_weights
@@ -68,8 +69,7 @@ def checkpoint_shapes(vllm_config: api.VllmConfig, hf_config: Any, **parts: bool
     shapes, quantization = expected_shapes(Qwen3NextConfig.from_hf(hf_config), **parts), vllm_config.quant_config
     if quantization is None:
         return shapes
-    modules = {name.rpartition(".")[0] for name in shapes}
-    return fp8_shapes(shapes, {module for module in modules if leaves_out(quantization, module)})
+    return fp8_shapes(shapes, {module for module in modules_of(shapes) if leaves_out(quantization, module)})
 
 
 def reads_experts_of_a_rank(vllm_config: api.VllmConfig) -> bool:

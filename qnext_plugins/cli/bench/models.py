@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from qnext_plugins.cli.checkpoint.tensors import describe_fp8
+
 BF16_BYTES = 2
 
 
@@ -59,16 +61,9 @@ class Slice:
 
     def _quantization(self) -> dict[str, Any]:
         modules = ("linear_attn.in_proj_ba", "linear_attn.conv1d", "mlp.gate", "mlp.shared_expert_gate")
-        return {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [128, 128],
-            "modules_to_not_convert": [
-                "lm_head",
-                *(f"model.layers.{n}.{module}" for n in range(self.layers) for module in modules),
-            ],
-        }
+        return describe_fp8(
+            ["lm_head", *(f"model.layers.{n}.{module}" for n in range(self.layers) for module in modules)]
+        )
 
     def cache_bytes(self, context: int) -> int:
         """Of keys, values and states of one sequence in the slice, with room for the engine's paging."""

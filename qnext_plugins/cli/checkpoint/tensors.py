@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,17 @@ Shape = tuple[int, ...]
 def is_quantized(name: str) -> bool:
     """Whether a block-wise FP8 checkpoint holds this tensor in FP8, as the published ones do."""
     return name.endswith(".weight") and name.split(".")[-2] in QUANTIZED
+
+
+def describe_fp8(left_out: Iterable[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of a block-wise FP8 checkpoint that has these modules otherwise."""
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": list(left_out),
+        "quant_method": "fp8",
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+    }
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

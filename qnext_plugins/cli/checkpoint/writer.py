@@ -18,7 +18,7 @@ from torch import Tensor
 import qnext_plugins
 from qnext_plugins.cli.checkpoint.spec import FP8_BLOCK, Spec, SpecError, check
 from qnext_plugins.cli.checkpoint.structure import Structure
-from qnext_plugins.cli.checkpoint.tensors import FP8, Shape, Values, is_quantized, quantize
+from qnext_plugins.cli.checkpoint.tensors import FP8, Shape, Values, describe_fp8, is_quantized, quantize
 from qnext_plugins.cli.checkpoint.tokenizer import FILES as TOKENIZER_FILES
 from qnext_plugins.cli.checkpoint.tokenizer import StoredTokenizer, Vocabulary, generate, without_tokenizer
 from qnext_plugins.model import expected_shapes
@@ -197,13 +197,7 @@ def _write_descriptions(plan: Plan, folder: Path, vocabulary: Vocabulary) -> Non
     tokens = {"bos_token_id": vocabulary.padding, "eos_token_id": vocabulary.stop, "pad_token_id": vocabulary.padding}
     config = plan.spec.config(vocabulary.stop) | tokens
     if plan.spec.fp8:
-        config["quantization_config"] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "modules_to_not_convert": list(_unquantized(plan)),
-            "quant_method": "fp8",
-            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-        }
+        config["quantization_config"] = describe_fp8(_unquantized(plan))
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", tokens | {"do_sample": False})
     manifest = {"qnext_plugins": qnext_plugins.__version__, "parameters": plan.parameters, "bytes": plan.bytes}
