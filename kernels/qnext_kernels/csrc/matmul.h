@@ -335,29 +335,23 @@ QNEXT_INLINE inline void add_tile(const typename D::Packed* const* x, const type
             }
         }
     }
-    if constexpr (std::is_same_v<Piece, ScaledChain>) {
+    constexpr bool scaled = std::is_same_v<Piece, ScaledChain>;
+    const bool adds = piece.ends_chain && piece.first >= (scaled ? 1 : kChain);
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p)
+    for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-            for (int a = 0; a < A; ++a)
+        for (int a = 0; a < A; ++a)
 #pragma GCC unroll 8
-                for (int v = 0; v < V; ++v) {
-                    float* to = c[p] + a * kPanel + v * Vec::size;
+            for (int v = 0; v < V; ++v) {
+                float* to = (piece.ends_chain ? c[p] : open) + a * kPanel + v * Vec::size;
+                const Vec sum = total[p][a][v];
+                if constexpr (scaled) {
                     const Vec scale = Vec::fill(piece.scales[p]);
-                    (piece.first ? fma(scale, total[p][a][v], Vec::load(to)) : scale * total[p][a][v]).store(to);
+                    (adds ? fma(scale, sum, Vec::load(to)) : scale * sum).store(to);
+                } else {
+                    (adds ? Vec::load(to) + sum : sum).store(to);
                 }
-    } else {
-        const bool adds = piece.ends_chain && piece.first >= kChain;
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p)
-#pragma GCC unroll 8
-            for (int a = 0; a < A; ++a)
-#pragma GCC unroll 8
-                for (int v = 0; v < V; ++v) {
-                    float* to = (piece.ends_chain ? c[p] : open) + a * kPanel + v * Vec::size;
-                    (adds ? Vec::load(to) + total[p][a][v] : total[p][a][v]).store(to);
-                }
-    }
+            }
 }
 
 // Neither this nor the next is inlined: among the surrounding loops the compiler would keep sums in memory instead of
