@@ -54,9 +54,9 @@ struct DotBFloat16 {
     static constexpr int parts = 1;
     static Vec weights(const bfloat16* w, int v, int) { return {_mm512_loadu_ps(w + v * 2 * Vec::size)}; }
     static Vec activation(const bfloat16* x, int) {
-        float pair;
+        int32_t pair;  // broadcast as an integer it takes no turn of those that decode weights
         std::memcpy(&pair, x, sizeof pair);
-        return Vec::fill(pair);
+        return {_mm512_castsi512_ps(_mm512_set1_epi32(pair))};
     }
     static Vec add(Vec total, Vec x, Vec w) {
         return {_mm512_dpbf16_ps(total.v, (__m512bh)x.v, (__m512bh)w.v)};
@@ -275,13 +275,24 @@ struct ScaledChain {
     static constexpr bool begins_chain = true, ends_chain = true;
 };
 
+// The same of one panel, whose weights in e4m3 are kept, decoded, for the tiles that meet them next.
+template <class D>
+struct DecodedChain : ScaledChain {
+    typename D::Decoded::Weight* decoded;
+};
+
+template <class Piece>
+constexpr bool kScaled = std::is_base_of_v<ScaledChain, Piece>;
+template <class Piece>
+constexpr bool kDecodes = kScaled<Piece> && !std::is_same_v<ScaledChain, Piece>;
+
 // To c[p] [A, kPanel], or added to it, the products of the steps of `piece` of A activations with V vectors of rows of each
 // of P panels; to `open` where it does not end a chain. Meanwhile `Lines` lines are fetched a step.
 template <class D, int A, int V, int P, int Lines, class Piece>
 QNEXT_INLINE inline void add_tile(const typename D::Packed* const* x, const typename D::Weight* const* panels, Piece piece,
                                   Fetch fetch, float* const* c, float* open) {
     constexpr int64_t row = kPanel * D::step;
-    constexpr bool few = A <= kFew;
+    constexpr bool few = A <= kFew && !kDecodes<Piece>;
     Vec total[P][A][V];
     const typename D::Packed* from[A];
     const typename D::Weight* w[P];
@@ -323,6 +334,13 @@ QNEXT_INLINE inline void add_tile(const typename D::Packed* const* x, const type
                 for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
                     for (int v = 0; v < V; ++v) weights[p][v] = D::weights(w[p] + s * row, v, part);
+                // Not before all are decoded: for all that a compiler knows, a store changes what comes next.
+                if constexpr (kDecodes<Piece>) {
+#pragma GCC unroll 8
+                    for (int v = 0; v < V; ++v)
+                        weights[0][v].store(reinterpret_cast<float*>(piece.decoded) + (s * D::parts + part) * kPanel +
+                                            v * Vec::size);
+                }
 #pragma GCC unroll 8
                 for (int a = 0; a < A; ++a) {
                     activations[0] = D::activation(from[a] + s * D::step, part);
@@ -335,7 +353,7 @@ QNEXT_INLINE inline void add_tile(const typename D::Packed* const* x, const type
             }
         }
     }
-    constexpr bool scaled = std::is_same_v<Piece, ScaledChain>;
+    constexpr bool scaled = kScaled<Piece>;
     const bool adds = piece.ends_chain && piece.first >= (scaled ? 1 : kChain);
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p)
@@ -382,21 +400,6 @@ QNEXT_INLINE inline void with_count(int64_t count, F f) {
     f(std::integral_constant<int, N>());
 }
 
-// Steps of a panel in e4m3 as Decoded reads them, while as many behind them are fetched.
-template <class D>
-void decode(const float8* w, int64_t steps, typename D::Decoded::Weight* to) {
-    constexpr int64_t row = kPanel * D::step, length = kScaleBlock / D::step;
-    for (int64_t s = 0; s < steps; ++s, w += row) {
-        for (int64_t line = 0; line < row; line += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(w + length * row + line), _MM_HINT_T0);
-#pragma GCC unroll 2
-        for (int part = 0; part < D::parts; ++part)
-#pragma GCC unroll 8
-            for (int v = 0; v < kPanelVectors; ++v, to += sizeof(Vec) / sizeof(*to))
-                D::weights(w, v, part).store(reinterpret_cast<float*>(to));
-    }
-}
-
 // Vectors of a panel beside which the sums of all kTogether fit in the registers.
 constexpr int kVectorsTogether = Vec::size == 16 ? kPanelVectors : 2;
 
@@ -414,24 +417,23 @@ QNEXT_INLINE inline void multiply_panels(const typename D::Packed* const* x, int
                     float* to = c[p] + v * Vec::size;
                     constexpr int lines = kVectorsTogether == kPanelVectors ? Lines : 1;
                     multiply_tile<D, a, kVectorsTogether, 1, lines>(x, &panel, piece, fetch, &to, open + v * Vec::size);
+                    if constexpr (kDecodes<Piece>) piece.decoded += kVectorsTogether * sizeof(Vec) / sizeof(*piece.decoded);
                 }
-                if constexpr (std::is_same_v<Piece, ScaledChain>) ++piece.scales;
+                if constexpr (kScaled<Piece>) ++piece.scales;
             }
         }
     });
 }
 
-// To c [count, kPanel] a chain of one panel for more than kFewTiles tiles, which share in fetching from `next` bytes on.
+// To c [count, kPanel] a chain of one panel for tiles, none of few activations, which share in fetching.
 template <class D, class Piece>
 QNEXT_INLINE inline void multiply_chain(const typename D::Packed* const* x, int64_t count, const typename D::Weight* panel,
-                                        Piece piece, int64_t next, float* c) {
-    constexpr int64_t row = kPanel * 4;  // bytes
-    static_assert((kFewTiles * kTogether + 1) / (kFewTiles + 1) > kFew, "none of many tiles is of few activations");
+                                        Piece piece, Fetch fetch, float* c) {
     const int64_t tiles = (count + kTogether - 1) / kTogether;
     // Tiles of one activation more come behind the others.
     const int64_t size = count / tiles, larger = count % tiles;
     const auto run = [&](int64_t tile, int64_t num_tiles, int64_t begin, int64_t together) {
-        const Fetch share{next + piece.steps * (row / tiles) * tile, row / tiles};
+        const Fetch share{fetch.from + piece.steps * fetch.step * tile, fetch.step};
         with_count<kTogether>(together, [&](auto a) {
             if constexpr (a > kFew) {
                 for (int v = 0; v < kPanelVectors; v += kVectorsTogether)
@@ -447,11 +449,12 @@ QNEXT_INLINE inline void multiply_chain(const typename D::Packed* const* x, int6
 // As `multiply`, for one panel and more than kFewTiles tiles, all of which meet a chain of the panel before the next.
 template <class T>
 void multiply_many(const Packed<T>* const* x, int64_t count, const T* panel, int64_t k, float* c) {
+    static_assert((kFewTiles * kTogether + 1) / (kFewTiles + 1) > kFew, "none of many tiles is of few activations");
     constexpr int64_t row = kPanel * 4;  // bytes
-    const int64_t steps = steps_of<T>(k);
+    const int64_t steps = steps_of<T>(k), tiles = (count + kTogether - 1) / kTogether;
     for (int64_t first = 0; first == 0 || first < steps; first += kChain) {
         const Piece chain{first, std::min(kChain, steps - first), true, true, first};
-        multiply_chain<Dot<T>>(x, count, panel, chain, kChain * row, c);
+        multiply_chain<Dot<T>>(x, count, panel, chain, {kChain * row, row / tiles}, c);
     }
 }
 
@@ -498,12 +501,13 @@ __attribute__((noinline)) void multiply(const Packed<T>* const* x, int64_t count
     }
 }
 
-// The same with panels in e4m3. Where activations are of several tiles, a block of a panel is decoded once for all of them.
+// The same with panels in e4m3. The first of several tiles decodes a block of a panel for all of them.
 template <class T>
 __attribute__((noinline)) void multiply(const Packed<T, float8>* const* x, int64_t count, const Panel<float8>* panels,
                                         int64_t num_panels, int64_t k, float* const* c) {
     using D = Dot<T, float8>;
     using Decoded = typename D::Decoded;
+    static_assert((kTogether + 2) / 2 > kFew, "no tile behind the first is of few activations");
     constexpr int64_t row = kPanel * D::step, length = kScaleBlock / D::step, factor = D::step / Decoded::step;
     const int64_t steps = steps_of<float8>(k), tiles = (count + kTogether - 1) / kTogether;
     if (num_panels == 2 && tiles > 1) {
@@ -525,20 +529,15 @@ __attribute__((noinline)) void multiply(const Packed<T, float8>* const* x, int64
                 multiply_panels<D, 2, 2>(x, count, weights, piece, fetch, c, c[0]);
             continue;
         }
-        decode<D>(weights[0] + first * row, some, decoded);
+        // All tiles share in fetching what is decoded next.
+        const int64_t together = count / tiles, share = row / tiles, next = length * row;
+        const DecodedChain<D> chain{{first, some, first, scales}, decoded};
+        multiply_panels<D, 1, 1>(x, together, weights, chain, {next, share}, c, c[0]);
         const ScaledChain piece{first * factor, some * factor, 0, scales};
         const typename Decoded::Weight* const panel = decoded;
-        if (tiles > kFewTiles) {
-            // What is decoded next is being fetched: its lines stay, and others are not asked for.
-            multiply_chain<Decoded>(x, count, panel, piece, 0, c[0]);
-            continue;
-        }
-        for (int64_t tile = 0, a = 0; tile < tiles; ++tile) {
-            const int64_t together = (count - a) / (tiles - tile);
-            float* const to = c[0] + a * kPanel;
-            multiply_panels<Decoded, 1, 0>(x + a, together, &panel, piece, {}, &to, to);
-            a += together;
-        }
+        const int64_t ahead = reinterpret_cast<intptr_t>(weights[0] + first * row) - reinterpret_cast<intptr_t>(panel);
+        multiply_chain<Decoded>(x + together, count - together, panel, piece, {ahead + next + some * share, share / factor},
+                                c[0] + together * kPanel);
     }
 }
 
