@@ -15,6 +15,7 @@ import vllm
 import qnext_vllm
 from qnext_vllm.gated_delta_net import VLLMS_OPERATOR
 from qnext_vllm.host_kernels import HOST_KERNELS
+from qnext_vllm.linear import QnextFp8LinearMethod
 
 PACKAGE = Path(qnext_vllm.__file__).parent
 
@@ -326,7 +327,7 @@ def test_every_forward_pass_has_a_context_of_its_own() -> None:
 
 def test_the_scales_of_our_fp8_linears_are_loaded_by_blocks() -> None:
     linear = resolve("vllm.model_executor.layers.linear")
-    assert "QnextFp8LinearMethod" in linear.WEIGHT_LOADER_V2_SUPPORTED
+    assert QnextFp8LinearMethod.__name__ in linear.WEIGHT_LOADER_V2_SUPPORTED
     for kind in ("MergedColumnParallelLinear", "QKVParallelLinear"):
         load = inspect.getsource(getattr(linear, kind).weight_loader_v2)
         assert "isinstance(param, BlockQuantScaleParameter)" in load

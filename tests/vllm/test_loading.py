@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
@@ -19,7 +19,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
-from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader import DefaultModelLoader, get_model
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.utils import initialize_model
 
@@ -90,6 +90,19 @@ def test_a_trainer_sends_the_drafts_tensors_one_by_one(config: VllmConfig) -> No
     draft = Qwen3NextMTP(vllm_config=config)
     loaded = set().union(*(draft.load_weights([weight]) for weight in checkpoint().items()))
     assert loaded == {name for name, _ in draft.named_parameters()}
+
+
+def test_of_a_checkpoint_in_several_files_those_without_a_tensor_of_the_draft_are_not_read(
+    config: VllmConfig, tmp_path: Path
+) -> None:
+    draft = Qwen3NextMTP(vllm_config=config)
+    layers = {name: tensor for name, tensor in checkpoint().items() if name.startswith("model.layers.")}
+    rest = {name: tensor for name, tensor in checkpoint().items() if name not in layers}
+    save_file(layers, tmp_path / "model-00001-of-00002.safetensors")
+    save_file(rest, tmp_path / "model-00002-of-00002.safetensors")
+    config.model_config.model = str(tmp_path)
+    loader = DefaultModelLoader(config.load_config)
+    assert {name for name, _ in loader.get_all_weights(config.model_config, draft)} == rest.keys()
 
 
 def test_scales_of_a_cache_in_fp8_go_to_the_attention_whatever_projection_they_are_named_after(

@@ -96,7 +96,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
         Raises:
             CheckpointError: in a checkpoint, unquantized or in FP8 on a CPU, they are missing or misshapen.
         """
-        weights = ((name, tensor) for name, tensor in weights if self._is_ours(name))
+        weights = ((name, tensor) for name, tensor in weights if not self.is_unused_checkpoint_weight(name))
         if self.expects_checkpoint:
             shapes = checkpoint_shapes(self.vllm_config, self.config, target=False, mtp=True)
             weights = checked_weights(weights, shapes, experts_of_a_rank=reads_experts_of_a_rank(self.vllm_config))
@@ -106,5 +106,6 @@ class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
             return api.AutoWeightsLoader(self).load_weights(weights, mapper=renamed)
 
     @staticmethod
-    def _is_ours(name: str) -> bool:
-        return name.startswith((MTP_PREFIX, "model.embed_tokens.", "lm_head."))
+    def is_unused_checkpoint_weight(name: str) -> bool:
+        """Whether the draft loads nothing of that name; vLLM leaves files that have nothing else unread."""
+        return not name.startswith((MTP_PREFIX, "model.embed_tokens.", "lm_head."))
