@@ -5,8 +5,8 @@
     benchmarks/run_bare.sh pack --has has.txt FOLDER base flashinfer
 
 Packs the named parts into FOLDER, which is emptied of wheels before; run_bare.sh --wheels FOLDER installs what is in it.
-Large wheels are made thin: members that nothing here imports are left out, and device code of other architectures
-than --arch. What `pip freeze` says on the GPU machine, given with --has, is left out too.
+Wheels are made thin: members that nothing here imports are left out, and device code of other architectures than
+--arch. What `pip freeze` says on the GPU machine, given with --has, is left out too.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CUTLASS_IR = "*/_cutlass_ir.*.so"
 FLASHINFER_UNUSED = ("b12x/*", "build_*.py", "flashinfer/data/*")
 # What the modules rope and silu_and_mul are compiled from, by nvcc at their first call.
 FLASHINFER_SOURCES = (
-    "flashinfer/data/include/*",
+    *("flashinfer/data/include/*", "flashinfer/data/cccl/libcudacxx/include/*"),
     *(f"flashinfer/data/csrc/{name}*" for name in ("rope.", "flashinfer_rope_", "tvm_ffi_utils.")),
 )
 
@@ -63,7 +63,10 @@ VLLM_UNUSED = (
     *("vllm/third_party/deep_gemm/*", "vllm/third_party/fmha_sm100/*", "vllm/third_party/tml_fa4/*"),
     *("vllm/vllm_flash_attn/cute/*", "vllm/benchmarks/*", "vllm/kernels/helion/configs/*"),
 )
-VLLM_LIBRARIES = ("vllm/_C_stable_libtorch.abi3.so", "vllm/_moe_C_stable_libtorch.abi3.so")
+VLLM_LIBRARIES = (
+    *("vllm/_C_stable_libtorch.abi3.so", "vllm/_moe_C_stable_libtorch.abi3.so"),
+    *("vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so", "vllm/cumem_allocator.abi3.so", "vllm/spinloop.abi3.so"),
+)
 VLLM_TUNED = ("*/configs/*NVIDIA_H100*.json", "*/configs/*NVIDIA_H200*.json")
 SGLANG_UNUSED = ("sglang/multimodal_gen/*", "sglang/test/*", "sglang/benchmark/*", "sglang/bench_*.py")
 APACHE_TVM_FFI = "apache-tvm-ffi>=0.1.11,<0.1.13"
@@ -92,14 +95,21 @@ PARTS = {
         {"nvidia-cutlass-dsl-libs-cu13": Rule(("*",), (CUTLASS_IR,), distribution="cutlass-ir-of-nvidia-cutlass-dsl")},
     ),
     "vllm": Part(
-        "vLLM's operators, the peer",
-        ("vllm==0.32.0", "cbor2", "msgspec", "cachetools", "pyzmq", "cloudpickle"),
+        "vLLM: its operators, the peer, and the engine with FlashAttention 3",
+        ("vllm==0.32.0", "compressed-tensors==0.17.0", "depyf==0.20.0", "fastapi>=0.133,<0.137", "openai>=2.25")
+        + ("lm-format-enforcer==0.11.3", "llguidance>=1.7,<1.8", "outlines-core==0.2.14", "xgrammar==0.2.8")
+        + (APACHE_TVM_FFI, "annotated-doc", "astor", "blake3", "cachetools", "cbor2", "cloudpickle", "dill")
+        + ("httpcore2", "httpx2", "interegular", "jiter", "jsonschema", "jsonschema-specifications", "loguru")
+        + ("msgspec", "opentelemetry-api", "oss-harmony", "partial-json-parser", "pybase64", "pydantic-extra-types")
+        + ("pydantic-settings", "python-dotenv", "python-json-logger", "python-multipart", "pyzmq", "referencing")
+        + ("rpds-py", "setproctitle", "sniffio", "starlette>=1.0.1", "truststore"),
         # What is PTX alone are products of quantized weights that no row asks for.
         {"vllm": Rule(VLLM_UNUSED, VLLM_LIBRARIES + VLLM_TUNED, ptx=False)},
+        {"VLLM_USE_FLASHINFER_SAMPLER": "0"},
     ),
     "sglang": Part(
         "SGLang's Triton kernels, the peer",
-        ("sglang==0.5.23",),
+        ("sglang==0.5.23", APACHE_TVM_FFI, "orjson", "ipython", "traitlets", "dill", "pybase64", "starlette", "msgspec", "pyzmq"),
         {"sglang": Rule(("*.so", *SGLANG_UNUSED))},
     ),
     "flash-qla": Part(
@@ -172,12 +182,10 @@ def pack(folder: Path, parts: Sequence[str], has: frozenset[str], architecture: 
 
 
 def _place(wheel: Path, folder: Path, part: Part, has: frozenset[str], architecture: int) -> None:
-    """Move a wheel into the folder, thin where the part has a rule for it; not what the machine has."""
+    """Put a wheel into the folder, compressed anew, thin where the part has a rule for it; not what the machine has."""
     name = canonical(wheel.name.partition("-")[0])
-    if name in part.rules:
-        thin_wheel(wheel, folder, part.rules[name], architecture)
-    elif name not in has:
-        wheel.replace(folder / wheel.name)
+    if name in part.rules or name not in has:
+        thin_wheel(wheel, folder, part.rules.get(name, Rule()), architecture)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
