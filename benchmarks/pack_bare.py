@@ -4,7 +4,7 @@
     benchmarks/run_bare.sh pack FOLDER [PART...]         # by default the part base
     benchmarks/run_bare.sh pack --has has.txt FOLDER base flashinfer
 
-Packs the named parts into FOLDER, which is emptied of wheels before; run_bare.sh --wheels FOLDER installs what is in it.
+Packs the named parts into FOLDER, which is emptied of wheels before; run_bare.sh --wheels FOLDER installs them.
 Wheels are made thin: members that nothing here imports are left out, and device code of other architectures than
 --arch. What `pip freeze` says on the GPU machine, given with --has, is left out too.
 """
@@ -23,17 +23,16 @@ from pathlib import Path
 from thin_wheels import Rule, ThinError, thin_wheel
 
 LIMIT = 64
-"""MiB that a folder may weigh."""
-PLATFORMS = tuple(f"manylinux_2_{glibc}_x86_64" for glibc in (34, 31, 28, 27, 26, 24, 17)) + (
-    "manylinux2014_x86_64",
-    "manylinux1_x86_64",
+"""MiB that a folder may weigh by default."""
+PLATFORMS = tuple(
+    f"manylinux{each}_x86_64" for each in ("_2_34", "_2_31", "_2_28", "_2_27", "_2_26", "_2_24", "2014", "1")
 )
 BASE = (
     *("numpy", "pydantic", "rich", "httpx", "prometheus-client", "platformdirs", "filelock"),
     *("pytest", "pytest-timeout", "pytest-xdist", "safetensors", "transformers>=5.16.1,<5.20"),
     *("fla-core", "einops", "setuptools>=77,<82"),
 )
-"""What gpu_ops.py and the tests of the kernels import, and the peers that are Triton and Python alone."""
+"""What gpu_ops.py, gpu_engines.py and the tests of the kernels import, and FLA."""
 RESOLVED, ALONE, ENVIRONMENT = "base.txt", "alone.txt", "environment.txt"
 """What run_bare.sh reads: requirements to install with what they require and without, and variables to set."""
 
@@ -50,7 +49,7 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-CUTLASS_IR = "*/_cutlass_ir.*.so"
+CUTLASS_LIBRARIES, CUTLASS_IR = "nvidia-cutlass-dsl-libs-cu13==4.7.1", "*/_cutlass_ir.*.so"
 FLASHINFER_UNUSED = ("b12x/*", "build_*.py", "flashinfer/data/*")
 # What the modules rope and silu_and_mul are compiled from, by nvcc at their first call.
 FLASHINFER_SOURCES = (
@@ -80,9 +79,15 @@ PARTS = {
     "base": Part("what gpu_ops.py, gpu_engines.py and the tests import, with fla-core"),
     "flashinfer": Part(
         "FlashInfer, our backends of that name and the peer; needs cutlass-ir too",
-        ("flashinfer-python==0.7.2", APACHE_TVM_FFI, "nvidia-cutlass-dsl==4.7.1")
-        + tuple(f"nvidia-cutlass-dsl-libs-{each}==4.7.1" for each in ("base", "core", "cu13"))
-        + ("cuda-tile>=1.4", "tabulate", "nvidia-ml-py"),
+        (
+            *("flashinfer-python==0.7.2", APACHE_TVM_FFI, "cuda-tile>=1.4", "tabulate", "nvidia-ml-py"),
+            *(
+                "nvidia-cutlass-dsl==4.7.1",
+                "nvidia-cutlass-dsl-libs-base==4.7.1",
+                "nvidia-cutlass-dsl-libs-core==4.7.1",
+            ),
+            CUTLASS_LIBRARIES,
+        ),
         {
             "flashinfer-python": Rule(FLASHINFER_UNUSED, FLASHINFER_SOURCES),
             "nvidia-cutlass-dsl-libs-base": Rule(("*/iket/*",)),
@@ -91,31 +96,38 @@ PARTS = {
     ),
     "cutlass-ir": Part(
         "the compiler of FlashInfer's CuTe kernels, which would weigh too much beside flashinfer",
-        ("nvidia-cutlass-dsl-libs-cu13==4.7.1",),
+        (CUTLASS_LIBRARIES,),
         {"nvidia-cutlass-dsl-libs-cu13": Rule(("*",), (CUTLASS_IR,), distribution="cutlass-ir-of-nvidia-cutlass-dsl")},
     ),
     "vllm": Part(
         "vLLM: its operators, the peer, and the engine with FlashAttention 3",
-        ("vllm==0.32.0", "compressed-tensors==0.17.0", "depyf==0.20.0", "fastapi>=0.133,<0.137", "openai>=2.25")
-        + ("lm-format-enforcer==0.11.3", "llguidance>=1.7,<1.8", "outlines-core==0.2.14", "xgrammar==0.2.8")
-        + (APACHE_TVM_FFI, "annotated-doc", "astor", "blake3", "cachetools", "cbor2", "cloudpickle", "dill")
-        + ("httpcore2", "httpx2", "interegular", "jiter", "jsonschema", "jsonschema-specifications", "loguru")
-        + ("msgspec", "opentelemetry-api", "oss-harmony", "partial-json-parser", "pybase64", "pydantic-extra-types")
-        + ("pydantic-settings", "python-dotenv", "python-json-logger", "python-multipart", "pyzmq", "referencing")
-        + ("rpds-py", "setproctitle", "sniffio", "starlette>=1.0.1", "truststore"),
+        (
+            *("vllm==0.32.0", "compressed-tensors==0.17.0", "depyf==0.20.0", "fastapi>=0.133,<0.137", "openai>=2.25"),
+            *("lm-format-enforcer==0.11.3", "llguidance>=1.7,<1.8", "outlines-core==0.2.14", "xgrammar==0.2.8"),
+            *(APACHE_TVM_FFI, "annotated-doc", "astor", "blake3", "cachetools", "cbor2", "cloudpickle", "dill"),
+            *("httpcore2", "httpx2", "interegular", "jiter", "jsonschema", "jsonschema-specifications", "loguru"),
+            *("msgspec", "opentelemetry-api", "oss-harmony", "partial-json-parser", "pybase64", "pydantic-extra-types"),
+            *("pydantic-settings", "python-dotenv", "python-json-logger", "python-multipart", "pyzmq", "referencing"),
+            *("rpds-py", "setproctitle", "sniffio", "starlette>=1.0.1", "truststore"),
+        ),
         # What is PTX alone are products of quantized weights that no row asks for.
         {"vllm": Rule(VLLM_UNUSED, VLLM_LIBRARIES + VLLM_TUNED, ptx=False)},
         {"VLLM_USE_FLASHINFER_SAMPLER": "0"},
     ),
     "sglang": Part(
         "SGLang's Triton kernels, the peer",
-        ("sglang==0.5.23", APACHE_TVM_FFI, "orjson", "ipython", "traitlets", "dill", "pybase64", "starlette", "msgspec", "pyzmq"),
+        (
+            *("sglang==0.5.23", APACHE_TVM_FFI, "orjson", "ipython", "traitlets", "dill", "pybase64", "starlette"),
+            *("msgspec", "pyzmq"),
+        ),
         {"sglang": Rule(("*.so", *SGLANG_UNUSED))},
     ),
     "flash-qla": Part(
         "FlashQLA, our backend of that name and the peer",
-        ("flash-qla==0.1.3", "tilelang==0.1.15", APACHE_TVM_FFI, "z3-solver>=4.13,<4.15.5", "ml-dtypes")
-        + ("torch-c-dlpack-ext", "cloudpickle"),
+        (
+            *("flash-qla==0.1.3", "tilelang==0.1.15", APACHE_TVM_FFI, "z3-solver>=4.13,<4.15.5", "ml-dtypes"),
+            *("torch-c-dlpack-ext", "cloudpickle"),
+        ),
         {
             # Programs that tilelang writes include CUTLASS and its own templates.
             "tilelang": Rule(("tilelang/3rdparty/*", "tilelang/src/*"), TILELANG_SOURCES),
@@ -149,7 +161,9 @@ def download(requirements: Iterable[str], folder: Path, python: str, resolve: bo
         raise PackError(f"pip has not downloaded {', '.join(requirements)}")
 
 
-def pack(folder: Path, parts: Sequence[str], has: frozenset[str], architecture: int, python: str) -> None:
+def pack(
+    folder: Path, parts: Sequence[str], has: frozenset[str], architecture: int, python: str, limit: int = LIMIT
+) -> None:
     """Write the parts and what run_bare.sh reads beside them; raises PackError and ThinError."""
     folder.mkdir(parents=True, exist_ok=True)
     for wheel in folder.glob("*.whl"):
@@ -177,8 +191,8 @@ def pack(folder: Path, parts: Sequence[str], has: frozenset[str], architecture: 
     size = sum(each.stat().st_size for each in folder.iterdir())
     count = len(list(folder.glob("*.whl")))
     print(f"{count} wheels for Python {python} in {folder}, {size / 2**20:.1f} MiB: {', '.join(parts)}")
-    if size > LIMIT << 20:
-        raise PackError(f"expected at most {LIMIT} MiB in {folder}, got {size / 2**20:.1f} MiB: pack fewer parts")
+    if size > limit << 20:
+        raise PackError(f"expected at most {limit} MiB in {folder}, got {size / 2**20:.1f} MiB: pack fewer parts")
 
 
 def _place(wheel: Path, folder: Path, part: Part, has: frozenset[str], architecture: int) -> None:
@@ -199,6 +213,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, metavar="FOLDER", nargs="?", default=Path(__file__).parent / "wheels")
     parser.add_argument("parts", metavar="PART", nargs="*", default=["base"], help="see below")
     parser.add_argument("--has", type=Path, metavar="FILE", help="what `pip freeze` says on the GPU machine")
+    parser.add_argument("--limit", type=int, default=LIMIT, metavar="MIB", help=f"by default {LIMIT}")
     parser.add_argument("--arch", type=int, default=90, help="compute capability times ten, by default 90")
     parser.add_argument("--python", default="3.12", help="version on the GPU machine, by default 3.12")
     args = parser.parse_args(arguments)
@@ -216,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = args.has.read_text().splitlines() if args.has is not None else []
     has = frozenset(name_of(line) for line in lines if line.strip() and not line.startswith(("#", "-")))
     try:
-        pack(args.folder, args.parts, has, args.arch, args.python)
+        pack(args.folder, args.parts, has, args.arch, args.python, args.limit)
     except (PackError, ThinError) as error:
         print(f"run_bare.sh pack: {error}", file=sys.stderr)
         return 2

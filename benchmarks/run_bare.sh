@@ -42,7 +42,7 @@ install() {
             >"$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
         command=("$environment/bin/python" "$pip/pip" install --quiet --disable-pip-version-check --no-index
             --no-cache-dir --find-links "$wheels")
-        "${command[@]}" -r "$wheels/base.txt"
+        "${command[@]}" pip -r "$wheels/base.txt"
         # Most of what libraries and engines require is for what is not asked of them here, and not carried.
         "${command[@]}" --no-deps -r "$wheels/alone.txt"
         cat "$wheels/environment.txt" >>"$environment/environment.txt"
@@ -54,12 +54,6 @@ install() {
     set +a
     "$environment/bin/python" -c 'import torch, triton; print(f"torch {torch.__version__}, triton {triton.__version__}")' ||
         die "expected torch and triton in ${PYTHON:-python3}"
-}
-
-# Let engines find the plugin, which they look for among what is installed.
-install_plugin() {
-    local site=$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    "$1/bin/python" "$root/benchmarks/pack_bare.py" --entry-points "$site"
 }
 
 # Run the tests that need a GPU for at most $2 seconds, with the log in folder $3; 0 where there are none.
@@ -103,7 +97,9 @@ main() {
     nothing) return ;;
     engines)
         (($#)) || set -- --quick
-        install_plugin "$environment"
+        # Engines look for the plugin among what is installed.
+        "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --no-build-isolation \
+            --no-deps --editable "$root"
         "$environment/bin/python" "$root/benchmarks/gpu_engines.py" --csv "$output/engines.csv" --logs "$output" "$@" \
             2>&1 | tee "$output/engines.log" || status=$?
         ;;

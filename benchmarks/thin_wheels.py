@@ -38,7 +38,7 @@ class ThinError(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """What a thin wheel has of the published one; patterns are those of :mod:`fnmatch`, where ``*`` takes a slash too."""
+    """What a thin wheel has of the published one; in patterns of :mod:`fnmatch` ``*`` takes a slash too."""
 
     drop: tuple[str, ...] = ()
     """Members that are left out."""
@@ -174,7 +174,7 @@ def thin_wheel(wheel: Path, folder: Path, rule: Rule, architecture: int) -> Path
 
 
 def _members(wheel: ZipFile, rule: Rule, info: str, new_info: str) -> Iterator[tuple[str, bytes, int]]:
-    """Name, content and mode of what the rule leaves; ``info``: the folder with METADATA, which becomes ``new_info``."""
+    """Name, content and mode of what the rule leaves; the folder ``info`` with METADATA becomes ``new_info``."""
     published = [each for each in wheel.infolist() if not each.is_dir()]
     for pattern in (*rule.drop, *rule.keep):
         if not any(fnmatchcase(each.filename, pattern) for each in published):
