@@ -128,7 +128,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=WARM_SECONDS,
         metavar="SECONDS",
-        help=f"the most that --warm may take, by default {WARM_SECONDS:.0f}; kernels of FlashInfer take 200",
+        help=f"the most that --warm may take, by default {WARM_SECONDS:.0f}; a kernel of FlashInfer takes up to 30",
     )
     parser.add_argument("--only-compile", metavar="I/N", help="what --warm starts: compile share I of N, time nothing")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table and the machine to FILE, row by row")
