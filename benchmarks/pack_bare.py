@@ -68,6 +68,7 @@ VLLM_LIBRARIES = (
 )
 VLLM_TUNED = ("*/configs/*NVIDIA_H100*.json", "*/configs/*NVIDIA_H200*.json")
 SGLANG_UNUSED = ("sglang/multimodal_gen/*", "sglang/test/*", "sglang/benchmark/*", "sglang/bench_*.py")
+STAND_INS = Path(__file__).with_name("sgl_kernel_stand_ins.py")
 APACHE_TVM_FFI = "apache-tvm-ffi>=0.1.11,<0.1.13"
 """What FlashInfer, tilelang and SGLang agree on."""
 TILELANG_SOURCES = (
@@ -121,6 +122,33 @@ PARTS = {
             *("msgspec", "pyzmq"),
         ),
         {"sglang": Rule(("*.so", *SGLANG_UNUSED))},
+    ),
+    "sglang-engine": Part(
+        "the engine of SGLang with Triton for attention; compiles some kernels with nvcc at its first start",
+        (
+            *(
+                "sglang==0.5.23",
+                "sglang-kernel==0.4.10",
+                "apache-tvm-ffi==0.1.11",
+                "compressed-tensors==0.18.0",
+                "dill",
+            ),
+            *("distro", "fastapi", "gguf", "importlib-metadata", "interegular", "ipython", "jiter", "jsonschema"),
+            *("jsonschema-specifications", "loguru", "msgspec", "openai==2.8.0", "opentelemetry-api"),
+            *("opentelemetry-sdk", "opentelemetry-semantic-conventions", "orjson", "partial-json-parser", "pybase64"),
+            *("pydantic-extra-types", "pydantic-settings", "python-dotenv", "python-multipart", "pyzmq", "referencing"),
+            *("rpds-py", "setproctitle", "sniffio", "starlette", "traitlets", "uvicorn>=0.51", "watchfiles"),
+            *("xgrammar==0.2.7", "zipp"),
+        ),
+        {
+            "sglang": Rule(("*.so", *SGLANG_UNUSED)),
+            "sglang-kernel": Rule(("*.so",), stand_ins={"sgl_kernel/load_utils.py": STAND_INS}),
+        },
+        {
+            "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
+            "SGLANG_DISABLE_VERSION_CHECK": "1",
+            "SGLANG_ENABLE_JIT_DEEPGEMM": "0",
+        },
     ),
     "flash-qla": Part(
         "FlashQLA, our backend of that name and the peer",

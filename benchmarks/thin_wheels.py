@@ -11,8 +11,8 @@ import csv
 import hashlib
 import io
 import struct
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +48,8 @@ class Rule:
     """Another name for a wheel that has a part of a distribution: pip installs two of one name only in turns."""
     ptx: bool = True
     """Whether PTX stays where nothing is compiled for the architecture, for a driver to compile."""
+    stand_ins: Mapping[str, Path] = field(default_factory=dict)
+    """Files that take the place of members."""
 
 
 class Entry(NamedTuple):
@@ -176,7 +178,7 @@ def thin_wheel(wheel: Path, folder: Path, rule: Rule, architecture: int) -> Path
 def _members(wheel: ZipFile, rule: Rule, info: str, new_info: str) -> Iterator[tuple[str, bytes, int]]:
     """Name, content and mode of what the rule leaves; the folder ``info`` with METADATA becomes ``new_info``."""
     published = [each for each in wheel.infolist() if not each.is_dir()]
-    for pattern in (*rule.drop, *rule.keep):
+    for pattern in (*rule.drop, *rule.keep, *rule.stand_ins):
         if not any(fnmatchcase(each.filename, pattern) for each in published):
             raise ThinError(f"{wheel.filename}: expected members that match {pattern}, got none")
 
@@ -187,8 +189,12 @@ def _members(wheel: ZipFile, rule: Rule, info: str, new_info: str) -> Iterator[t
         dropped, kept = (any(fnmatchcase(each.filename, one) for one in of) for of in (rule.drop, rule.keep))
         return kept or not dropped
 
+    def content(each: ZipInfo) -> bytes:
+        stand_in = rule.stand_ins.get(each.filename)
+        return wheel.read(each) if stand_in is None else stand_in.read_bytes()
+
     return (
-        (each.filename.replace(info, new_info, 1), wheel.read(each), each.external_attr >> 16)
+        (each.filename.replace(info, new_info, 1), content(each), each.external_attr >> 16)
         for each in filter(left, published)
     )
 

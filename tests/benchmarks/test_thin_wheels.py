@@ -173,6 +173,16 @@ def test_a_part_of_a_wheel_is_a_distribution_of_its_own(thin_wheels: ModuleType,
     }
 
 
+def test_a_file_stands_in_for_a_member(thin_wheels: ModuleType, wheel: Path, tmp_path: Path) -> None:
+    stand_in = tmp_path / "stand_in.py"
+    stand_in.write_text("VERSION = 'stand-in'\n")
+    rule = thin_wheels.Rule(stand_ins={"some/__init__.py": stand_in})
+    installed(thin_wheels.thin_wheel(wheel, tmp_path, rule, 90), tmp_path / "site")
+    assert (tmp_path / "site" / "some" / "__init__.py").read_text() == stand_in.read_text()
+    with pytest.raises(thin_wheels.ThinError, match=r"expected members that match some/gone\.py, got none"):
+        thin_wheels.thin_wheel(wheel, tmp_path, thin_wheels.Rule(stand_ins={"some/gone.py": stand_in}), 90)
+
+
 @pytest.mark.parametrize("rule", [{"drop": ("*.cuh",)}, {"drop": ("*.h",), "keep": ("some/gone.h",)}])
 def test_a_pattern_that_matches_nothing_is_an_error(
     thin_wheels: ModuleType, wheel: Path, tmp_path: Path, rule: dict[str, tuple[str, ...]]
