@@ -33,8 +33,8 @@ BASE = (
     *("fla-core", "einops", "setuptools>=77,<82"),
 )
 """What gpu_ops.py, gpu_engines.py and the tests of the kernels import, and FLA."""
-RESOLVED, ALONE, ENVIRONMENT = "base.txt", "alone.txt", "environment.txt"
-"""What run_bare.sh reads: requirements to install with what they require and without, and variables to set."""
+REQUIREMENTS, ENVIRONMENT = "requirements.txt", "environment.txt"
+"""What run_bare.sh reads: what to install, without what that requires in its turn, and variables to set."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ PARTS = {
             *("opentelemetry-sdk", "opentelemetry-semantic-conventions", "orjson", "partial-json-parser", "pybase64"),
             *("pydantic-extra-types", "pydantic-settings", "python-dotenv", "python-multipart", "pyzmq", "referencing"),
             *("rpds-py", "setproctitle", "sniffio", "starlette", "traitlets", "uvicorn>=0.51", "watchfiles"),
-            *("xgrammar==0.2.7", "zipp"),
+            *("xgrammar==0.2.7", "zipp", "nvidia-ml-py", "xxhash", "ml-dtypes"),
         ),
         {
             "sglang": Rule(("*.so", *SGLANG_UNUSED)),
@@ -196,25 +196,27 @@ def pack(
     folder.mkdir(parents=True, exist_ok=True)
     for wheel in folder.glob("*.whl"):
         wheel.unlink()
-    alone: list[str] = []
+    wanted: list[str] = []
     environment: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for name in parts:
             part, published = PARTS[name], Path(temporary) / name
-            wanted = [each for each in part.requirements if name_of(each) not in has]
-            if name == "base":
-                download(BASE, published, python, resolve=True)
-            elif wanted:
-                download(wanted, published, python, resolve=False)
+            requirements = BASE if name == "base" else part.requirements
+            # What the base requires comes along.
+            missing = [each for each in requirements if name == "base" or name_of(each) not in has]
+            if missing:
+                download(missing, published, python, resolve=name == "base")
             for wheel in sorted(published.glob("*.whl")):
                 _place(wheel, folder, part, has, architecture)
             renamed = {each: rule.distribution for each, rule in part.rules.items() if rule.distribution is not None}
-            alone += [renamed.get(name_of(each), each) for each in part.requirements]
+            wanted += [renamed.get(name_of(each), each) for each in requirements]
             environment |= part.environment
     # pip comes along: the environment that it installs into is made without.
     download(["pip"], folder, python, resolve=False)
-    (folder / RESOLVED).write_text("".join(f"{each}\n" for each in BASE if "base" in parts))
-    (folder / ALONE).write_text("".join(f"{each}\n" for each in dict.fromkeys(alone)))
+    named = {name_of(each) for each in wanted}
+    carried = sorted(canonical(each.name.partition("-")[0]) for each in folder.glob("*.whl"))
+    wanted += [each for each in carried if each not in named]
+    (folder / REQUIREMENTS).write_text("".join(f"{each}\n" for each in dict.fromkeys(wanted)))
     (folder / ENVIRONMENT).write_text("".join(f"{key}={value}\n" for key, value in environment.items()))
     size = sum(each.stat().st_size for each in folder.iterdir())
     count = len(list(folder.glob("*.whl")))

@@ -32,7 +32,6 @@ die() {
 # Make or reuse the environment in folder $1 with the wheels in folder $2, or with none.
 install() {
     local environment=$1 wheels=$2 pip
-    local -a command
     if [[ $wheels != none ]]; then
         pip=$(find "$wheels" -name 'pip-*.whl' 2>/dev/null | head -n 1) || true
         [[ -n $pip ]] || die "--wheels: expected a folder that 'run_bare.sh pack' has filled, got $wheels"
@@ -40,11 +39,9 @@ install() {
         # Where $PYTHON is an environment itself, the new one sees only the packages of the Python below it.
         "${PYTHON:-python3}" -c 'import sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))' \
             >"$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-        command=("$environment/bin/python" "$pip/pip" install --quiet --disable-pip-version-check --no-index
-            --no-cache-dir --find-links "$wheels")
-        "${command[@]}" pip -r "$wheels/base.txt"
-        # Most of what libraries and engines require is for what is not asked of them here, and not carried.
-        "${command[@]}" --no-deps -r "$wheels/alone.txt"
+        # Without what they require: the folder has what is wanted of that, the machine the rest.
+        "$environment/bin/python" "$pip/pip" install --quiet --disable-pip-version-check --no-index --no-cache-dir \
+            --no-deps --find-links "$wheels" -r "$wheels/requirements.txt"
         cat "$wheels/environment.txt" >>"$environment/environment.txt"
     fi
     [[ -x $environment/bin/python ]] || die "--wheels: none: expected an environment in $environment, where is none"

@@ -65,8 +65,7 @@ def test_a_folder_has_the_wheels_and_says_how_they_are_installed(
     assert pack_bare.main([str(tmp_path), "some"]) == 0
     assert downloads == [(("some==1.0", "other>=1"), False), (("pip",), False)]
     assert packed(tmp_path) == {"some", "other", "pip"}
-    assert (tmp_path / "base.txt").read_text() == ""
-    assert (tmp_path / "alone.txt").read_text() == "some==1.0\nother>=1\n"
+    assert (tmp_path / "requirements.txt").read_text() == "some==1.0\nother>=1\npip\n"
     assert (tmp_path / "environment.txt").read_text() == "SOME_SWITCH=0\n"
     said = capsys.readouterr().out
     assert re.fullmatch(rf"3 wheels for Python 3\.12 in {re.escape(str(tmp_path))}, 3\.\d MiB: some\n", said)
@@ -78,8 +77,8 @@ def test_the_base_comes_with_what_it_requires(pack_bare: ModuleType, downloads: 
     assert pack_bare.main([str(tmp_path)]) == 0
     assert downloads[0] == (pack_bare.BASE, True)
     assert packed(tmp_path) > {"required-by-base", "pydantic", "transformers", "pip"}
-    assert (tmp_path / "base.txt").read_text().splitlines() == list(pack_bare.BASE)
-    assert (tmp_path / "alone.txt").read_text() == ""
+    lines = (tmp_path / "requirements.txt").read_text().splitlines()
+    assert lines == [*pack_bare.BASE, "pip", "required-by-base"]
 
 
 def test_what_the_machine_has_is_left_out(pack_bare: ModuleType, downloads: Downloads, tmp_path: Path) -> None:
@@ -89,7 +88,8 @@ def test_what_the_machine_has_is_left_out(pack_bare: ModuleType, downloads: Down
     assert (("some==1.0",), False) in downloads
     assert packed(tmp_path / "out") & {"other", "required-by-base", "numpy"} == set()
     # pip says there what the machine has of another version than is wanted.
-    assert (tmp_path / "out" / "alone.txt").read_text() == "some==1.0\nother>=1\n"
+    lines = (tmp_path / "out" / "requirements.txt").read_text().splitlines()
+    assert lines == [*pack_bare.BASE, "some==1.0", "other>=1", "pip"]
 
 
 @pytest.mark.parametrize(("limit", "status"), [(4, 0), (2, 2)])
