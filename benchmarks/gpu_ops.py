@@ -49,7 +49,7 @@ ONE_BY_ONE = ", one by one"
 QUICK_MINUTES = 3.2
 """After so long --quick begins no further row, so that it ends within four minutes."""
 WARM_SECONDS = 90.0
-"""The most that --warm may take: what is not compiled then is compiled when its turn comes."""
+"""What --warm may take by default: what is not compiled then is compiled when its turn comes."""
 
 
 class OpsReport(KernelsReport):
@@ -122,6 +122,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="leave out rows that --csv has, and keep its lines")
     parser.add_argument(
         "--warm", type=int, default=0, metavar="N", help="have N processes compile what the rows need beforehand"
+    )
+    parser.add_argument(
+        "--warm-seconds",
+        type=float,
+        default=WARM_SECONDS,
+        metavar="SECONDS",
+        help=f"the most that --warm may take, by default {WARM_SECONDS:.0f}; a kernel of FlashInfer takes up to 30",
     )
     parser.add_argument("--only-compile", metavar="I/N", help="what --warm starts: compile share I of N, time nothing")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table and the machine to FILE, row by row")
@@ -276,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = sys.argv[1:] if arguments is None else arguments
         command = [sys.executable, __file__, *given, "--only-compile"]
         files = Files(args.json, args.csv)
-        with ends_on_sigterm(), compiling(command, args.warm, WARM_SECONDS) as wait:
+        with ends_on_sigterm(), compiling(command, args.warm, args.warm_seconds) as wait:
             # Peers are imported meanwhile, which takes some of them as long.
             bench = bench_of(options, files, before)
             bench.rows()

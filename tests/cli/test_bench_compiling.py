@@ -90,6 +90,61 @@ def test_the_shares_of_a_benchmark_compile_between_them_what_its_rows_launch() -
     assert {"rms_norm_kernel", "gated_rms_norm_kernel", "silu_and_mul_kernel"} < set(both[0] + both[1])
 
 
+@pytest.fixture
+def cute(monkeypatch: pytest.MonkeyPatch) -> type[Any]:
+    """FlashInfer's class of kernels in CuTe, which says what is asked of it."""
+
+    class JitSpecCuteDsl:
+        def __init__(self, kept: bool) -> None:
+            self.kept, self.said = kept, list[str]()
+
+        def build_and_load(self) -> str:
+            return "one by one"
+
+        def try_load(self) -> str | None:
+            return "from the disk" if self.kept else None
+
+        def compile_and_persist(self) -> None:
+            self.said.append("compiled")
+
+        def load(self) -> str:
+            return "loaded"
+
+    module = ModuleType("cute_dsl_core")
+    module.JitSpecCuteDsl = JitSpecCuteDsl  # type: ignore[attr-defined]
+    for name in ("flashinfer", "flashinfer.jit", "flashinfer.jit.cute_dsl_core"):
+        monkeypatch.setitem(sys.modules, name, module)
+    return JitSpecCuteDsl
+
+
+def test_flashinfer_compiles_in_every_process_at_once_while_others_do(cute: type[Any]) -> None:
+    new, kept = cute(kept=False), cute(kept=True)
+    with only_compiling(0, 2):
+        assert (new.build_and_load(), new.said) == ("loaded", ["compiled"])
+        assert (kept.build_and_load(), kept.said) == ("from the disk", [])
+    assert new.build_and_load() == "one by one"
+
+
+def test_a_backend_that_triton_does_not_compile_is_called_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, int]] = []
+    chosen = Options(sizes={1: TINY}, ops=("rms norm",), device="meta", peers=False)
+
+    def forced(choice: object) -> Any:
+        called.append((str(choice), share))
+        raise RuntimeError("it is enough to have been asked")
+
+    monkeypatch.setattr("qnext_plugins.cli.bench.kernels.force_backend", forced)
+    monkeypatch.setattr(KernelsBench, "_backends", lambda self, row: ["triton", "flashinfer", "flash_qla"])
+    for share in range(3):
+        with compiling_for("sm_90"):
+            KernelsBench(chosen, Files(None, None), Progress(Console(quiet=True))).compile(share, 3)
+    by_name = {name: [share for choice, share in called if name in choice] for name in ("triton", "flashinfer")}
+    rows = len(by_name["flashinfer"])
+    assert rows > 1
+    assert len(by_name["triton"]) == 3 * rows
+    assert sorted(by_name["flashinfer"]) == sorted(number % 3 for number in range(rows))
+
+
 def test_processes_that_compile_get_their_share_and_are_ended_in_time(gpu_ops: ModuleType, tmp_path: Path) -> None:
     script = f"import sys, pathlib, time; share = sys.argv[1].replace('/', '-'); pathlib.Path({str(tmp_path)!r}, share)"
     quick = [sys.executable, "-c", script + ".touch()"]

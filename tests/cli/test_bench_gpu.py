@@ -5,17 +5,14 @@ from __future__ import annotations
 import csv
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from packaging.requirements import Requirement
 from rich.console import Console
 
 from qnext_kernels import force_backend
@@ -35,7 +32,6 @@ from qnext_plugins.cli.progress import Progress
 from tests.kernels.triton.interpreter import interpreted, kernel_modules
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-RUN_BARE = BENCHMARKS / "run_bare.sh"
 SMALL = Sizes(
     hidden=64,
     key_heads=2,
@@ -367,68 +363,6 @@ def test_without_a_gpu_it_ends_with_one_line(gpu_ops: ModuleType, capsys: pytest
 def test_wrong_arguments_are_named(gpu_ops: ModuleType, arguments: list[str], line: str) -> None:
     with pytest.raises(ValueError, match=re.escape(line)):
         gpu_ops.options_of(gpu_ops.parse(arguments))
-
-
-def closure(names: set[str]) -> set[str]:
-    """These distributions and what they need, as installed here."""
-    found: set[str] = set()
-    while names:
-        name = names.pop()
-        found.add(name)
-        try:
-            needed = [Requirement(line) for line in requires(name) or []]
-        except PackageNotFoundError:
-            continue
-        wanted = {each.name.lower() for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})}
-        names |= {each.replace("_", "-") for each in wanted} - found
-    return found
-
-
-def test_run_bare_carries_everything_that_gpu_ops_imports() -> None:
-    script = (
-        "import sys, importlib.metadata as metadata; import gpu_ops; by_module = metadata.packages_distributions();"
-        "print(*{name for module in sys.modules for name in by_module.get(module.split('.')[0], [])}, sep='\\n')"
-    )
-    path = os.pathsep.join([str(BENCHMARKS), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    imported = {name.lower().replace("_", "-") for name in done.stdout.split()}
-    (listed,) = re.findall(r"^requirements=\((.*?)^\)", RUN_BARE.read_text(), re.DOTALL | re.MULTILINE)
-    carried = closure({re.split("[<>=]", word.strip('"'))[0] for word in listed.split()} | {"torch", "triton"})
-    assert imported - carried - {"qnext-plugins", "setuptools", "pip", "dill", "tqdm", "colorama"} == set()
-    assert "pydantic" in imported
-
-
-def test_run_bare_is_sound_shell_and_wants_the_wheels(tmp_path: Path) -> None:
-    subprocess.run(["bash", "-n", RUN_BARE], check=True)
-    done = subprocess.run(
-        ["bash", RUN_BARE, "--output", tmp_path / "out", "--wheels", tmp_path / "none"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"run_bare.sh: --wheels: expected a folder that 'run_bare.sh pack' has filled, got {tmp_path / 'none'}\n"
-    )
-
-
-@pytest.mark.parametrize(("mebibytes", "status"), [(63, 0), (65, 2)])
-def test_run_bare_packs_at_most_64_mebibytes(tmp_path: Path, mebibytes: int, status: int) -> None:
-    python = tmp_path / "python"  # in place of pip's download, which needs a network
-    python.write_text(f'#!/bin/sh\nfor last; do :; done\ntruncate -s {mebibytes}M "{tmp_path}/wheels/numpy.whl"\n')
-    python.chmod(0o755)
-    done = subprocess.run(
-        ["bash", RUN_BARE, "pack", tmp_path / "wheels"],
-        env={**os.environ, "PYTHON": str(python)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == status, done.stderr
-    assert f"1 wheels for Python 3.12 in {tmp_path / 'wheels'}, {mebibytes} MiB" in done.stdout
-    assert ("expected at most 64 MiB" in done.stderr) == (status == 2)
 
 
 @pytest.mark.gpu

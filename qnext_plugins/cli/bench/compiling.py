@@ -13,7 +13,7 @@ def only_compiling(share: int, shares: int) -> Iterator[None]:
 
     Every process sees the same launches; those that differ are dealt out, and number n is compiled by share n mod
     ``shares``. Of an autotuned kernel each configuration is such a launch. None is tuned: that is left to a process
-    that has the GPU for itself.
+    that has the GPU for itself. What FlashInfer compiles it launches, too.
     """
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
@@ -38,9 +38,34 @@ def only_compiling(share: int, shares: int) -> Iterator[None]:
 
     JITFunction.run, Autotuner.run = compile_only, each_configuration
     try:
-        yield
+        with _flashinfer_beside_others():
+            yield
     finally:
         JITFunction.run, Autotuner.run = run, tune
+
+
+@contextmanager
+def _flashinfer_beside_others() -> Iterator[None]:
+    """FlashInfer compiles kernels written in CuTe in every process at once; by itself it does so one by one in all."""
+    try:
+        from flashinfer.jit.cute_dsl_core import JitSpecCuteDsl
+    # It is not here, or half of it, or of a version without.
+    except Exception:
+        yield
+        return
+    one_by_one = JitSpecCuteDsl.build_and_load
+
+    def build_and_load(self: Any) -> Any:
+        if (kernel := self.try_load()) is not None:
+            return kernel
+        self.compile_and_persist()
+        return self.load()
+
+    JitSpecCuteDsl.build_and_load = build_and_load
+    try:
+        yield
+    finally:
+        JitSpecCuteDsl.build_and_load = one_by_one
 
 
 def compiled_for(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> object:

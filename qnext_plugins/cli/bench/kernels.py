@@ -135,6 +135,8 @@ class Options:
 
 GPU_LIBRARIES = ("fla", "flash_qla", "flashinfer", "torch")
 """Modules ``{name}_peers`` of this package with a function ``peers`` as an engine's package has it."""
+COMPILED_BY_LIBRARIES = ("flashinfer", "flash_qla")
+"""Backends whose kernels Triton does not compile."""
 
 
 def libraries_for(device: str, engines: Sequence[EngineBench] | None = None) -> tuple[list[Library], dict[str, str]]:
@@ -300,7 +302,7 @@ class KernelsBench:
         with self.default_device:
             case = row.build()
         for backend in self._backends(row):
-            if backend != REFERENCE:
+            if backend != REFERENCE and (alone or backend not in COMPILED_BY_LIBRARIES):
                 with suppress(Exception), force_backend(row.forcing(backend)):
                     case.ours(0)
         for library in self.libraries:
