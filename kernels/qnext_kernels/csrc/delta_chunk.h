@@ -49,7 +49,7 @@ __attribute__((noinline)) void dots(const float* tile, int64_t stride, int64_t t
             for (int v = 0; v < kTileVectors; ++v) rows[j][v] = Vec::load(tile + (i + j) * stride + v * to_vector);
 #pragma GCC unroll 8
             for (int t = 0; t < kDotTokens; ++t) {
-                const Vec x = Vec::fill(tokens[(i + j) * kBlockTokens + t]);
+                const Vec x = Vec::fill_from(tokens + (i + j) * kBlockTokens + t);
 #pragma GCC unroll 2
                 for (int v = 0; v < kTileVectors; ++v) total[t][v] = fma(x, rows[j][v], total[t][v]);
             }
@@ -107,7 +107,7 @@ __attribute__((noinline)) inline void update(float* tile, float decay, const flo
         for (int v = 0; v < kTileVectors; ++v) each[v] = Vec::load(d + s * kTileRows + v * Vec::size);
 #pragma GCC unroll 8
         for (int i = 0; i < kUpdateColumns; ++i) {
-            const Vec key = Vec::fill(tokens[i * kBlockTokens + s]);
+            const Vec key = Vec::fill_from(tokens + i * kBlockTokens + s);
 #pragma GCC unroll 2
             for (int v = 0; v < kTileVectors; ++v) x[i][v] = fma(key, each[v], x[i][v]);
         }

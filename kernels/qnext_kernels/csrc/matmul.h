@@ -53,11 +53,7 @@ struct DotBFloat16 {
     static constexpr int64_t step = 2;
     static constexpr int parts = 1;
     static Vec weights(const bfloat16* w, int v, int) { return {_mm512_loadu_ps(w + v * 2 * Vec::size)}; }
-    static Vec activation(const bfloat16* x, int) {
-        int32_t pair;  // broadcast as an integer it takes no turn of those that decode weights
-        std::memcpy(&pair, x, sizeof pair);
-        return {_mm512_castsi512_ps(_mm512_set1_epi32(pair))};
-    }
+    static Vec activation(const bfloat16* x, int) { return Vec::fill_from(x); }
     static Vec add(Vec total, Vec x, Vec w) {
         return {_mm512_dpbf16_ps(total.v, (__m512bh)x.v, (__m512bh)w.v)};
     }

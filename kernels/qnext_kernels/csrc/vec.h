@@ -43,6 +43,12 @@ struct Vec {
     __m512 v;
     static Vec zero() { return {_mm512_setzero_ps()}; }
     static Vec fill(float x) { return {_mm512_set1_ps(x)}; }
+    // Of 32 bits in memory. Loaded as an integer they take no turn of the instructions that move parts of vectors.
+    static Vec fill_from(const void* x) {
+        int32_t bits;
+        std::memcpy(&bits, x, sizeof bits);
+        return {_mm512_castsi512_ps(_mm512_set1_epi32(bits))};
+    }
     static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
     static Vec load(const bfloat16* p) {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -113,6 +119,7 @@ struct Vec {
     __m256 v;
     static Vec zero() { return {_mm256_setzero_ps()}; }
     static Vec fill(float x) { return {_mm256_set1_ps(x)}; }
+    static Vec fill_from(const float* x) { return fill(*x); }
     static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
     static Vec load(const bfloat16* p) {
         const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
