@@ -75,6 +75,7 @@ def test_a_folder_has_the_wheels_and_says_how_they_are_installed(
 
 def test_the_base_comes_with_what_it_requires(pack_bare: ModuleType, downloads: Downloads, tmp_path: Path) -> None:
     assert pack_bare.main([str(tmp_path)]) == 0
+    assert pack_bare.parse([]).limit == 64
     assert downloads[0] == (pack_bare.BASE, True)
     assert packed(tmp_path) > {"required-by-base", "pydantic", "transformers", "pip"}
     lines = (tmp_path / "requirements.txt").read_text().splitlines()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,19 +12,13 @@ import torch
 from qnext_kernels.moe import triton_align, triton_experts, triton_fp8
 from qnext_kernels.moe.configurations import Shape, load, save
 from qnext_kernels.triton_support import Target
+from tests.benchmarks.conftest import script
 from tests.kernels.triton.interpreter import interpreted
-
-FILE = Path(__file__).parents[2] / "benchmarks" / "tune_experts.py"
 
 
 @pytest.fixture(scope="module")
 def tuner() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tune_experts", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("tune_experts")
 
 
 def test_only_what_has_blocks_and_is_missing_is_measured_again(tuner: ModuleType) -> None:

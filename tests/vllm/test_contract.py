@@ -334,6 +334,11 @@ def test_the_scales_of_our_fp8_linears_are_loaded_by_blocks() -> None:
         assert 'getattr(self, "weight_block_size", None)' in load
 
 
+def test_the_loader_asks_the_model_which_tensors_it_leaves() -> None:
+    loader = resolve("vllm.model_executor.model_loader.default_loader.DefaultModelLoader")
+    assert 'getattr(model, "is_unused_checkpoint_weight", None)' in inspect.getsource(loader)
+
+
 def test_fp8_weights_and_scales_have_the_names_that_we_read() -> None:
     method = resolve("vllm.model_executor.layers.quantization.fp8.Fp8MoEMethod")
     assert '"weight_scale_inv" if self.block_quant' in inspect.getsource(method.__init__)
