@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,3 +107,11 @@ def engine(
         yield Engine(llm)
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def printed_by(module: str, *arguments: str, **environment: str) -> Any:
+    """The last line that ``python -m tests.vllm.<module>`` prints, parsed; there the engine runs in that very process."""
+    command = [sys.executable, "-m", f"tests.vllm.{module}", *arguments]
+    environment = os.environ | environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])

@@ -121,7 +121,13 @@ FIELDS: dict[str, set[str]] = {
         "spec_token_indx",
         "non_spec_token_indx",
         "num_accepted_tokens",
+        "checkpoint",
     },
+    "vllm.model_executor.layers.mamba.checkpoint.MambaPrefillCheckpointMetadata": {
+        "checkpoint_offsets",
+        "state_indices",
+    },
+    "vllm.v1.kv_cache_interface.MambaSpec": {"num_prefill_checkpoint_blocks", "prefill_checkpoint_alignment"},
     "vllm.forward_context.ForwardContext": {"attn_metadata", "no_compile_layers", "additional_kwargs"},
     "vllm.config.VllmConfig": {"additional_config", "quant_config"},
     "vllm.config.ModelConfig": {"quantization", "quantization_config", "hf_config"},

@@ -25,6 +25,7 @@ from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.determinism import batch_invariant
+from vllm.model_executor.layers.mamba.checkpoint import MambaPrefillCheckpointMetadata
 from vllm.model_executor.layers.quantization import fp8
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
@@ -39,6 +40,7 @@ from qnext_kernels.triton_support import TritonBackend
 from qnext_plugins.gpus import ENGINES_OWN
 from qnext_plugins.model import MLP, CoreWeights, Qwen3NextConfig
 from qnext_vllm import UnsupportedEngineError, determinism, experts, gpu_refusal
+from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.gated_delta_net import OPERATOR, GatedDeltaNetState, StateBackend, batch_of, recurrent_batch
 from tests.checkpoints import TINY
@@ -285,10 +287,11 @@ def test_a_graph_that_vllm_keeps_whole_is_not_split(config: VllmConfig) -> None:
     assert config.compilation_config.splitting_ops == []
 
 
-def on_no_device(metadata: GDNAttentionMetadata) -> GDNAttentionMetadata:
+def on_no_device(metadata: Any) -> Any:
     """The same with tensors that cannot be read."""
-    values = ((field.name, getattr(metadata, field.name)) for field in dataclasses.fields(metadata))
-    return dataclasses.replace(metadata, **{n: v.to("meta") for n, v in values if isinstance(v, Tensor)})
+    values = {field.name: getattr(metadata, field.name) for field in dataclasses.fields(metadata)}
+    nested = {n: on_no_device(v) for n, v in values.items() if dataclasses.is_dataclass(v)}
+    return dataclasses.replace(metadata, **nested, **{n: v.to("meta") for n, v in values.items() if isinstance(v, Tensor)})
 
 
 def prefill_beside(builder: GDNAttentionMetadataBuilder) -> GDNAttentionMetadata:
@@ -300,10 +303,40 @@ def prefill_beside(builder: GDNAttentionMetadataBuilder) -> GDNAttentionMetadata
     return builder.build(0, common, torch.ones(2).int(), drafts) if builder.num_spec else builder.build(0, common)
 
 
+def prefill_past_a_boundary(builder: GDNAttentionMetadataBuilder) -> GDNAttentionMetadata:
+    """The same, and vLLM wants the state behind the first 64 tokens of the prefill in block 8."""
+    metadata = prefill_beside(builder)
+    # With drafts vLLM describes the requests that do not verify alone.
+    before = [0] * (0 if builder.num_spec else 1)
+    offsets, blocks = torch.tensor([*before, 64]).int(), torch.tensor([*before, 8]).int()
+    return dataclasses.replace(metadata, checkpoint=MambaPrefillCheckpointMetadata(offsets, blocks))
+
+
+def test_the_state_at_a_block_boundary_is_a_snapshot_of_the_prefill(builder: GDNAttentionMetadataBuilder) -> None:
+    segment = recurrent_batch(prefill_past_a_boundary(builder)).prefill
+    assert segment is not None
+    assert segment.snapshot_slots is not None
+    assert segment.snapshot_lengths is not None
+    assert (segment.snapshot_slots.tolist(), segment.snapshot_lengths.tolist()) == ([8], [64])
+    plain = recurrent_batch(prefill_beside(builder)).prefill
+    assert plain is not None
+    assert plain.snapshot_slots is None
+
+
+def test_a_prefill_without_a_boundary_beside_one_with_it_has_no_snapshot(builder: GDNAttentionMetadataBuilder) -> None:
+    metadata = prefill_past_a_boundary(builder)
+    assert metadata.checkpoint is not None
+    metadata.checkpoint.state_indices.fill_(api.NULL_BLOCK_ID)
+    segment = recurrent_batch(metadata).prefill
+    assert segment is not None
+    assert segment.snapshot_slots is not None
+    assert segment.snapshot_slots.tolist() == [-1]
+
+
 @pytest.mark.skipif(
     bool({"causal_conv1d", "gated_delta_rule"} & set(without_kernels("cuda"))), reason="an operation has no GPU kernel"
 )
-@pytest.mark.parametrize("make", [captured, step_of_two, prefill_beside])
+@pytest.mark.parametrize("make", [captured, step_of_two, prefill_beside, prefill_past_a_boundary])
 def test_a_layer_launches_its_kernels_without_reading_a_tensor(
     make: Any, config: VllmConfig, layer: GatedDeltaNetState, builder: GDNAttentionMetadataBuilder
 ) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +9,7 @@ import pytest
 
 from tests import reference
 from tests.checkpoints import quantize_experts, write_random_checkpoint
+from tests.vllm.engines import printed_by
 from tests.vllm.greedy_on_triton import MAX_TOKENS, PROMPTS
 
 pytestmark = pytest.mark.vllm
@@ -29,13 +26,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(checkpoint: Path, drafts: int, dtype: str) -> dict[str, Any]:
     return printed_by("greedy_on_triton", str(checkpoint), str(drafts), dtype)
-
-
-def printed_by(module: str, *arguments: str, **environment: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", f"tests.vllm.{module}", *arguments]
-    environment = os.environ | environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("drafts", [0, 2])

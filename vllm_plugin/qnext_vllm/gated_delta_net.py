@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qnext_kernels import use_huge_pages
+from qnext_kernels.gated_delta_rule import CHUNK_SIZE
 from qnext_kernels.memory import SECONDS_FOR_HUGE_PAGES
 from qnext_plugins.model import CoreWeights, Qwen3NextConfig, RecurrentBatch, Segment, StatePools, VerifySegment
 from qnext_plugins.model.gated_delta_net import GatedDeltaNetCore
@@ -43,6 +45,15 @@ def recurrent_batch(metadata: api.GDNAttentionMetadata) -> RecurrentBatch:
     def slots(blocks: Tensor) -> Tensor:
         return torch.where(blocks == api.NULL_BLOCK_ID, -1, blocks)
 
+    def prefill_segment(tokens: slice | Tensor, rows: slice, starts: Tensor) -> Segment:
+        blocks, known = metadata.non_spec_state_indices_tensor[rows], metadata.has_initial_state[rows]
+        segment, checkpoint = Segment(tokens, slots(blocks), starts, known), metadata.checkpoint
+        if checkpoint is not None:
+            # A row without one has no block.
+            segment.snapshot_slots = slots(checkpoint.state_indices[rows])
+            segment.snapshot_lengths = checkpoint.checkpoint_offsets[rows]
+        return segment
+
     if metadata.spec_sequence_masks is None:
         decodes, prefills = metadata.num_decodes, metadata.num_prefills
         decode_tokens = metadata.num_decode_tokens
@@ -52,12 +63,10 @@ def recurrent_batch(metadata: api.GDNAttentionMetadata) -> RecurrentBatch:
             blocks = metadata.non_spec_state_indices_tensor[:decode_tokens]
             batch.decode = Segment(slice(0, decode_tokens), slots(blocks))
         if prefills:
-            rows = slice(decodes, decodes + prefills)
-            batch.prefill = Segment(
+            batch.prefill = prefill_segment(
                 slice(decode_tokens, decode_tokens + metadata.num_prefill_tokens),
-                slots(metadata.non_spec_state_indices_tensor[rows]),
+                slice(decodes, decodes + prefills),
                 metadata.non_spec_query_start_loc[decodes : decodes + prefills + 1] - decode_tokens,
-                metadata.has_initial_state[rows],
             )
         return batch
 
@@ -73,12 +82,7 @@ def recurrent_batch(metadata: api.GDNAttentionMetadata) -> RecurrentBatch:
         return RecurrentBatch(verify=verify)
     # Beside speculating sequences, vLLM counts a plain decode as a prefill of one token: the same recurrence serves it.
     verify.tokens = metadata.spec_token_indx
-    prefill = Segment(
-        metadata.non_spec_token_indx,
-        slots(metadata.non_spec_state_indices_tensor),
-        metadata.non_spec_query_start_loc,
-        metadata.has_initial_state,
-    )
+    prefill = prefill_segment(metadata.non_spec_token_indx, slice(None), metadata.non_spec_query_start_loc)
     return RecurrentBatch(prefill=prefill, verify=verify)
 
 
@@ -112,6 +116,18 @@ class GatedDeltaNetState(nn.Module, api.MambaBase):
 
     def get_attn_backend(self) -> type[StateBackend]:
         return StateBackend
+
+    def get_kv_cache_spec(self, vllm_config: api.VllmConfig) -> Any:
+        """vLLM's, with a further block a prefill, for the state at the last boundary that the prefix cache keeps.
+
+        vLLM then runs a prompt through it in one step. It would end a step there otherwise.
+        """
+        spec = super().get_kv_cache_spec(vllm_config)
+        return replace(spec, num_prefill_checkpoint_blocks=1, prefill_checkpoint_alignment=CHUNK_SIZE)
+
+    def get_prefill_checkpoint_alignment(self) -> int:
+        """Of what vLLM 0.33 makes its blocks a multiple."""
+        return CHUNK_SIZE
 
     def get_state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self._shapes
