@@ -8,7 +8,6 @@ from qnext_kernels import linear_norm_experts, sigmoid_gate
 from qnext_plugins.model.config import FULL_ATTENTION, Qwen3NextConfig
 from qnext_plugins.model.gated_attention import GatedAttention
 from qnext_plugins.model.gated_delta_net import GatedDeltaNet
-from qnext_plugins.model.norm import RMSNorm
 from qnext_plugins.model.port import Engine
 from qnext_plugins.model.sparse_moe import MLP, SparseMoe
 
@@ -29,8 +28,8 @@ class DecoderLayer(nn.Module):
         else:
             size = config.intermediate_size
             self.mlp = MLP(config.hidden_size, size, engine, reduce=True, prefix=f"{prefix}.mlp")
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = engine.norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = engine.norm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Map hidden states [T, hidden], residual [T, hidden] or None, positions [T] to the next two."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from qnext_plugins.model.config import FULL_ATTENTION, Qwen3NextConfig
 from qnext_plugins.model.decoder_layer import DecoderLayer
-from qnext_plugins.model.norm import RMSNorm
 from qnext_plugins.model.port import Engine
 
 
@@ -23,13 +22,13 @@ class MultiTokenPredictor(nn.Module):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.fc = engine.replicated_linear(2 * hidden, hidden, quantized=True, prefix=f"{prefix}.fc")
-        self.pre_fc_norm_embedding = RMSNorm(hidden, eps)
-        self.pre_fc_norm_hidden = RMSNorm(hidden, eps)
+        self.pre_fc_norm_embedding = engine.norm(hidden, eps)
+        self.pre_fc_norm_hidden = engine.norm(hidden, eps)
         self.layers = nn.ModuleList(
             DecoderLayer(config, engine, FULL_ATTENTION, sparse=config.num_experts > 0, prefix=f"{prefix}.layers.{n}")
             for n in range(config.num_nextn_predict_layers)
         )
-        self.norm = RMSNorm(hidden, eps)
+        self.norm = engine.norm(hidden, eps)
 
     def draft(self, embeddings: Tensor, hidden_states: Tensor, positions: Tensor, step: int = 0) -> Tensor:
         """Return the hidden states [T, hidden] from which the head predicts the token after the next.

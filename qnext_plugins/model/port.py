@@ -15,6 +15,7 @@ from qnext_plugins.model.config import Qwen3NextConfig
 
 if TYPE_CHECKING:
     from qnext_plugins.model.gated_delta_net import CoreWeights
+    from qnext_plugins.model.norm import RMSNorm
     from qnext_plugins.model.sparse_moe import MLP
 
 
@@ -82,6 +83,13 @@ class Engine(Protocol):
 
     def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:
         """A linear that every rank holds whole; ``quantized``: as the checkpoint's quantization says."""
+
+    def norm(self, size: int, eps: float) -> RMSNorm:
+        """The zero-centred norm of the residual stream, [T, size].
+
+        With a residual its input is the result of a ``row_linear`` that reduces, or of the experts: an engine may leave
+        the sum over the ranks to it.
+        """
 
     def conv_weight(self, segments: tuple[int, ...], kernel_size: int) -> nn.Parameter:
         """A parameter [Σ segments of this rank, 1, kernel_size], each segment split over the ranks."""

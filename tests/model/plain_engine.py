@@ -99,6 +99,9 @@ class PlainEngine:
     def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:
         return nn.Linear(input_size, output_size, bias=False)
 
+    def norm(self, size: int, eps: float) -> RMSNorm:
+        return RMSNorm(size, eps)
+
     def conv_weight(self, segments: tuple[int, ...], kernel_size: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(sum(segments), 1, kernel_size))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qnext_kernels import ExpertsWeights, LinearWeight
-from qnext_plugins.model import MLP, Qwen3NextConfig
+from qnext_plugins.model import MLP, Qwen3NextConfig, RMSNorm
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_plugins.packed_methods import experts_weights, linear_weight
 from qnext_vllm import vllm_api as api
@@ -16,6 +16,16 @@ from qnext_vllm.attention import attention_backend
 from qnext_vllm.experts import experts_options, ours_alone
 from qnext_vllm.gated_delta_net import GatedDeltaNetState
 from qnext_vllm.linear import on_our_kernel
+
+
+class VisibleRMSNorm(RMSNorm):
+    """In operators that vLLM's compiler knows: it joins a norm with the sum over the ranks in front of it."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        weight = self.weight.float() + 1.0
+        if residual is None:
+            return api.rms_norm(x, weight, self.eps), x
+        return api.fused_add_rms_norm(x, residual, weight, self.eps)  # type: ignore[no-any-return]
 
 
 class VllmEngine:
@@ -57,6 +67,10 @@ class VllmEngine:
         if not quantized or (self.quant_config is not None and self.quant_config.get_name() == "modelopt_fp4"):
             options["quant_config"] = None
         return on_our_kernel(api.ReplicatedLinear(input_size, output_size, **options))
+
+    def norm(self, size: int, eps: float) -> RMSNorm:
+        joined = self.vllm_config.compilation_config.pass_config.fuse_allreduce_rms
+        return (VisibleRMSNorm if joined else RMSNorm)(size, eps)
 
     def conv_weight(self, segments: tuple[int, ...], kernel_size: int) -> nn.Parameter:
         return sharded_parameter(segments, 1, kernel_size, dtype=torch.get_default_dtype(), **self._rank)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from qnext_plugins.model import (
     DecoderLayer,
     Qwen3NextConfig,
-    RMSNorm,
     SparseMoe,
     check_files,
     checked_weights,
@@ -140,7 +139,7 @@ class Qwen3NextModel(nn.Module, api.EagleModelMixin):
             name = api.maybe_prefix(prefix, "stack")
             self._stack = DecoderLayers(stage, self._one_by_one, engine, vllm_config, name)
         last = api.get_pp_group().is_last_rank
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else api.PPMissingLayer()
+        self.norm = engine.norm(config.hidden_size, config.rms_norm_eps) if last else api.PPMissingLayer()
         self.make_empty_intermediate_tensors = api.make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )

@@ -14,6 +14,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 from vllm.forward_context import ForwardContext, get_forward_context
+from vllm.ir.ops import fused_add_rms_norm, rms_norm
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -124,6 +125,7 @@ __all__ = [
     "create_fp8_weight_parameter",
     "eager_break_during_capture",
     "extract_layer_index",
+    "fused_add_rms_norm",
     "get_current_vllm_config",
     "get_forward_context",
     "get_pp_group",
@@ -136,5 +138,6 @@ __all__ = [
     "make_layers",
     "maybe_prefix",
     "register_weight_loader_v2_supported_method",
+    "rms_norm",
     "support_torch_compile",
 ]
