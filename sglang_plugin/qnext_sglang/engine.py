@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qnext_kernels import ExpertsWeights, LinearWeight
-from qnext_plugins.model import MLP, ConfigError, CoreWeights, Qwen3NextConfig
+from qnext_plugins.model import MLP, ConfigError, CoreWeights, Qwen3NextConfig, RMSNorm
 from qnext_plugins.model.gated_delta_net import GatedDeltaNetCore
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_plugins.packed_methods import experts_weights, linear_weight
@@ -48,6 +48,35 @@ class ReplicatedLinear(_OutputOnly, api.ReplicatedLinear):
     pass
 
 
+class SummingRMSNorm(RMSNorm):
+    """Sums its input over the ranks where a residual comes with it: in FlashInfer's kernel where SGLang would."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps)
+        # 1 + weight, which that kernel takes in the dtype of the model.
+        self.register_buffer("scale", torch.ones(size), persistent=False)
+        self.weight.weight_loader = self._load  # type: ignore[attr-defined]
+
+    def _load(self, weight: Tensor, loaded_weight: Tensor) -> None:
+        api.default_weight_loader(weight, loaded_weight)
+        self.scale.copy_(weight).add_(1.0)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            return super().forward(x)
+        if api.flashinfer_ar_fusion_applies(x.shape[0]):
+            # None where the kernel declines.
+            normed, total = api.flashinfer_allreduce_residual_rmsnorm(x, residual, self.scale, self.eps)
+            if normed is not None:
+                return normed, total
+        return super().forward(api.tensor_model_parallel_all_reduce(x), residual)
+
+
+def norms_sum(ranks: int) -> bool:
+    """Whether sums over ``ranks`` are left to the norms behind them."""
+    return ranks > 1 and api.get_exec().comm.flashinfer_allreduce_fusion_backend is not None
+
+
 class SglangEngine:
     """Implements :class:`qnext_plugins.model.Engine` with SGLang's parallel layers, quantization and caches."""
 
@@ -56,6 +85,8 @@ class SglangEngine:
         self.quant_config = quant_config
         self.tensor_parallel_size: int = api.get_parallel().tp_size
         self._rank = {"rank": api.get_parallel().tp_rank, "ranks": self.tensor_parallel_size}
+        # A bias is added behind the sum.
+        self._norms_sum = norms_sum(self.tensor_parallel_size) and not getattr(hf_config, "attention_bias", False)
         self.batch = CurrentBatch()
 
     def column_linear(self, input_size: int, output_size: int, *, prefix: str) -> nn.Module:
@@ -72,11 +103,15 @@ class SglangEngine:
     def row_linear(
         self, input_size: int, output_size: int, *, reduce: bool, bias: bool = False, prefix: str
     ) -> nn.Module:
+        reduce = reduce and not self._norms_sum
         return self._linear(RowLinear, input_size, output_size, reduce_results=reduce, bias=bias, prefix=prefix)
 
     def replicated_linear(self, input_size: int, output_size: int, *, quantized: bool, prefix: str) -> nn.Module:
         quantization = {} if quantized else {"quant_config": None}
         return self._linear(ReplicatedLinear, input_size, output_size, prefix=prefix, **quantization)
+
+    def norm(self, size: int, eps: float) -> RMSNorm:
+        return (SummingRMSNorm if self._norms_sum else RMSNorm)(size, eps)
 
     def conv_weight(self, segments: tuple[int, ...], kernel_size: int) -> nn.Parameter:
         return sharded_parameter(segments, 1, kernel_size, dtype=torch.get_default_dtype(), **self._rank)
@@ -105,10 +140,11 @@ class SglangEngine:
 
     def experts(self, config: Qwen3NextConfig, shared_expert: MLP | None, *, prefix: str) -> nn.Module:
         options = {"layer_id": layer_id(prefix), "quant_config": self.quant_config, "prefix": prefix}
-        return SparseExperts(config, shared_expert, **options)
+        return SparseExperts(config, shared_expert, reduce=not self._norms_sum, **options)
 
     def linear_weight(self, linear: nn.Module) -> LinearWeight | None:
-        return linear_weight(linear, self.tensor_parallel_size)
+        # The kernels that take weights along do not sum.
+        return None if self._norms_sum else linear_weight(linear, self.tensor_parallel_size)
 
     def experts_weights(self, experts: Any) -> ExpertsWeights | None:
         return experts_weights(experts) if experts.ours_alone else None

@@ -49,13 +49,17 @@ STORED_ALIKE: dict[type, tuple[type, ...]] = {
 
 
 class SparseExperts(api.FusedMoE):
-    """:class:`qnext_plugins.model.port.Experts`: routes, runs the experts, adds the shared one, sums over the ranks."""
+    """:class:`qnext_plugins.model.port.Experts`: routes, runs the experts, adds the shared one.
+
+    ``reduce``: sum over the ranks.
+    """
 
     def __init__(
         self,
         config: Qwen3NextConfig,
         shared_expert: MLP | None,
         *,
+        reduce: bool,
         layer_id: int,
         quant_config: Any,
         prefix: str,
@@ -74,7 +78,7 @@ class SparseExperts(api.FusedMoE):
             prefix=prefix,
             routing_method_type=routing,
         )
-        self.renormalize = config.norm_topk_prob
+        self.renormalize, self._reduce = config.norm_topk_prob, reduce
         self.sglangs_topk = None
         if serving.device().type != "cpu" and not isinstance(self.quant_method, _OurKernel):
             # Some of SGLang's experts route by themselves.
@@ -94,7 +98,7 @@ class SparseExperts(api.FusedMoE):
         out = super().forward(hidden_states, self._route(hidden_states, router_logits))
         if (shared_expert := self._added_expert[0]) is not None:
             out = out + shared_expert(hidden_states)
-        return api.tensor_model_parallel_all_reduce(out)
+        return api.tensor_model_parallel_all_reduce(out) if self._reduce else out
 
     def _route(self, hidden_states: Tensor, router_logits: Tensor) -> Any:
         if self.sglangs_topk is not None:

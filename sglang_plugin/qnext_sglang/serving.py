@@ -56,6 +56,7 @@ def unserved_flags(server_args: Any) -> str | None:
         "--rl-on-policy-target": server_args.rl_on_policy_target is not None,
         f"--kv-cache-dtype {server_args.kv_cache_dtype}": "fp4" in server_args.kv_cache_dtype,
         "--enable-mis": server_args.enable_mis,
+        "--flashinfer-allreduce-fusion-backend cutedsl": server_args.flashinfer_allreduce_fusion_backend == "cutedsl",
         "--enable-two-batch-overlap": server_args.enable_two_batch_overlap,
         "--enable-lora": bool(server_args.enable_lora or server_args.lora_paths),
         "--enable-linear-replayssm": server_args.enable_linear_replayssm,

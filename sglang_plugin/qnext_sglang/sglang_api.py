@@ -9,6 +9,8 @@ from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend, MambaAttnBackendBase
 from sglang.srt.layers.attention.linear.utils import build_verify_intermediate_state_indices
+from sglang.srt.layers.flashinfer_comm_fusion import flashinfer_allreduce_residual_rmsnorm
+from sglang.srt.layers.layer_boundary.residual.add_norm import flashinfer_ar_fusion_applies
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -36,7 +38,7 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.model_loader.weight_utils import default_weight_loader
-from sglang.srt.runtime_context import get_parallel, get_server_args
+from sglang.srt.runtime_context import get_exec, get_parallel, get_server_args
 from sglang.srt.utils import add_prefix, get_bool_env_var
 
 __all__ = [
@@ -68,8 +70,11 @@ __all__ = [
     "add_prefix",
     "build_verify_intermediate_state_indices",
     "default_weight_loader",
+    "flashinfer_allreduce_residual_rmsnorm",
+    "flashinfer_ar_fusion_applies",
     "get_attn_backend",
     "get_bool_env_var",
+    "get_exec",
     "get_moe_runner_backend",
     "get_parallel",
     "get_rope",

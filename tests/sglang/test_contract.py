@@ -88,6 +88,12 @@ CALLS: dict[str, tuple[list[str], set[str]]] = {
     "layers.quantization.utils.is_layer_skipped": (["prefix", "ignored_layers"], {"fused_mapping"}),
     "layers.moe.topk.StandardTopKOutput": (["topk_weights", "topk_ids", "router_logits"], set()),
     "layers.moe.token_dispatcher.StandardCombineInput": ([], {"hidden_states"}),
+    "layers.flashinfer_comm_fusion.flashinfer_allreduce_residual_rmsnorm": (
+        ["input_tensor", "residual", "weight", "eps"],
+        set(),
+    ),
+    "layers.layer_boundary.residual.add_norm.flashinfer_ar_fusion_applies": (["batch_size"], set()),
+    "runtime_context.get_exec": ([], set()),
     "layers.vocab_parallel_embedding.ParallelLMHead": (
         ["num_embeddings", "embedding_dim"],
         {"quant_config", "org_num_embeddings", "prefix"},
@@ -292,6 +298,11 @@ def test_server_args_has_the_fields_that_we_use() -> None:
     fields = set(resolve("sglang.srt.server_args.ServerArgs").__struct_fields__)
     missing = used_attributes("server_args", None) - fields
     assert not missing, f"{SGLANG}: ServerArgs lost {sorted(missing)}"
+
+
+def test_whether_norms_sum_is_where_sglang_reads_it() -> None:
+    own = inspect.getsource(resolve("sglang.srt.layers.layer_boundary.residual.add_norm.flashinfer_ar_fusion_applies"))
+    assert "get_exec().comm.flashinfer_allreduce_fusion_backend is not None" in own
 
 
 def test_its_deterministic_mode_replaces_the_products_and_the_log_softmax_of_a_gpu() -> None:

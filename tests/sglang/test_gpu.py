@@ -27,15 +27,15 @@ from torch import Tensor, nn
 
 import qnext_sglang
 from qnext_kernels import experts as our_experts
-from qnext_kernels import experts_fp8, force_backend, layouts, topk_softmax, triton_support
+from qnext_kernels import experts_fp8, force_backend, layouts, rms_norm, topk_softmax, triton_support
 from qnext_kernels.dispatch import OPERATIONS, deterministic
 from qnext_plugins import gpus
-from qnext_plugins.model import ConfigError, Qwen3NextConfig, SparseMoe
+from qnext_plugins.model import ConfigError, Qwen3NextConfig, RMSNorm, SparseMoe
 from qnext_plugins.packed_methods import unpacked_weights
-from qnext_sglang import UnsupportedEngineError, determinism, experts, gpu_refusal, serving
+from qnext_sglang import UnsupportedEngineError, determinism, engine, experts, gpu_refusal, serving
 from qnext_sglang import sglang_api as api
 from qnext_sglang.determinism import DeterminismError
-from qnext_sglang.engine import SglangEngine
+from qnext_sglang.engine import SglangEngine, SummingRMSNorm
 from qnext_sglang.gated_delta_net import GatedDeltaNetBackend
 from qnext_sglang.loading import load_parameters
 from qnext_sglang.models.qwen3_next import Qwen3NextForCausalLM
@@ -222,7 +222,7 @@ class TestExpertsLayer:
     @staticmethod
     def build(quant_config: Fp8Config | None = None) -> experts.SparseExperts:
         config = Qwen3NextConfig.from_hf(random_config(hidden_size=128, moe_intermediate_size=128, num_experts=4))
-        return experts.SparseExperts(config, None, layer_id=0, quant_config=quant_config, prefix=PREFIX)
+        return experts.SparseExperts(config, None, reduce=True, layer_id=0, quant_config=quant_config, prefix=PREFIX)
 
     @pytest.mark.parametrize(
         ("runner", "output"),
@@ -347,12 +347,72 @@ class TestExpertsLayer:
         with pytest.raises(ConfigError, match=r"^mlp.gate_up_proj on 1 ranks: .* = 192 is not divisible by"):
             engine.gate_up_linear(128, 192, prefix="mlp.gate_up_proj")
 
+    def test_sums_over_the_ranks_are_left_to_norms_that_sum(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = random_config()
+        assert type(SglangEngine(config, None).norm(64, 1e-6)) is RMSNorm
+        monkeypatch.setattr(engine, "norms_sum", lambda ranks: True)
+        summing = SglangEngine(config, None)
+        assert type(summing.norm(64, 1e-6)) is SummingRMSNorm
+        linear = summing.row_linear(64, 64, reduce=True, prefix="o_proj")
+        assert not linear.reduce_results
+        assert summing.linear_weight(linear) is None, "kernels that take it along do not sum"
+        x, logits = torch.randn(3, 128), torch.randn(3, 4)
+        monkeypatch.setattr(api.FusedMoE, "forward", lambda self, x, topk: x)
+        monkeypatch.setattr(api, "tensor_model_parallel_all_reduce", lambda x: 2 * x)
+        assert torch.equal(self.build()(x, logits), 2 * x)
+        assert torch.equal(self.block(None).experts(x, logits), x)
+        config.attention_bias = True
+        assert type(SglangEngine(config, None).norm(64, 1e-6)) is RMSNorm, "a bias is added behind the sum"
+
     def test_sglangs_own_experts_do_not_compute_the_shared_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(get_flags().moe, "runner_backend", MoeRunnerBackend.TRITON)
         config = Fp8Config(True, weight_block_size=[128, 128])
         block = self.block(config)
         assert block.experts.shared_expert == (None,)
         assert type(block.shared_expert.down_proj.quant_method) is Fp8LinearMethod
+
+
+class TestNormsThatSum:
+    """On several ranks; ``summed`` stands for the sum over them, and ``kernel`` for FlashInfer's, which needs a GPU."""
+
+    @pytest.fixture(autouse=True)
+    def two_ranks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(api, "tensor_model_parallel_all_reduce", lambda x: 2 * x)
+
+    @pytest.fixture
+    def norm(self) -> SummingRMSNorm:
+        norm = SummingRMSNorm(64, 1e-6)
+        load_parameters(norm, [("weight", torch.randn(64))], num_experts=0)
+        return norm
+
+    @pytest.mark.parametrize("declines", [False, True])
+    def test_flashinfers_kernel_is_asked_where_sglang_would(
+        self, norm: SummingRMSNorm, declines: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x, residual, asked = torch.randn(3, 64), torch.randn(3, 64), []
+
+        def kernel(*arguments: Any) -> tuple[Any, Any]:
+            asked.append(arguments)
+            return (None, None) if declines else ("normed", "total")
+
+        monkeypatch.setattr(api, "flashinfer_allreduce_residual_rmsnorm", kernel)
+        monkeypatch.setattr(api, "flashinfer_ar_fusion_applies", lambda tokens: tokens == 3)
+        result = norm(x, residual)
+        ((given, added, scale, eps),) = asked
+        assert given is x
+        assert added is residual
+        assert eps == 1e-6
+        torch.testing.assert_close(scale, 1 + norm.weight.detach())
+        if declines:
+            torch.testing.assert_close(result, rms_norm(2 * x, norm.weight, 1e-6, residual))
+        else:
+            assert result == ("normed", "total")
+        norm(x[:2], residual[:2])
+        assert len(asked) == 1, "SGLang would not have asked it"
+
+    def test_without_a_residual_nothing_is_to_be_summed(self, norm: SummingRMSNorm) -> None:
+        x = torch.randn(3, 64)
+        torch.testing.assert_close(norm(x), rms_norm(x, norm.weight, 1e-6))
 
 
 @contextmanager

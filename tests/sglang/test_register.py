@@ -285,6 +285,10 @@ UNSERVED: list[tuple[str, dict[str, Any]]] = [
     ("--enable-lora", {"enable_lora": True}),
     ("--enable-lora", {"lora_paths": ["adapter"]}),
     ("--enable-mis", {"enable_mis": True}),
+    (
+        "--flashinfer-allreduce-fusion-backend cutedsl",
+        {"flashinfer_allreduce_fusion_backend": "cutedsl"},
+    ),
     ("--enable-linear-replayssm", {"enable_linear_replayssm": True}),
     ("--enable-linear-replayssm-spec", {"enable_linear_replayssm_spec": True}),
     ("--speculative-algorithm NGRAM", {"speculative_algorithm": "NGRAM"}),

@@ -127,6 +127,7 @@ FIELDS: dict[str, set[str]] = {
         "checkpoint_offsets",
         "state_indices",
     },
+    "vllm.config.PassConfig": {"fuse_allreduce_rms"},
     "vllm.v1.kv_cache_interface.MambaSpec": {"num_prefill_checkpoint_blocks", "prefill_checkpoint_alignment"},
     "vllm.forward_context.ForwardContext": {"attn_metadata", "no_compile_layers", "additional_kwargs"},
     "vllm.config.VllmConfig": {"additional_config", "quant_config"},

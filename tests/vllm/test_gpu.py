@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.pattern_matcher import fwd_only
+from torch.func import functional_call
 from vllm import platforms, triton_utils
 from vllm.compilation.backends import split_graph
 from vllm.config import (
@@ -21,10 +23,11 @@ from vllm.config import (
     VllmConfig,
     set_current_vllm_config,
 )
-from vllm.distributed import parallel_state
+from vllm.distributed import parallel_state, tensor_model_parallel_all_reduce
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.determinism import batch_invariant
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.mamba.checkpoint import MambaPrefillCheckpointMetadata
 from vllm.model_executor.layers.quantization import fp8
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
@@ -34,11 +37,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata, GDNAttentionMetadataBuilder
 
 import qnext_vllm
-from qnext_kernels import force_backend, layouts, triton_support, without_kernels
+from qnext_kernels import force_backend, layouts, rms_norm, triton_support, without_kernels
 from qnext_kernels.dispatch import OPERATIONS, deterministic, is_deterministic
 from qnext_kernels.triton_support import TritonBackend
 from qnext_plugins.gpus import ENGINES_OWN
-from qnext_plugins.model import MLP, CoreWeights, Qwen3NextConfig
+from qnext_plugins.model import MLP, CoreWeights, Qwen3NextConfig, RMSNorm
 from qnext_vllm import UnsupportedEngineError, determinism, experts, gpu_refusal
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
@@ -439,6 +442,51 @@ def of_vllm(vllm_config: VllmConfig, shared: MLP) -> bool:
         return "shared_experts" in options
     assert options["shared_experts"] is shared
     return True
+
+
+@pytest.mark.usefixtures("one_rank")
+class TestNormsBehindSumsOverRanks:
+    """vLLM's compiler joins both by their operators, which are here to be those of its own model."""
+
+    @pytest.fixture
+    def norm(self, gpu_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> RMSNorm:
+        monkeypatch.setattr(gpu_config.compilation_config.pass_config, "fuse_allreduce_rms", True)
+        return VllmEngine(gpu_config).norm(128, 1e-6)
+
+    @pytest.mark.parametrize("residuals", [0, 1])
+    def test_they_are_the_operators_of_vllms_own_model(
+        self, norm: RMSNorm, residuals: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        group = parallel_state.get_tp_group()
+        monkeypatch.setattr(group, "world_size", 2)
+        monkeypatch.setattr(group, "use_custom_op_call", True)
+
+        def graph(norm: nn.Module) -> str:
+            def call(x: Tensor, weight: Tensor, *residual: Tensor) -> Any:
+                x = tensor_model_parallel_all_reduce(x)
+                result = functional_call(norm, {"weight": weight}, (x, *residual))
+                return result if isinstance(result, tuple) else (result, x)
+
+            dtype = torch.bfloat16
+            arguments = [torch.empty(size, dtype=dtype, device="meta") for size in ((5, 128), (128,), (5, 128))]
+            return str(fwd_only(call, arguments[: 2 + residuals]).graph)
+
+        theirs = graph(GemmaRMSNorm(128, eps=1e-6))
+        assert ("vllm_ir.fused_add_rms_norm" if residuals else "vllm_ir.rms_norm") in theirs
+        assert "vllm.all_reduce" in theirs
+        assert graph(norm) == theirs
+
+    @pytest.mark.parametrize("with_residual", [False, True])
+    def test_they_are_the_norm_and_the_sum(self, norm: RMSNorm, with_residual: bool) -> None:
+        nn.init.normal_(norm.weight)
+        x, residual = torch.randn(2, 5, 128)
+        given = residual if with_residual else None
+        ours = norm.float()(x, given)
+        torch.testing.assert_close(ours, rms_norm(x, norm.weight, 1e-6, given))
+
+    def test_without_several_ranks_to_sum_over_they_are_our_kernel(self, gpu_config: VllmConfig) -> None:
+        assert not gpu_config.compilation_config.pass_config.fuse_allreduce_rms
+        assert type(VllmEngine(gpu_config).norm(128, 1e-6)) is RMSNorm
 
 
 @pytest.mark.usefixtures("one_rank")

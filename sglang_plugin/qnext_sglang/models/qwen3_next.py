@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from qnext_plugins.model import (
     DecoderLayer,
     Qwen3NextConfig,
-    RMSNorm,
     check_files,
     checked_weights,
     expected_shapes,
@@ -123,7 +122,7 @@ class Qwen3NextModel(nn.Module):
             DecoderLayer(config, engine, kind, sparse=config.is_sparse(n), prefix=f"{prefix}.layers.{n}")
             for n, kind in enumerate(config.layer_types)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = engine.norm(config.hidden_size, config.rms_norm_eps)
         self._stack: Any = None
         if stacks_layers():
             from qnext_sglang.cpu.decoder_stack import DecoderLayers
