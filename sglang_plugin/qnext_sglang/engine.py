@@ -51,6 +51,8 @@ class ReplicatedLinear(_OutputOnly, api.ReplicatedLinear):
 class SummingRMSNorm(RMSNorm):
     """Sums its input over the ranks where a residual comes with it: in FlashInfer's kernel where SGLang would."""
 
+    scale: Tensor
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__(size, eps)
         # 1 + weight, which that kernel takes in the dtype of the model.

@@ -294,7 +294,9 @@ def on_no_device(metadata: Any) -> Any:
     """The same with tensors that cannot be read."""
     values = {field.name: getattr(metadata, field.name) for field in dataclasses.fields(metadata)}
     nested = {n: on_no_device(v) for n, v in values.items() if dataclasses.is_dataclass(v)}
-    return dataclasses.replace(metadata, **nested, **{n: v.to("meta") for n, v in values.items() if isinstance(v, Tensor)})
+    return dataclasses.replace(
+        metadata, **nested, **{n: v.to("meta") for n, v in values.items() if isinstance(v, Tensor)}
+    )
 
 
 def prefill_beside(builder: GDNAttentionMetadataBuilder) -> GDNAttentionMetadata:

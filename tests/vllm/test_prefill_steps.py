@@ -24,7 +24,9 @@ def boundary(length: int, drafts: int) -> int:
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_a_prompt_runs_in_one_step_and_again_from_its_last_block_boundary(drafts: int) -> None:
     runs = printed_by("prefill_steps", str(TINY), str(drafts), ",".join(map(str, LENGTHS)))
-    assert [(run["length"], run["cached"]) for run in runs] == [(n, cached) for n in LENGTHS for cached in (False, True)]
+    assert [(run["length"], run["cached"]) for run in runs] == [
+        (n, cached) for n in LENGTHS for cached in (False, True)
+    ]
     for run in runs:
         length = run["length"]
         known = boundary(length, drafts) if run["cached"] else 0
