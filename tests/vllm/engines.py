@@ -110,7 +110,7 @@ def engine(
 
 
 def printed_by(module: str, *arguments: str, **environment: str) -> Any:
-    """The last line that ``python -m tests.vllm.<module>`` prints, parsed; there the engine runs in that very process."""
+    """The last line that ``python -m tests.vllm.<module>`` prints, parsed; the engine runs in that very process."""
     command = [sys.executable, "-m", f"tests.vllm.{module}", *arguments]
     environment = os.environ | environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
