@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 ENGINES_OWN = ("linear", "paged_attention")
@@ -80,3 +82,11 @@ def triton_works() -> bool:
     except ImportError:
         return False
     return any(backend.driver.is_active() for backend in backends.values())
+
+
+def joins(device: torch.device, output_sizes: Sequence[int], ranks: int) -> bool:
+    """Whether column linears of one input are one product on ``device``, which then has a launch less.
+
+    Kernels read their parts of its rows: 16 bytes at once where Triton sees that widths are multiples of 16.
+    """
+    return device.type != "cpu" and all(size // ranks % 16 == 0 for size in output_sizes)

@@ -57,7 +57,12 @@ class PackedLinear:
 
     def process_weights_after_loading(self, layer: Any) -> None:
         _version.rise()
-        _pack(layer, lambda: layer.packable and pack_weight_(layer.weight.data))
+        if not _of_packed_experts(layer):
+            _pack(layer, lambda: layer.packable and pack_weight_(layer.weight.data))
+        elif layer.has_others:
+            for matrix in layer.weight.data.chunk(layer.matrices):
+                pack_weight_(matrix)
+            layer.has_others = False
 
     def unpack(self, layer: Any) -> None:
         unpack_weight_(layer.weight.data)
@@ -144,8 +149,11 @@ class Fp8Experts:
 
 
 def _shared_matrices(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """w13 and w2 of the shared expert as they have just been loaded: what is kept beside may be of an earlier time."""
-    if layer.shared_expert[0] is None:
+    """w13 and w2 of the shared expert as they have just been loaded: what is kept beside may be of an earlier time.
+
+    None too where the routed experts' come in the place of packed ones: those of the shared one come, or stay, apart.
+    """
+    if layer.shared_expert[0] is None or (layer.packed and layer.has_others):
         return None
     up, down, _ = layer.shared_expert[0].linears()
     return up.weight.data, down.weight.data
@@ -185,6 +193,21 @@ class LeftAsLoaded:
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         raise NotImplementedError("the routed experts compute the shared one along")
+
+
+def compute_along(layer: Any, shared_expert: MLP | None) -> None:
+    """Give routed experts the shared one that their kernel computes along, if any."""
+    # Held in tuples: both are children of the block.
+    layer.shared_expert = (shared_expert,)
+    if shared_expert is not None:
+        linears: Iterable[Any] = shared_expert.linears()[:2]
+        for linear, matrices in zip(linears, (2, 1), strict=True):
+            linear.experts, linear.matrices, linear.has_others = (layer,), matrices, False
+
+
+def _of_packed_experts(layer: Any) -> bool:
+    """Whether a linear is of a shared expert that is packed with the routed ones."""
+    return any(experts.packed for experts in getattr(layer, "experts", ()))
 
 
 def leave_to_experts(shared_expert: MLP, as_loaded: Mapping[type, type[LeftAsLoaded]]) -> None:
@@ -265,9 +288,11 @@ def unpacked_weights(model: nn.Module) -> Iterator[None]:
     filling = any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)
-        if isinstance(method, PackedLinear | PackedExperts | Fp8Experts) and layer.packed:
+        if not isinstance(method, PackedLinear | PackedExperts | Fp8Experts):
+            continue
+        if layer.packed or _of_packed_experts(layer):
             layer.has_others = filling and next(layer.parameters()).is_meta  # type: ignore[assignment]
-            if not filling:
+            if layer.packed and not filling:
                 method.unpack(layer)
                 loaded.append((method, layer))
                 layer.packed = False  # type: ignore[assignment]

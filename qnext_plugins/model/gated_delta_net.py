@@ -212,15 +212,22 @@ def _run(
 
 
 class GatedDeltaNet(nn.Module):
-    """All before the output projection; parameters are named as in the checkpoint (``in_proj_qkvz``, ``A_log``, …)."""
+    """All before the output projection; parameters are named as in the checkpoint (``in_proj_qkvz``, ``A_log``, …).
+
+    Where the engine joins ``in_proj_qkvz`` and ``in_proj_ba``, ``in_proj_qkvzba`` has both, in this order.
+    """
 
     def __init__(self, config: Qwen3NextConfig, engine: Engine, *, prefix: str) -> None:
         super().__init__()
         self._engine = engine
         # Both projections are grouped by key head in the checkpoint, so a plain split keeps each group on one rank.
         qkvz, ba = 2 * config.key_dim + 2 * config.value_dim, 2 * config.linear_num_value_heads
-        self.in_proj_qkvz = engine.column_linear(config.hidden_size, qkvz, prefix=f"{prefix}.in_proj_qkvz")
-        self.in_proj_ba = engine.column_linear(config.hidden_size, ba, prefix=f"{prefix}.in_proj_ba")
+        name = f"{prefix}.in_proj_qkvzba"
+        self.in_proj_qkvzba = engine.joined_column_linear(config.hidden_size, (qkvz, ba), prefix=name)
+        self._widths = [size // engine.tensor_parallel_size for size in (qkvz, ba)]
+        if self.in_proj_qkvzba is None:
+            self.in_proj_qkvz = engine.column_linear(config.hidden_size, qkvz, prefix=f"{prefix}.in_proj_qkvz")
+            self.in_proj_ba = engine.column_linear(config.hidden_size, ba, prefix=f"{prefix}.in_proj_ba")
         segments = (config.key_dim, config.key_dim, config.value_dim)
         self.conv1d = ShortConvolution(engine.conv_weight(segments, config.linear_conv_kernel_dim))
         self.A_log = engine.head_parameter(config.linear_num_value_heads)
@@ -237,6 +244,10 @@ class GatedDeltaNet(nn.Module):
         Returns:
             What ``out_proj`` is to project, [T, value_dim of this rank], and the sum.
         """
+        if self.in_proj_qkvzba is not None:
+            hidden_states, residual = norm(hidden_states, residual)
+            qkvz, ba = self.in_proj_qkvzba(hidden_states).split(self._widths, dim=-1)
+            return self.core(qkvz, ba, self.core_weights()), residual
         in_qkvz, in_ba = self._engine.linear_weight(self.in_proj_qkvz), self._engine.linear_weight(self.in_proj_ba)
         if in_qkvz is not None and in_ba is not None:
             qkvz, ba, residual = norm_linears(hidden_states, residual, norm.weight, norm.eps, in_qkvz, in_ba)

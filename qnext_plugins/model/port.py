@@ -67,6 +67,12 @@ class Engine(Protocol):
     def column_linear(self, input_size: int, output_size: int, *, prefix: str) -> nn.Module:
         """A linear whose output dimension is split over the ranks, in order."""
 
+    def joined_column_linear(self, input_size: int, output_sizes: tuple[int, ...], *, prefix: str) -> nn.Module | None:
+        """Such linears of one input as one, or None where they are better apart.
+
+        A rank's output is its part of each, side by side, in order.
+        """
+
     def gate_up_linear(self, input_size: int, intermediate_size: int, *, prefix: str) -> nn.Module:
         """Checkpoint's ``gate_proj`` and ``up_proj`` as one linear; a rank's output is its gate, then its up part."""
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from qnext_kernels import ExpertsWeights, LinearWeight
+from qnext_plugins.gpus import joins
 from qnext_plugins.model import MLP, ConfigError, CoreWeights, Qwen3NextConfig, RMSNorm
 from qnext_plugins.model.gated_delta_net import GatedDeltaNetCore
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_plugins.packed_methods import experts_weights, linear_weight
+from qnext_sglang import serving
 from qnext_sglang import sglang_api as api
 from qnext_sglang.experts import SparseExperts
 from qnext_sglang.linear import on_our_kernel
@@ -32,7 +34,11 @@ class ColumnLinear(_OutputOnly, api.ColumnParallelLinear):
     pass
 
 
-class GateUpLinear(_OutputOnly, api.MergedColumnParallelLinear):
+class JoinedColumnLinear(_OutputOnly, api.MergedColumnParallelLinear):
+    pass
+
+
+class GateUpLinear(JoinedColumnLinear):
     pass
 
 
@@ -93,6 +99,11 @@ class SglangEngine:
 
     def column_linear(self, input_size: int, output_size: int, *, prefix: str) -> nn.Module:
         return self._linear(ColumnLinear, input_size, output_size, prefix=prefix)
+
+    def joined_column_linear(self, input_size: int, output_sizes: tuple[int, ...], *, prefix: str) -> nn.Module | None:
+        if self.quant_config is not None or not joins(serving.device(), output_sizes, self.tensor_parallel_size):
+            return None
+        return self._linear(JoinedColumnLinear, input_size, list(output_sizes), prefix=prefix)
 
     def gate_up_linear(self, input_size: int, intermediate_size: int, *, prefix: str) -> nn.Module:
         return self._linear(GateUpLinear, input_size, [intermediate_size] * 2, prefix=prefix)

@@ -11,7 +11,7 @@ from torch import Tensor
 from qnext_kernels import OPERATIONS, topk_softmax
 from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle
 from qnext_plugins.model import MLP, Qwen3NextConfig
-from qnext_plugins.packed_methods import Fp8Experts, LeftAsLoaded, PackedExperts, leave_to_experts
+from qnext_plugins.packed_methods import Fp8Experts, LeftAsLoaded, PackedExperts, compute_along, leave_to_experts
 from qnext_sglang import UnsupportedEngineError, serving, step_back
 from qnext_sglang import sglang_api as api
 from qnext_sglang.linear import QnextFp8LinearMethod
@@ -88,7 +88,7 @@ class SparseExperts(api.FusedMoE):
         along = shared_expert is not None and computes_shared(self.quant_method, shared_expert, middle)
         if shared_expert is not None and along:
             leave_to_experts(shared_expert, {api.Fp8LinearMethod: SharedFp8LinearMethod})
-        self.shared_expert = (shared_expert if along else None,)
+        compute_along(self, shared_expert if along else None)
         self._added_expert = (None if along else shared_expert,)
         ranks = max(self.moe_tp_size, self.moe_ep_size, api.get_parallel().tp_size)
         self.ours_alone = ranks == 1 and self._added_expert[0] is None

@@ -21,6 +21,8 @@ STACKED = (
     (".gate_proj.", ".gate_up_proj.", 0),
     (".up_proj.", ".gate_up_proj.", 1),
 )
+JOINED = ((".in_proj_qkvz.", ".in_proj_qkvzba.", 0), (".in_proj_ba.", ".in_proj_qkvzba.", 1))
+"""The same of linears that may be joined."""
 # On a CPU, SGLang pads these for its AMX kernels and keeps the checkpoint's values under these names.
 UNPADDED = {
     "original_num_attention_heads": "num_attention_heads",
@@ -76,6 +78,7 @@ def load_parameters(model: nn.Module, weights: Iterable[tuple[str, Tensor]], num
             "gate_proj", "down_proj", "up_proj", num_experts
         )
     }
+    stacks = STACKED + (JOINED if any(JOINED[0][1] in name for name in parameters) else ())
     loaded = set()
     for name, tensor in weights:
         if name.endswith(IGNORED_SUFFIXES):
@@ -86,7 +89,7 @@ def load_parameters(model: nn.Module, weights: Iterable[tuple[str, Tensor]], num
             target, expert, shard = experts[key]
             name = f"{prefix}.{target}{rest.rpartition('.')[2]}"
             parameters[name].weight_loader(parameters[name], tensor, name, shard_id=shard, expert_id=expert)
-        elif (stacked := next((entry for entry in STACKED if entry[0] in name), None)) is not None:
+        elif (stacked := next((entry for entry in stacks if entry[0] in name), None)) is not None:
             name = name.replace(stacked[0], stacked[1])
             parameters[name].weight_loader(parameters[name], tensor, stacked[2])
         else:

@@ -84,6 +84,9 @@ class PlainEngine:
     def column_linear(self, input_size: int, output_size: int, *, prefix: str) -> nn.Module:
         return nn.Linear(input_size, output_size, bias=False)
 
+    def joined_column_linear(self, input_size: int, output_sizes: tuple[int, ...], *, prefix: str) -> None:
+        return None
+
     def gate_up_linear(self, input_size: int, intermediate_size: int, *, prefix: str) -> nn.Module:
         return nn.Linear(input_size, 2 * intermediate_size, bias=False)
 

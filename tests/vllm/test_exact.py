@@ -8,7 +8,8 @@ import pytest
 
 from tests import reference
 from tests.reference import first_difference
-from tests.vllm.engines import Engine
+from tests.checkpoints import TINY
+from tests.vllm.engines import Engine, printed_by
 
 pytestmark = pytest.mark.vllm
 
@@ -48,3 +49,15 @@ class TestCompiled:
         prompts = reference.prompts(checkpoint)
         expected = [reference.greedy(checkpoint, prompt) for prompt in prompts]
         assert first_difference(expected, running.greedy(prompts)) is None
+
+
+class TestPutTogetherAsOnGpus:
+    def test_tokens_equal_transformers_before_and_after_the_weights_are_loaded_again(self) -> None:
+        printed = printed_by("greedy_as_on_gpus", str(TINY), "2")
+        prompts = reference.prompts(TINY)[::2]
+        expected = [reference.greedy(TINY, prompt) for prompt in prompts]
+        for answers in printed["answers"]:
+            assert first_difference(expected, [tuple(tokens) for tokens in answers]) is None
+        layer = "model.layers.0.linear_attn"
+        assert f"{layer}.in_proj_qkvzba.weight" in printed["parameters"]
+        assert f"{layer}.in_proj_ba.weight" not in printed["parameters"]

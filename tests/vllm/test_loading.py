@@ -55,6 +55,11 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def packed(model: nn.Module) -> dict[str, bool]:
+    """Whether each layer on our kernels is."""
+    return {name: layer.packed for name, layer in model.named_modules() if hasattr(layer, "packed")}
+
+
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     assert one.keys() == other.keys()
     return [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
@@ -62,12 +67,13 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 
 def test_a_trainer_sends_tensor_by_tensor_and_vllm_puts_each_layer_together_anew(config: VllmConfig) -> None:
     model: Any = get_model(vllm_config=config)
-    addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    addresses, before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}, packed(model)
     initialize_layerwise_reload(model)
     for name, tensor in checkpoint().items():
         model.load_weights([(name, 2 * tensor)])
     finalize_layerwise_reload(model, config.model_config)
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == addresses
+    assert packed(model) == before, "a compiled graph knows no other layout"
     found = parameters(model)
     config.compilation_config.static_forward_context.clear()
     expected = {name: 2 * tensor for name, tensor in parameters(get_model(vllm_config=config)).items()}

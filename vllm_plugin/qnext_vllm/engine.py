@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qnext_kernels import ExpertsWeights, LinearWeight
+from qnext_plugins.gpus import joins
 from qnext_plugins.model import MLP, Qwen3NextConfig, RMSNorm
 from qnext_plugins.model.sharding import sharded_parameter
 from qnext_plugins.packed_methods import experts_weights, linear_weight
@@ -39,6 +40,15 @@ class VllmEngine:
 
     def column_linear(self, input_size: int, output_size: int, *, prefix: str) -> nn.Module:
         return on_our_kernel(api.ColumnParallelLinear(input_size, output_size, **self._linear(prefix)))
+
+    def joined_column_linear(self, input_size: int, output_sizes: tuple[int, ...], *, prefix: str) -> nn.Module | None:
+        config = self.vllm_config
+        # Adapters go to linears of the checkpoint.
+        if self.quant_config is not None or config.lora_config is not None:
+            return None
+        if not joins(torch.device(config.device_config.device), output_sizes, self.tensor_parallel_size):
+            return None
+        return on_our_kernel(api.MergedColumnParallelLinear(input_size, list(output_sizes), **self._linear(prefix)))
 
     def gate_up_linear(self, input_size: int, intermediate_size: int, *, prefix: str) -> nn.Module:
         sizes = [intermediate_size] * 2

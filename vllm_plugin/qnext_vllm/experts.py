@@ -11,7 +11,7 @@ from torch import Tensor
 from qnext_kernels import OPERATIONS, topk_softmax
 from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle
 from qnext_plugins.model import MLP
-from qnext_plugins.packed_methods import Fp8Experts, LeftAsLoaded, PackedExperts, leave_to_experts
+from qnext_plugins.packed_methods import Fp8Experts, LeftAsLoaded, PackedExperts, compute_along, leave_to_experts
 from qnext_vllm import step_back
 from qnext_vllm import vllm_api as api
 from qnext_vllm.linear import CpuFp8Config, QnextFp8LinearMethod
@@ -94,8 +94,7 @@ class QnextRoutedExperts(api.RoutedExperts):
     def __init__(self, *args: Any, shared_expert: MLP | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert shared_expert is None or isinstance(self.quant_method, PackedExperts | Fp8Experts)
-        # Held in a tuple: it is a child of the block.
-        self.shared_expert = (shared_expert,)
+        compute_along(self, shared_expert)
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
         if quant_config is not None:

@@ -41,6 +41,12 @@ STACKED = api.WeightsMapper(
         ".shared_expert.up_proj": (".shared_expert.gate_up_proj", 1),
     }
 )
+JOINED = api.WeightsMapper(
+    orig_to_new_stacked={
+        ".in_proj_qkvz": (".in_proj_qkvzba", 0),
+        ".in_proj_ba": (".in_proj_qkvzba", 1),
+    }
+)
 PACKED_MODULES = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
@@ -172,7 +178,8 @@ class Qwen3NextModel(nn.Module, api.EagleModelMixin):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load what is left when the whole model's loader has named the scales of a cache, no parts of ``qkv_proj``."""
-        return api.AutoWeightsLoader(self).load_weights(weights, mapper=STACKED)
+        joined = any(".in_proj_qkvzba." in name for name, _ in self.named_parameters())
+        return api.AutoWeightsLoader(self).load_weights(weights, mapper=STACKED | JOINED if joined else STACKED)
 
     def _one_by_one(
         self, hidden_states: Tensor, residual: Tensor | None, positions: Tensor, auxiliary: list[Tensor] | None = None
