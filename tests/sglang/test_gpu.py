@@ -347,6 +347,23 @@ class TestExpertsLayer:
         with pytest.raises(ConfigError, match=r"^mlp.gate_up_proj on 1 ranks: .* = 192 is not divisible by"):
             engine.gate_up_linear(128, 192, prefix="mlp.gate_up_proj")
 
+    def test_projections_are_joined_and_loaded_apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        wholes = torch.randn(96, 64), torch.randn(32, 64)
+        names = ["model.linear_attn.in_proj_qkvz.weight", "model.linear_attn.in_proj_ba.weight"]
+
+        def join(quant_config: Fp8Config | None = None) -> Any:
+            return SglangEngine(random_config(), quant_config).joined_column_linear(
+                64, (96, 32), prefix="in_proj_qkvzba"
+            )
+
+        linear = join()
+        model = nn.ModuleDict({"model": nn.ModuleDict({"linear_attn": nn.ModuleDict({"in_proj_qkvzba": linear})})})
+        load_parameters(model, zip(names, wholes, strict=True), num_experts=0)
+        assert torch.equal(linear.weight, torch.cat(wholes))
+        assert join(Fp8Config(True, weight_block_size=[128, 128])) is None
+        monkeypatch.setattr(serving, "device", lambda: torch.device("cpu"))
+        assert join() is None, "on a CPU one call of ours multiplies with both"
+
     def test_sums_over_the_ranks_are_left_to_norms_that_sum(self, monkeypatch: pytest.MonkeyPatch) -> None:
         config = random_config()
         assert type(SglangEngine(config, None).norm(64, 1e-6)) is RMSNorm

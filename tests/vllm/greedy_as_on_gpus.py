@@ -1,7 +1,7 @@
 """`python -m tests.vllm.greedy_as_on_gpus CHECKPOINT DRAFTS`: greedy tokens of a model put together as on several GPUs.
 
-Projections are joined, and norms are in vLLM's own operators; here with C++ kernels and one rank. The engine must run in
-this very process (VLLM_ENABLE_V1_MULTIPROCESSING=0), where the engine's side can be told so. The second answers come
+Projections are joined, and norms are in vLLM's own operators; here with C++ kernels and one rank. The engine must run
+in this very process (VLLM_ENABLE_V1_MULTIPROCESSING=0), where the engine's side can be told so. The second answers come
 after the weights have been loaded again.
 """
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests import reference
-from tests.reference import first_difference
 from tests.checkpoints import TINY
+from tests.reference import first_difference
 from tests.vllm.engines import Engine, printed_by
 
 pytestmark = pytest.mark.vllm

@@ -447,6 +447,34 @@ def of_vllm(vllm_config: VllmConfig, shared: MLP) -> bool:
 
 
 @pytest.mark.usefixtures("one_rank")
+class TestJoinedProjections:
+    SIZES = (96, 32)
+
+    def join(self, gpu_config: VllmConfig, sizes: tuple[int, ...] = SIZES) -> Any:
+        return VllmEngine(gpu_config).joined_column_linear(16, sizes, prefix="linear_attn.in_proj_qkvzba")
+
+    def test_a_rank_has_its_part_of_each(self, gpu_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        group = parallel_state.get_tp_group()
+        monkeypatch.setattr(group, "world_size", 2)
+        monkeypatch.setattr(group, "rank_in_group", 1)
+        linear = self.join(gpu_config)
+        wholes = [torch.randn(size, 16, dtype=linear.weight.dtype) for size in self.SIZES]
+        for n, whole in enumerate(wholes):
+            linear.weight.weight_loader(linear.weight, whole, n)
+        assert torch.equal(linear.weight, torch.cat([whole[len(whole) // 2 :] for whole in wholes]))
+
+    def test_they_stay_apart_where_that_is_better(
+        self, gpu_config: VllmConfig, config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.join(gpu_config, (96, 24)) is None, "no 16 bytes at once where widths are no multiples of 16"
+        assert self.join(config) is None, "on a CPU one call of ours multiplies with both"
+        for name, value in {"quant_config": Fp8Config(), "lora_config": LoRAConfig()}.items():
+            with monkeypatch.context() as patch:
+                patch.setattr(gpu_config, name, value)
+                assert self.join(gpu_config) is None
+
+
+@pytest.mark.usefixtures("one_rank")
 class TestNormsBehindSumsOverRanks:
     """vLLM's compiler joins both by their operators, which are here to be those of its own model."""
 

@@ -24,9 +24,17 @@ BATCH, COLUMNS, SLOTS, WIDTH, DIM = 8, 4, 100, 4, 128
 
 
 def compile_fused(
-    target: str, ranks: int = 1, dtype: torch.dtype = torch.bfloat16, pool: torch.dtype = torch.float32
+    target: str,
+    ranks: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    pool: torch.dtype = torch.float32,
+    *,
+    joined: bool = False,
 ) -> list[Compiled]:
-    """What decode and verify, in place and into step pools, launch on a rank: one kernel, and one an operation."""
+    """What decode and verify, in place and into step pools, launch on a rank: one kernel, and one an operation.
+
+    ``joined``: the projections are parts of one.
+    """
     key_heads, value_heads = 16 // ranks, 32 // ranks
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -43,7 +51,12 @@ def compile_fused(
     steps = empty(BATCH, COLUMNS, channels, WIDTH - 1), empty(BATCH, COLUMNS, *states, dtype=pool)
 
     def tokens(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return empty(count, key_heads, 2 * DIM + 4 * DIM), empty(count, key_heads, 4)
+        of_a_head = 2 * DIM + 4 * DIM, 4
+        if joined:
+            parts = empty(count, key_heads * sum(of_a_head)).split([key_heads * size for size in of_a_head], dim=1)
+        else:
+            parts = tuple(empty(count, key_heads * size) for size in of_a_head)
+        return parts[0].unflatten(1, (key_heads, -1)), parts[1].unflatten(1, (key_heads, -1))
 
     offsets = indices(BATCH + 1), indices(BATCH)
     with compiling_for(target) as compiled:
@@ -73,6 +86,13 @@ def test_a_decode_is_one_kernel_and_nothing_spills(target: str) -> None:
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float16), (4, torch.float32), (8, torch.bfloat16)])
 def test_every_rank_of_tensor_parallelism_has_kernels_without_spills(ranks: int, dtype: torch.dtype) -> None:
     assert not any(kernel.spilled for kernel in compile_fused("sm_90", ranks, dtype))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_projections_that_are_parts_of_one_are_read_as_two_are(ranks: int) -> None:
+    for one, two in zip(compile_fused("sm_90", ranks, joined=True), compile_fused("sm_90", ranks), strict=True):
+        assert sorted(accesses(one, "ld")) == sorted(accesses(two, "ld"))
+        assert not one.spilled
 
 
 @pytest.mark.parametrize(("target", "ranks"), [("sm_90", 1), ("sm_90", 8), ("sm_80", 1), ("gfx942", 1)])

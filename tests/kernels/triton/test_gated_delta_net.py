@@ -127,6 +127,29 @@ def test_a_sequence_does_not_depend_on_the_batch_or_the_order_of_programs(
 
 
 @calls
+@cases
+def test_projections_that_lie_side_by_side_have_the_bits_of_two(
+    call: Callable[..., list[Result]],
+    function: Callable[..., Tensor],
+    shape: Shape,
+    dtype: torch.dtype,
+    conv_dtype: torch.dtype,
+    state_dtype: torch.dtype,
+) -> None:
+    def of_one(qkvz: Tensor, ba: Tensor, *arguments: object) -> Tensor:
+        parts = qkvz.flatten(1), ba.flatten(1)
+        one, other = torch.cat(parts, dim=1).split([part.shape[1] for part in parts], dim=1)
+        return function(one.view(qkvz.shape), other.view(ba.shape), *arguments)
+
+    layer, runs = random_layer(shape), random_runs(shape, [1, 3, 2], dtype, conv_dtype, state_dtype)
+    torch.manual_seed(0)
+    expected = call(function, shape, layer, runs)
+    torch.manual_seed(0)
+    for actual, want in zip(call(of_one, shape, layer, runs), expected, strict=True):
+        assert_same(actual, want)
+
+
+@calls
 def test_rows_of_a_state_that_come_one_block_after_the_other_have_the_bits_of_all_at_once(
     call: Callable[..., list[Result]], function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
