@@ -1,4 +1,6 @@
-"""`python -m tests.vllm.prefill_steps CHECKPOINT DRAFTS LENGTHS`: in which steps vLLM runs prompts, as JSON.
+"""`python -m tests.vllm.prefill_steps CHECKPOINT LENGTHS OPTIONS`: in which steps vLLM runs prompts, as JSON.
+
+Options are those of ``tests.vllm.engines.engine``, in JSON.
 
 The engine must run in this very process (VLLM_ENABLE_V1_MULTIPROCESSING=0), where its scheduler can be watched.
 """
@@ -35,9 +37,9 @@ def recorded_steps(running: Engine) -> list[list[int]]:
     return steps
 
 
-def main(checkpoint: Path, drafts: int, lengths: list[int]) -> None:
+def main(checkpoint: Path, lengths: list[int], options: dict[str, Any]) -> None:
     runs = []
-    with engine(checkpoint, drafts=drafts) as running:
+    with engine(checkpoint, **options) as running:
         steps = recorded_steps(running)
         for length in lengths:
             running.llm.reset_prefix_cache()
@@ -49,4 +51,4 @@ def main(checkpoint: Path, drafts: int, lengths: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), [int(length) for length in sys.argv[3].split(",")])
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]))

@@ -13,6 +13,7 @@ import pytest
 import vllm
 
 import qnext_vllm
+from qnext_vllm.block_copies import RUNNERS
 from qnext_vllm.gated_delta_net import VLLMS_OPERATOR
 from qnext_vllm.host_kernels import HOST_KERNELS
 from qnext_vllm.linear import QnextFp8LinearMethod
@@ -87,6 +88,7 @@ PARAMETERS: dict[str, set[str]] = {
     "vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_top_p": {"logits", "k", "p"},
     "vllm.v1.sample.sampler.Sampler.gather_logprobs": {"logprobs", "num_logprobs", "token_ids"},
     "vllm.v1.worker.cpu_model_runner.CPUModelRunner.sample_tokens": {"grammar_output"},
+    "vllm.v1.worker.utils.copy_kv_cache_blocks_inplace": {"kv_caches", "num_blocks", "kv_cache_block_copies"},
     "vllm.model_executor.models.interfaces.EagleModelMixin._maybe_add_hidden_state": {
         "aux_hidden_states",
         "layer_idx",
@@ -230,7 +232,7 @@ def imported_symbols() -> list[str]:
 
 def test_only_the_named_modules_import_vllm() -> None:
     named = {"vllm_api.py", "config_hook.py", "doctor.py", "host_kernels.py", "__init__.py"}
-    named |= {"determinism.py", "seeded_prefill.py"}
+    named |= {"determinism.py", "block_copies.py", "seeded_prefill.py"}
     importing = {
         source.name
         for source in PACKAGE.glob("*.py")
@@ -283,6 +285,12 @@ def test_a_draw_of_an_unfinished_prompt_is_still_taken_back_by_an_offset() -> No
     bookkeeping = inspect.getsource(resolve("vllm.v1.worker.gpu_model_runner.GPUModelRunner._bookkeeping_sync"))
     for needed in ("self.discard_request_mask.np[:num_reqs]", "self.input_batch.generators.get", "gen.set_offset("):
         assert needed in bookkeeping, f"vLLM {vllm.__version__}: is qnext_vllm.seeded_prefill needed any more?"
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_model_runners_copy_blocks_by_the_name_that_we_replace(runner: str) -> None:
+    source = (Path(vllm.__file__).parents[1] / (runner.replace(".", "/") + ".py")).read_text()
+    assert "            copy_kv_cache_blocks_inplace(" in source
 
 
 def test_the_sampler_reads_the_generators_of_the_batch_itself() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from itertools import accumulate
+
 import pytest
 
 from tests import reference
@@ -13,24 +16,27 @@ pytestmark = pytest.mark.vllm
 
 BLOCK = 128
 """Tokens of a block of vLLM's cache on a CPU, where states are small."""
-LENGTHS = (127, 128, 129, 200, 256, 257, 300, 384, 385, 700)
+LENGTHS = (63, 127, 128, 129, 130, 200, 256, 257, 300, 384, 385, 700)
 
 
-def boundary(length: int, drafts: int) -> int:
-    """Up to where vLLM finds a prompt that it has seen: a block earlier with drafts, a token before the end without."""
-    return max(length // BLOCK - 1, 0) * BLOCK if drafts else (length - 1) // BLOCK * BLOCK
+def boundary(length: int, unit: int, drafts: int) -> int:
+    """Up to where vLLM finds a prompt that it has seen: a unit earlier with drafts, a token before the end without."""
+    return max(length // unit - 1, 0) * unit if drafts else (length - 1) // unit * unit
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_a_prompt_runs_in_one_step_and_again_from_its_last_block_boundary(drafts: int) -> None:
-    runs = printed_by("prefill_steps", str(TINY), str(drafts), ",".join(map(str, LENGTHS)))
+@pytest.mark.parametrize("unit", [BLOCK, 64])
+def test_a_prompt_runs_in_one_step_and_again_from_its_last_boundary(unit: int, drafts: int) -> None:
+    options = {"drafts": drafts} | ({} if unit == BLOCK else {"prefix_match_unit": unit})
+    runs = printed_by("prefill_steps", str(TINY), json.dumps(LENGTHS), json.dumps(options))
     assert [(run["length"], run["cached"]) for run in runs] == [
-        (n, cached) for n in LENGTHS for cached in (False, True)
+        (length, cached) for length in LENGTHS for cached in (False, True)
     ]
     for run in runs:
-        length = run["length"]
-        known = boundary(length, drafts) if run["cached"] else 0
-        prefill, *steps = run["steps"]
-        assert prefill == [length - known], run
-        assert max(map(sum, steps)) == 1 + drafts, run
+        length, steps = run["length"], [sum(step) for step in run["steps"]]
+        known = boundary(length, unit, drafts) if run["cached"] else 0
+        prefill = 1 + list(accumulate(steps)).index(length - known)
+        # A state that lies within a block takes a step of its own where there is no block in front for it.
+        assert prefill == 1 or (unit < BLOCK and prefill == 2 and (run["cached"] or length <= BLOCK)), run
+        assert max(steps[prefill:]) == 1 + drafts, run
         assert run["tokens"] == list(reference.greedy(TINY, prompt_of(length), MAX_TOKENS)), run

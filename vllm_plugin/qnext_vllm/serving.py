@@ -11,6 +11,7 @@ from qnext_plugins.gpus import ENGINES_OWN
 from qnext_plugins.settings import Settings
 from qnext_vllm import determinism, logger
 from qnext_vllm import vllm_api as api
+from qnext_vllm.block_copies import copy_whole_blocks
 from qnext_vllm.host_kernels import register_host_kernels
 from qnext_vllm.seeded_prefill import withhold_generators
 
@@ -25,6 +26,7 @@ def prepare_process(vllm_config: api.VllmConfig, architecture: str) -> None:
     """
     register_host_kernels()
     withhold_generators()
+    copy_whole_blocks()
     device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
     on_gpu = device.type != "cpu"
     backends = selected_backends(device, dtype, but=ENGINES_OWN if on_gpu else ())

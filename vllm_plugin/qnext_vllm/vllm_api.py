@@ -1,6 +1,6 @@
 """Every vLLM symbol that the model side touches; no other module of ours but those named here imports vLLM.
 
-(``config_hook``, ``host_kernels``, ``determinism`` and ``seeded_prefill`` say what they change, and
+(``config_hook``, ``host_kernels``, ``determinism``, ``block_copies`` and ``seeded_prefill`` say what they change, and
 :func:`qnext_vllm.register` uses the registry.) A contract test walks through all of them and names the one that an
 engine update broke.
 """
