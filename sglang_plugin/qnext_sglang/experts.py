@@ -84,11 +84,11 @@ class SparseExperts(api.FusedMoE):
             # Some of SGLang's experts route by themselves.
             self.sglangs_topk = api.TopK(self.top_k, renormalize=self.renormalize, layer_id=layer_id)
             self.sglangs_topk.bind_runner_backend(self.runner_backend, routing_method_type=self.routing_method_type)
-        # Held in tuples: it is a child of the block, under the checkpoint's name for it.
         along = shared_expert is not None and computes_shared(self.quant_method, shared_expert, middle)
         if shared_expert is not None and along:
             leave_to_experts(shared_expert, {api.Fp8LinearMethod: SharedFp8LinearMethod})
         compute_along(self, shared_expert if along else None)
+        # Held in a tuple: it is a child of the block, under the checkpoint's name for it.
         self._added_expert = (None if along else shared_expert,)
         ranks = max(self.moe_tp_size, self.moe_ep_size, api.get_parallel().tp_size)
         self.ours_alone = ranks == 1 and self._added_expert[0] is None
