@@ -1,0 +1,68 @@
+"""Group-wise int4 of compressed-tensors' ``pack-quantized`` checkpoints (W4A16): what its numbers mean.
+
+Source: ``compressed_tensors``' ``pack_to_int32`` and ``dequantize``, for symmetric weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qnext_kernels.checks import expect_dtype, expect_shape
+
+INT4_GROUPS = (32, 64, 128)
+"""Numbers of columns of a row that may share a scale."""
+INT4_PER_WORD = 8
+"""Columns in 32 bits of a weight, the first in the lowest four; a number is stored as itself + 8."""
+
+
+def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Round each group of columns to −8 … 7, scaled so that its largest magnitude becomes 7.5.
+
+    Args:
+        weight: [..., N, K], any float dtype.
+        group: one of INT4_GROUPS that divides K.
+
+    Returns:
+        [..., N, K / 8] int32 and scales [..., N, K / group] in the dtype of ``weight``.
+    """
+    groups = weight.unflatten(-1, (-1, group)).float()
+    scale = (groups.abs().amax(dim=-1) / 7.5).to(weight.dtype)
+    # A group of zeros has a scale of one, so that nothing is divided by zero.
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    numbers = (groups / scale.float()[..., None]).round().clamp(-8, 7).flatten(-2).long() + 8
+    words = (numbers.unflatten(-1, (-1, INT4_PER_WORD)) << _shifts(weight.device)).sum(dim=-1)
+    return torch.where(words < 2**31, words, words - 2**32).int(), scale
+
+
+def dequantize_int4(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., N, K / 8] int32 with scales [..., N, K / group] as [..., N, K] of a dtype."""
+    numbers = ((weight[..., None] >> _shifts(weight.device).int()) & 15).flatten(-2) - 8
+    return (numbers.unflatten(-1, (scale.shape[-1], -1)).to(dtype) * scale.to(dtype)[..., None]).flatten(-2)
+
+
+def expect_int4_scale(name: str, scale: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless ``scale`` is that of a weight [..., N, K / 8] in int4, for activations of a dtype."""
+    expect_shape(name, scale, (*weight.shape[:-1], None))
+    expect_dtype(name, scale, (dtype,))
+    if not _is_group(weight, scale):
+        columns = weight.shape[-1] * INT4_PER_WORD
+        raise ValueError(
+            f"{name}: expected one for each {', '.join(map(str, INT4_GROUPS))} of {columns} columns, "
+            f"got {scale.shape[-1]}"
+        )
+
+
+def reads_int4_scale(scale: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a weight is in int4 and ``scale`` what :func:`expect_int4_scale` allows."""
+    fits = weight.dtype == torch.int32 and scale.dtype == dtype and scale.shape[:-1] == weight.shape[:-1]
+    return fits and _is_group(weight, scale)
+
+
+def _is_group(weight: Tensor, scale: Tensor) -> bool:
+    columns = weight.shape[-1] * INT4_PER_WORD
+    return columns in {group * scale.shape[-1] for group in INT4_GROUPS}
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(0, 32, 4, device=device)
