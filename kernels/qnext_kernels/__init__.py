@@ -33,12 +33,15 @@ from qnext_kernels.memory import use_huge_pages
 from qnext_kernels.moe import (
     experts,
     experts_fp8,
+    experts_int4,
     pack_experts_,
     pack_experts_fp8_,
+    pack_experts_int4_,
     silu_and_mul,
     topk_softmax,
     unpack_experts_,
     unpack_experts_fp8_,
+    unpack_experts_int4_,
 )
 from qnext_kernels.paged_attention import paged_attention, store_kv
 from qnext_kernels.rms_norm import rms_norm
@@ -52,6 +55,7 @@ __all__ = [
     "causal_conv1d_verify",
     "experts",
     "experts_fp8",
+    "experts_int4",
     "explain",
     "force_backend",
     "gated_delta_net_decode",
@@ -67,6 +71,7 @@ __all__ = [
     "norm_linears",
     "pack_experts_",
     "pack_experts_fp8_",
+    "pack_experts_int4_",
     "pack_weight_",
     "paged_attention",
     "prepare_layer",
@@ -79,6 +84,7 @@ __all__ = [
     "topk_softmax",
     "unpack_experts_",
     "unpack_experts_fp8_",
+    "unpack_experts_int4_",
     "unpack_weight_",
     "use_huge_pages",
     "without_kernels",

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from qnext_kernels.checks import expect_dtype, expect_shape
 
+INT4 = torch.int32
+"""The dtype of weights in int4: eight columns of a row are one number."""
 INT4_GROUPS = (32, 64, 128)
 """Numbers of columns of a row that may share a scale."""
 INT4_PER_WORD = 8
@@ -32,7 +34,7 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     numbers = (groups / scale.float()[..., None]).round().clamp(-8, 7).flatten(-2).long() + 8
     words = (numbers.unflatten(-1, (-1, INT4_PER_WORD)) << _shifts(weight.device)).sum(dim=-1)
-    return torch.where(words < 2**31, words, words - 2**32).int(), scale
+    return torch.where(words < 2**31, words, words - 2**32).to(INT4), scale
 
 
 def dequantize_int4(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,8 +57,15 @@ def expect_int4_scale(name: str, scale: Tensor, weight: Tensor, dtype: torch.dty
 
 def reads_int4_scale(scale: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether a weight is in int4 and ``scale`` what :func:`expect_int4_scale` allows."""
-    fits = weight.dtype == torch.int32 and scale.dtype == dtype and scale.shape[:-1] == weight.shape[:-1]
+    fits = weight.dtype == INT4 and scale.dtype == dtype and scale.shape[:-1] == weight.shape[:-1]
     return fits and _is_group(weight, scale)
+
+
+def group_of(weight: Tensor, scale: Tensor | None) -> int:
+    """Columns of a weight in int4 that share a scale; 0 of other weights."""
+    if weight.dtype != INT4 or scale is None:
+        return 0
+    return weight.shape[-1] * INT4_PER_WORD // max(scale.shape[-1], 1)
 
 
 def _is_group(weight: Tensor, scale: Tensor) -> bool:

@@ -33,9 +33,11 @@ struct SigmoidGate {
 
 struct Linear {
     const void *x, *weight, *bias;  // [tokens, k] with a stride, [rows, k] as it is or packed, [rows] or none
-    const float* scale;             // [blocks of rows, blocks of columns] of a weight in e4m3, or none
+    // [blocks of rows, blocks of columns] floats of a weight in e4m3; in int4 [rows, k / group] of the dtype, packed as the
+    // weight is; or none
+    const void* scale;
     void* out;                      // [tokens, rows], contiguous
-    int64_t dtype, x_token, tokens, rows, k, packed;
+    int64_t dtype, x_token, tokens, rows, k, group, packed;  // group: of a weight in int4, else 0
 };
 
 struct TopkSoftmax {
@@ -48,19 +50,19 @@ struct TopkSoftmax {
 struct Experts {
     const void* x;   // [tokens, hidden], stride between tokens
     const void* w13; // [experts, 2, middle, hidden], contiguous; each matrix as it is or packed
-    const float* w13_scale;  // [experts, 2, blocks of rows, blocks of columns] of weights in e4m3, or none
+    const void* w13_scale;  // of each matrix as that of a linear, or none
     const void* w2;  // [experts, hidden, middle], contiguous; each matrix as it is or packed
-    const float* w2_scale;
+    const void* w2_scale;
     const float* weights;
     Indices ids;     // [tokens, top_k]
     // Of the shared expert and [hidden], or none; stored and packed as the others.
     const void* shared_w13;
-    const float* shared_w13_scale;
+    const void* shared_w13_scale;
     const void* shared_w2;
-    const float* shared_w2_scale;
+    const void* shared_w2_scale;
     const void* shared_gate;
     void* out;       // [tokens, hidden], contiguous
-    int64_t dtype, x_token, tokens, top_k, experts, hidden, middle, shared_middle, packed;
+    int64_t dtype, x_token, tokens, top_k, experts, hidden, middle, shared_middle, group, packed;
 
     int64_t choices() const { return top_k + (shared_w13 != nullptr); }
 };

@@ -128,12 +128,13 @@ class Run {
     }
 
     // Expert `e` of those that lie there one behind the other, whose rows begin at `first_row` of the middle's.
-    Expert stored(const void* w13, const float* w13_scale, const void* w2, const float* w2_scale, int64_t middle, int64_t e,
+    Expert stored(const void* w13, const void* w13_scale, const void* w2, const void* w2_scale, int64_t middle, int64_t e,
                   int64_t first_row) const {
-        const int64_t size = middle * p.hidden, blocks = blocks_of(middle) * blocks_of(p.hidden);
-        const auto matrix = [&](const void* data, const float* scales, int64_t n, int64_t rows, int64_t k) {
-            return Matrix<W>{static_cast<const W*>(data) + n * size, rows, k, p.packed != 0,
-                             scales ? scales + n * blocks : nullptr};
+        const int64_t size = middle * p.hidden;
+        const int64_t num_scales = kInGroups<W> ? size / p.group : blocks_of(middle) * blocks_of(p.hidden);
+        const auto matrix = [&](const void* data, const void* scales, int64_t n, int64_t rows, int64_t k) {
+            return Matrix<W>{static_cast<const W*>(data) + n * stored_in<W>(size), rows, k, p.packed != 0,
+                             scales ? static_cast<const Scale<W>*>(scales) + n * num_scales : nullptr, p.group};
         };
         return {matrix(w13, w13_scale, 2 * e, middle, p.hidden), matrix(w13, w13_scale, 2 * e + 1, middle, p.hidden),
                 matrix(w2, w2_scale, e, p.hidden, middle), middle, this->middle.get() + first_row};
@@ -311,7 +312,7 @@ class Run {
 
 extern "C" bool qnext_experts(const qnext::Experts* p) {
     bool valid = false;
-    qnext::with_types(p->dtype, p->w13_scale, [&](auto type, auto weight) {
+    qnext::with_types(p->dtype, p->w13_scale, p->group, [&](auto type, auto weight) {
         valid = qnext::Run<decltype(type), decltype(weight)>(*p).run();
     });
     return valid;

@@ -31,7 +31,7 @@ void store(const float* products, int64_t count, const T* bias, T* out, int64_t 
 
 template <class T, class W>
 void linear(const Linear& p) {
-    const Matrix<W> weight{static_cast<const W*>(p.weight), p.rows, p.k, p.packed != 0, p.scale};
+    const Matrix<W> weight{static_cast<const W*>(p.weight), p.rows, p.k, p.packed != 0, static_cast<const Scale<W>*>(p.scale), p.group};
     const T *x = static_cast<const T*>(p.x), *bias = static_cast<const T*>(p.bias);
     T* out = static_cast<T*>(p.out);
     // Two panels are two streams for a few tokens; for many, one stays in the second-level cache.
@@ -70,6 +70,18 @@ void linear(const Linear& p) {
     }
 }
 
+template <class S>
+void unpack_panel(const int4<S>* panel, int64_t k, int4<S>* to) {
+    const int64_t steps = steps_of<int4<S>>(k);
+    std::fill_n(to, steps * kPanel, int4<S>{});
+    for (int64_t r = 0; r < kPanel; ++r)
+        for (int64_t i = 0; i < steps; ++i)
+            for (int odd = 0; odd < 2; ++odd) {
+                const int code = panel[i * kPanel + int4_byte(r, odd)].columns >> int4_shift(r, odd) & 15;
+                to[r * steps + i].columns |= uint8_t((code ^ kInt4Flip) << 4 * odd);
+            }
+}
+
 void unpack_panel(const float8* panel, int64_t k, float8* to) {
     for (int64_t r = 0; r < kPanel; ++r)
         for (int64_t i = 0; i < k; ++i) to[r * k + i] = panel[i / 2 * 2 * kPanel + float8_place(r, i % 2)];
@@ -84,7 +96,7 @@ void unpack_panel(const T* panel, int64_t k, T* to) {
 
 template <class T>
 void pack(const Pack& p) {
-    const int64_t panels = p.rows / kPanel, size = kPanel * p.k;
+    const int64_t panels = p.rows / kPanel, size = stored_in<T>(kPanel * p.k);
     T* weights = static_cast<T*>(p.weights);
 #pragma omp parallel
     {
@@ -92,7 +104,7 @@ void pack(const Pack& p) {
 #pragma omp for collapse(2)
         for (int64_t m = 0; m < p.matrices; ++m) {
             for (int64_t panel = 0; panel < panels; ++panel) {
-                T* place = weights + (m * p.rows + panel * kPanel) * p.k;
+                T* place = weights + stored_in<T>((m * p.rows + panel * kPanel) * p.k);
                 if (p.back)
                     unpack_panel(place, p.k, memory.get());
                 else
@@ -107,12 +119,13 @@ void pack(const Pack& p) {
 }  // namespace qnext
 
 extern "C" void qnext_linear(const qnext::Linear* p) {
-    qnext::with_types(p->dtype, p->scale, [&](auto type, auto weight) {
+    qnext::with_types(p->dtype, p->scale, p->group, [&](auto type, auto weight) {
         qnext::linear<decltype(type), decltype(weight)>(*p);
     });
 }
 
 extern "C" __attribute__((visibility("default"))) void qnext_pack(const qnext::Pack* p) {
     if (p->stored == qnext::kFloat8) return qnext::pack<qnext::float8>(*p);
+    if (p->stored == qnext::kInt4) return qnext::pack<qnext::int4<float>>(*p);
     qnext::with_type(p->stored, [&](auto type) { qnext::pack<decltype(type)>(*p); });
 }

@@ -6,7 +6,7 @@
 // stream. Other panels are packed on the way.
 //
 // A result is the sum over blocks of K of one chain of sums each, in one order. It does not depend on how many activations
-// or rows are multiplied together, or on who packed the panel. Of weights in e4m3 a block is what has a scale in common,
+// or rows are multiplied together, or on who packed the panel. Of weights with scales a block is what has one in common,
 // which its chain is multiplied with.
 #pragma once
 
@@ -15,6 +15,7 @@
 
 #include "arguments.h"
 #include "float8.h"
+#include "int4.h"
 
 namespace qnext {
 
@@ -27,7 +28,7 @@ constexpr int kFew = Vec::size == 16 ? 3 : 1;
 // Activations whose products are kept together, and that are converted together where they have to be.
 constexpr int64_t kTokens = 48 * kTogether;
 constexpr int64_t kAhead = 16;   // steps that are fetched ahead
-constexpr int64_t kAheadFloat8 = 32;
+constexpr int64_t kAheadScaled = 4096;  // bytes, of weights with scales
 constexpr int64_t kChain = Vec::size == 16 ? 128 : 64;  // steps of a chain of sums
 // Tiles of activations, at most, that meet half as long a piece of a panel: they wait for memory, and a core's first cache
 // holds it and as much that is fetched meanwhile. More tiles have the time to read the second cache.
@@ -38,7 +39,8 @@ constexpr int64_t kPiece = 64;
 struct DotFloat {
     using Packed = float;
     using Weight = float;
-    static constexpr int64_t step = 1;  // elements of K
+    static constexpr int64_t step = 1;    // elements of K
+    static constexpr int64_t stored = 1;  // of Weight, which holds those of a row
     static constexpr int parts = 1;
     static Vec weights(const float* w, int v, int) { return Vec::load(w + v * Vec::size); }
     static Vec activation(const float* x, int) { return Vec::fill(*x); }
@@ -50,7 +52,7 @@ struct DotFloat {
 struct DotBFloat16 {
     using Packed = bfloat16;
     using Weight = bfloat16;
-    static constexpr int64_t step = 2;
+    static constexpr int64_t step = 2, stored = 2;
     static constexpr int parts = 1;
     static Vec weights(const bfloat16* w, int v, int) { return {_mm512_loadu_ps(w + v * 2 * Vec::size)}; }
     static Vec activation(const bfloat16* x, int) { return Vec::fill_from(x); }
@@ -65,7 +67,7 @@ struct DotBFloat16 {
 struct DotBFloat16 {
     using Packed = float;
     using Weight = bfloat16;
-    static constexpr int64_t step = 2;
+    static constexpr int64_t step = 2, stored = 2;
     static constexpr int parts = 2;
 #if defined(__AVX512F__)
     static Vec weights(const bfloat16* w, int v, int part) {
@@ -91,7 +93,7 @@ struct DotFloat8 {
     using Packed = float;
     using Weight = float8;
     using Decoded = DotFloat;  // how they meet weights that are decoded beforehand, with the same result
-    static constexpr int64_t step = 2;
+    static constexpr int64_t step = 2, stored = 2;
     static constexpr int parts = 2;
     static Vec weights(const float8* w, int v, int part) { return float8_column(w, v, part); }
     static Vec activation(const float* x, int part) { return Vec::fill(x[part]); }
@@ -112,19 +114,76 @@ using DotFloat8Pairs = DotFloat8;
 
 #endif
 
-// Of activations T with weights W: of the same type, or in e4m3.
+// The same of weights in int4.
+template <class S>
+struct DotInt4 {
+    using Packed = float;
+    using Weight = int4<S>;
+    using Decoded = DotFloat;
+    static constexpr int64_t step = 2, stored = 1;
+    static constexpr int parts = 2;
+    static Vec weights(const Weight* w, int v, int part) { return int4_column(w, v, part); }
+    static Vec activation(const float* x, int part) { return Vec::fill(x[part]); }
+    static Vec add(Vec total, Vec x, Vec w) { return fma(x, w, total); }
+};
+
+#if defined(__AVX512BF16__)
+
+template <class S>
+struct DotInt4Pairs : DotBFloat16 {
+    using Weight = int4<S>;
+    using Decoded = DotBFloat16;
+    static constexpr int64_t stored = 1;
+    static Vec weights(const Weight* w, int v, int) { return int4_pairs(w, v); }
+};
+
+#else
+
+template <class S>
+using DotInt4Pairs = DotInt4<S>;
+
+#endif
+
+// Of activations T with weights W: of the same type, or with scales.
+template <class T, class W>
+struct DotOf;
+template <>
+struct DotOf<float, float> {
+    using type = DotFloat;
+};
+template <>
+struct DotOf<bfloat16, bfloat16> {
+    using type = DotBFloat16;
+};
+template <>
+struct DotOf<float, float8> {
+    using type = DotFloat8;
+};
+template <>
+struct DotOf<bfloat16, float8> {
+    using type = DotFloat8Pairs;
+};
+template <>
+struct DotOf<float, int4<float>> {
+    using type = DotInt4<float>;
+};
+template <>
+struct DotOf<bfloat16, int4<bfloat16>> {
+    using type = DotInt4Pairs<bfloat16>;
+};
 template <class T, class W = T>
-using Dot = std::conditional_t<std::is_same_v<W, float>, DotFloat,
-                               std::conditional_t<std::is_same_v<W, bfloat16>, DotBFloat16,
-                                                  std::conditional_t<std::is_same_v<T, float>, DotFloat8, DotFloat8Pairs>>>;
+using Dot = typename DotOf<T, W>::type;
 template <class T, class W = T>
 using Packed = typename Dot<T, W>::Packed;
 
-// Calls f with a value of the C++ type of activations, and one of that of weights: e4m3 where they have scales.
+// Calls f with a value of the C++ type of activations, and one of that of weights: in int4 where these are in groups, in
+// e4m3 where they have other scales.
 template <class F>
-void with_types(int64_t dtype, const float* scales, F f) {
+void with_types(int64_t dtype, const void* scales, int64_t group, F f) {
     with_type(dtype, [&](auto type) {
-        if (scales)
+        if (group)
+            f(type, int4<decltype(type)>());
+        else if (scales)
             f(type, float8());
         else
             f(type, type);
@@ -133,13 +192,37 @@ void with_types(int64_t dtype, const float* scales, F f) {
 
 inline int64_t panels_of(int64_t rows) { return (rows + kPanel - 1) / kPanel; }
 
-// Elements of K that lie side by side in a panel: 32 bits, or two e4m3.
+// The type of the scales of weights in W.
+template <class W>
+struct ScaleOf {
+    using type = float;
+};
+template <class S>
+struct ScaleOf<int4<S>> {
+    using type = S;
+};
+template <class W>
+using Scale = typename ScaleOf<W>::type;
+template <class W>
+constexpr bool kInGroups = false;
+template <class S>
+constexpr bool kInGroups<int4<S>> = true;
+
+// Elements of K that lie side by side in a panel: 32 bits, or two with scales; and of W, which hold those of a row.
 template <class W>
 constexpr int64_t kStep = std::is_same_v<W, float> ? 1 : 2;
+template <class W>
+constexpr int64_t kStored = kInGroups<W> ? 1 : kStep<W>;
 
 template <class W>
 int64_t steps_of(int64_t k) {
     return (k + kStep<W> - 1) / kStep<W>;
+}
+
+// Of W, which hold so many elements, whole steps of them.
+template <class W>
+int64_t stored_in(int64_t elements) {
+    return kInGroups<W> ? elements / kStep<W> : elements;
 }
 
 // A panel of `rows` rows, zeros behind their last element and behind the last of them.
@@ -177,11 +260,32 @@ inline void pack_panel(const float8* w, int64_t rows, int64_t k, float8* to) {
                 to[i / 2 * 2 * kPanel + float8_place(r, i % 2)] = w[r * k + i];
 }
 
-// A panel of weights, and in e4m3 its scale for every block of columns.
+template <class S>
+void pack_panel(const int4<S>* w, int64_t rows, int64_t k, int4<S>* to) {
+    const int64_t steps = steps_of<int4<S>>(k);
+    std::fill_n(to, steps * kPanel, int4<S>{});
+    for (int64_t first = 0; first < steps; first += 64)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t i = first; i < std::min(first + 64, steps); ++i)
+                for (int odd = 0; odd < 2; ++odd) {
+                    const int code = (w[r * steps + i].columns >> 4 * odd & 15) ^ kInt4Flip;
+                    to[i * kPanel + int4_byte(r, odd)].columns |= uint8_t(code << int4_shift(r, odd));
+                }
+}
+
+// To [groups, kPanel] the scales [rows, groups] of a panel in int4, zeros for rows that it does not have.
+template <class S>
+void pack_scales(const S* scales, int64_t rows, int64_t groups, S* to) {
+    for (int64_t g = 0; g < groups; ++g)
+        for (int64_t r = 0; r < kPanel; ++r) to[g * kPanel + r] = r < rows ? scales[r * groups + g] : S{};
+}
+
+// A panel of weights, and its scales: in e4m3 one for every block of columns, in int4 kPanel for every group of them.
 template <class W>
 struct Panel {
     const W* data;
-    const float* scales;
+    const Scale<W>* scales;
+    int64_t group;
 };
 
 // A weight matrix [rows, K]; if it is packed, K is whole steps, and rows behind the last whole panel lie as they are.
@@ -190,18 +294,33 @@ struct Matrix {
     const W* data;
     int64_t rows, k;
     bool packed;
-    const float* scales = nullptr;  // in e4m3 [blocks of rows, blocks of columns]
+    const Scale<W>* scales = nullptr;  // in e4m3 [blocks of rows, blocks of columns], in int4 [rows, groups] or packed
+    int64_t group = 0;                 // columns of a row in int4 that share a scale
 
-    static int64_t panel_size(int64_t k) { return steps_of<W>(k) * kStep<W> * kPanel; }
+    // Of W, room for a panel and its scales in int4.
+    static int64_t panel_size(int64_t k) {
+        const int64_t scales = kInGroups<W> ? k / kFewestInGroup * kPanel * int64_t(sizeof(Scale<W>)) : 0;
+        return steps_of<W>(k) * kStored<W> * kPanel + scales;
+    }
 
     // The panel from row `first` on, in place or in `memory`, which holds panel_size(k) elements.
     Panel<W> panel(int64_t first, W* memory) const {
         static_assert(kScaleBlock % kPanel == 0, "a panel lies in one block of rows");
-        const int64_t blocks = (k + kScaleBlock - 1) / kScaleBlock;
-        const float* scales = this->scales ? this->scales + first / kScaleBlock * blocks : nullptr;
-        if (packed && first + kPanel <= rows) return {data + first * k, scales};
-        pack_panel(data + first * k, std::min(kPanel, rows - first), k, memory);
-        return {memory, scales};
+        const W* const from = data + stored_in<W>(first * k);
+        const bool in_place = packed && first + kPanel <= rows;
+        const int64_t count = std::min(kPanel, rows - first);
+        if (!in_place) pack_panel(from, count, k, memory);
+        if constexpr (kInGroups<W>) {
+            const int64_t groups = k / group;
+            const Scale<W>* const own = scales + first * groups;
+            if (in_place) return {from, own, group};
+            const auto to = reinterpret_cast<Scale<W>*>(memory + steps_of<W>(k) * kPanel);
+            pack_scales(own, count, groups, to);
+            return {memory, to, group};
+        } else {
+            const int64_t blocks = (k + kScaleBlock - 1) / kScaleBlock;
+            return {in_place ? from : memory, scales ? scales + first / kScaleBlock * blocks : nullptr, kScaleBlock};
+        }
     }
 };
 
@@ -259,36 +378,68 @@ struct Fetch {
 
 // Steps of a panel, all or a part of one chain.
 struct Piece {
+    static constexpr bool scaled = false, decodes = false;
     int64_t first, steps;
     bool begins_chain, ends_chain;
     int64_t at;  // its first step in the memory of a panel
+    Piece part(int, int) const { return *this; }
 };
 
-// A whole chain, which is multiplied with the scale of each panel.
+// What the rows of two panels are multiplied with behind a chain: all of a panel in e4m3 with the same.
+struct OfBlocks {
+    float of[2];
+    Vec get(int p, int) const { return Vec::fill(of[p]); }
+    OfBlocks part(int p, int) const { return {{of[p]}}; }
+};
+
+// Each of a panel in int4 with its own.
+template <class S>
+struct OfRows {
+    const S* of[2];
+    Vec get(int p, int v) const { return Vec::load(of[p] + v * Vec::size); }
+    OfRows part(int p, int v) const { return {{of[p] + v * Vec::size}}; }
+};
+
+inline OfBlocks scales_of(const Panel<float8>* panels, int64_t num_panels, int64_t chain) {
+    OfBlocks scales{};
+    for (int64_t p = 0; p < num_panels; ++p) scales.of[p] = panels[p].scales[chain] * kFloat8Unit;
+    return scales;
+}
+
+template <class S>
+OfRows<S> scales_of(const Panel<int4<S>>* panels, int64_t num_panels, int64_t chain) {
+    OfRows<S> scales{};
+    for (int64_t p = 0; p < num_panels; ++p) scales.of[p] = panels[p].scales + chain * kPanel;
+    return scales;
+}
+
+// A whole chain, which is multiplied with the scales of each panel.
+template <class Scales>
 struct ScaledChain {
+    static constexpr bool scaled = true, decodes = false, begins_chain = true, ends_chain = true;
     int64_t first, steps, at;
-    const float* scales;
-    static constexpr bool begins_chain = true, ends_chain = true;
+    Scales scales;
+    // Of panel `p`, its vectors from `v` on.
+    ScaledChain part(int p, int v) const { return {first, steps, at, scales.part(p, v)}; }
 };
 
-// The same of one panel, whose weights in e4m3 are kept, decoded, for the tiles that meet them next.
-template <class D>
-struct DecodedChain : ScaledChain {
+// The same of one panel, whose weights are kept, decoded, for the tiles that meet them next.
+template <class D, class Scales>
+struct DecodedChain : ScaledChain<Scales> {
+    static constexpr bool decodes = true;
     typename D::Decoded::Weight* decoded;
+    DecodedChain part(int p, int v) const {
+        return {ScaledChain<Scales>::part(p, v), decoded + v * int64_t(sizeof(Vec) / sizeof(*decoded))};
+    }
 };
-
-template <class Piece>
-constexpr bool kScaled = std::is_base_of_v<ScaledChain, Piece>;
-template <class Piece>
-constexpr bool kDecodes = kScaled<Piece> && !std::is_same_v<ScaledChain, Piece>;
 
 // To c[p] [A, kPanel], or added to it, the products of the steps of `piece` of A activations with V vectors of rows of each
 // of P panels; to `open` where it does not end a chain. Meanwhile `Lines` lines are fetched a step.
 template <class D, int A, int V, int P, int Lines, class Piece>
 QNEXT_INLINE inline void add_tile(const typename D::Packed* const* x, const typename D::Weight* const* panels, Piece piece,
                                   Fetch fetch, float* const* c, float* open) {
-    constexpr int64_t row = kPanel * D::step;
-    constexpr bool few = A <= kFew && !kDecodes<Piece>;
+    constexpr int64_t row = kPanel * D::stored;
+    constexpr bool few = A <= kFew && !Piece::decodes;
     Vec total[P][A][V];
     const typename D::Packed* from[A];
     const typename D::Weight* w[P];
@@ -331,7 +482,7 @@ QNEXT_INLINE inline void add_tile(const typename D::Packed* const* x, const type
 #pragma GCC unroll 8
                     for (int v = 0; v < V; ++v) weights[p][v] = D::weights(w[p] + s * row, v, part);
                 // Not before all are decoded: for all that a compiler knows, a store changes what comes next.
-                if constexpr (kDecodes<Piece>) {
+                if constexpr (Piece::decodes) {
 #pragma GCC unroll 8
                     for (int v = 0; v < V; ++v)
                         weights[0][v].store(reinterpret_cast<float*>(piece.decoded) + (s * D::parts + part) * kPanel +
@@ -349,23 +500,26 @@ QNEXT_INLINE inline void add_tile(const typename D::Packed* const* x, const type
             }
         }
     }
-    constexpr bool scaled = kScaled<Piece>;
-    const bool adds = piece.ends_chain && piece.first >= (scaled ? 1 : kChain);
+    const bool adds = piece.ends_chain && piece.first >= (Piece::scaled ? 1 : kChain);
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p)
+    for (int p = 0; p < P; ++p) {
+        Vec scales[V];
+        if constexpr (Piece::scaled) {
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) scales[v] = piece.scales.get(p, v);
+        }
 #pragma GCC unroll 8
         for (int a = 0; a < A; ++a)
 #pragma GCC unroll 8
             for (int v = 0; v < V; ++v) {
                 float* to = (piece.ends_chain ? c[p] : open) + a * kPanel + v * Vec::size;
                 const Vec sum = total[p][a][v];
-                if constexpr (scaled) {
-                    const Vec scale = Vec::fill(piece.scales[p]);
-                    (adds ? fma(scale, sum, Vec::load(to)) : scale * sum).store(to);
-                } else {
+                if constexpr (Piece::scaled)
+                    (adds ? fma(scales[v], sum, Vec::load(to)) : scales[v] * sum).store(to);
+                else
                     (adds ? Vec::load(to) + sum : sum).store(to);
-                }
             }
+    }
 }
 
 // Neither this nor the next is inlined: among the surrounding loops the compiler would keep sums in memory instead of
@@ -409,13 +563,12 @@ QNEXT_INLINE inline void multiply_panels(const typename D::Packed* const* x, int
         } else {
             for (int p = 0; p < P; ++p) {
                 for (int v = 0; v < kPanelVectors; v += kVectorsTogether) {
-                    const typename D::Weight* panel = panels[p] + v * Vec::size * D::step;
+                    const typename D::Weight* panel = panels[p] + v * Vec::size * D::stored;
                     float* to = c[p] + v * Vec::size;
                     constexpr int lines = kVectorsTogether == kPanelVectors ? Lines : 1;
-                    multiply_tile<D, a, kVectorsTogether, 1, lines>(x, &panel, piece, fetch, &to, open + v * Vec::size);
-                    if constexpr (kDecodes<Piece>) piece.decoded += kVectorsTogether * sizeof(Vec) / sizeof(*piece.decoded);
+                    multiply_tile<D, a, kVectorsTogether, 1, lines>(x, &panel, piece.part(p, v), fetch, &to,
+                                                                    open + v * Vec::size);
                 }
-                if constexpr (kScaled<Piece>) ++piece.scales;
             }
         }
     });
@@ -433,8 +586,8 @@ QNEXT_INLINE inline void multiply_chain(const typename D::Packed* const* x, int6
         with_count<kTogether>(together, [&](auto a) {
             if constexpr (a > kFew) {
                 for (int v = 0; v < kPanelVectors; v += kVectorsTogether)
-                    multiply_tiles<D, a, kVectorsTogether>(x + begin, num_tiles, panel + v * Vec::size * D::step, piece, share,
-                                                           c + begin * kPanel + v * Vec::size);
+                    multiply_tiles<D, a, kVectorsTogether>(x + begin, num_tiles, panel + v * Vec::size * D::stored,
+                                                           piece.part(0, v), share, c + begin * kPanel + v * Vec::size);
             }
         });
     };
@@ -497,39 +650,41 @@ __attribute__((noinline)) void multiply(const Packed<T>* const* x, int64_t count
     }
 }
 
-// The same with panels in e4m3. The first of several tiles decodes a block of a panel for all of them.
-template <class T>
-__attribute__((noinline)) void multiply(const Packed<T, float8>* const* x, int64_t count, const Panel<float8>* panels,
+// The same with weights that have scales. The first of several tiles decodes a chain of a panel for all of them.
+template <class T, class W, class = std::enable_if_t<!std::is_same_v<T, W>>>
+__attribute__((noinline)) void multiply(const Packed<T, W>* const* x, int64_t count, const Panel<W>* panels,
                                         int64_t num_panels, int64_t k, float* const* c) {
-    using D = Dot<T, float8>;
+    using D = Dot<T, W>;
     using Decoded = typename D::Decoded;
+    using Scales = decltype(scales_of(panels, num_panels, 0));
     static_assert((kTogether + 2) / 2 > kFew, "no tile behind the first is of few activations");
-    constexpr int64_t row = kPanel * D::step, length = kScaleBlock / D::step, factor = D::step / Decoded::step;
-    const int64_t steps = steps_of<float8>(k), tiles = (count + kTogether - 1) / kTogether;
+    constexpr int64_t row = kPanel * D::stored, factor = D::step / Decoded::step;  // row: bytes
+    static_assert(sizeof(W) == 1, "bytes");
+    constexpr int lines = row / 64;
+    const int64_t steps = steps_of<W>(k), tiles = (count + kTogether - 1) / kTogether, length = panels[0].group / D::step;
     if (num_panels == 2 && tiles > 1) {
         for (int p = 0; p < 2; ++p) multiply<T>(x, count, panels + p, 1, k, c + p);
         return;
     }
-    const float8* const weights[] = {panels[0].data, num_panels == 2 ? panels[1].data : nullptr};
+    const W* const weights[] = {panels[0].data, num_panels == 2 ? panels[1].data : nullptr};
     alignas(64) typename Decoded::Weight decoded[kScaleBlock * kPanel];
     for (int64_t first = 0; first == 0 || first < steps; first += length) {
         const int64_t some = std::min(length, steps - first);
-        float scales[2] = {};
-        for (int64_t p = 0; p < num_panels && some; ++p) scales[p] = panels[p].scales[first / length] * kFloat8Unit;
+        const Scales scales = some ? scales_of(panels, num_panels, first / length) : Scales{};
         if (tiles == 1) {
-            const ScaledChain piece{first, some, first, scales};
-            const Fetch fetch{kAheadFloat8 * row, row};
+            const ScaledChain<Scales> piece{first, some, first, scales};
+            const Fetch fetch{kAheadScaled, row};
             if (num_panels == 1)
-                multiply_panels<D, 1, 2>(x, count, weights, piece, fetch, c, c[0]);
+                multiply_panels<D, 1, lines>(x, count, weights, piece, fetch, c, c[0]);
             else
-                multiply_panels<D, 2, 2>(x, count, weights, piece, fetch, c, c[0]);
+                multiply_panels<D, 2, lines>(x, count, weights, piece, fetch, c, c[0]);
             continue;
         }
         // All tiles share in fetching what is decoded next.
         const int64_t together = count / tiles, share = row / tiles, next = length * row;
-        const DecodedChain<D> chain{{first, some, first, scales}, decoded};
+        const DecodedChain<D, Scales> chain{{first, some, first, scales}, decoded};
         multiply_panels<D, 1, 1>(x, together, weights, chain, {next, share}, c, c[0]);
-        const ScaledChain piece{first * factor, some * factor, 0, scales};
+        const ScaledChain<Scales> piece{first * factor, some * factor, 0, scales};
         const typename Decoded::Weight* const panel = decoded;
         const int64_t ahead = reinterpret_cast<intptr_t>(weights[0] + first * row) - reinterpret_cast<intptr_t>(panel);
         multiply_chain<Decoded>(x + together, count - together, panel, piece, {ahead + next + some * share, share / factor},

@@ -18,7 +18,8 @@ from torch import Tensor
 from qnext_kernels.decoder_layer import native
 from qnext_kernels.gated_attention import qk_norm_rope_gate, sigmoid_gate
 from qnext_kernels.linear import linear
-from qnext_kernels.moe import experts, experts_fp8, topk_softmax
+from qnext_kernels.int4 import INT4
+from qnext_kernels.moe import experts, experts_fp8, experts_int4, topk_softmax
 from qnext_kernels.rms_norm import rms_norm
 
 __all__ = ["ExpertsWeights", "LinearWeight", "linear_norm_experts", "norm_heads", "norm_linears"]
@@ -33,13 +34,13 @@ class LinearWeight(NamedTuple):
     """[N]"""
     packed: bool = False
     scale: Tensor | None = None
-    """[ceil(N / 128), ceil(K / 128)] of a weight in FP8."""
+    """Of a weight in FP8 or int4."""
 
 
 class ExpertsWeights(NamedTuple):
     """Of routed experts and the shared one, as :func:`qnext_kernels.experts` takes them.
 
-    With scales as ``experts_fp8`` takes them, which then does not quantize activations.
+    With scales as ``experts_fp8`` takes them, which then does not quantize activations, or ``experts_int4``.
     """
 
     w13: Tensor
@@ -51,7 +52,7 @@ class ExpertsWeights(NamedTuple):
     """w13 [2·S, D], w2 [D, S] and gate [D] of the shared expert; each matrix with its scale behind it where
     :attr:`scales` are."""
     scales: tuple[Tensor, Tensor] | None = None
-    """Of w13 and w2 in FP8."""
+    """Of w13 and w2 in FP8 or int4."""
 
 
 def norm_linears(
@@ -163,4 +164,6 @@ def linear_norm_experts(
     if moe.scales is None:
         return experts(normed, moe.w13, moe.w2, *choice, moe.packed, moe.shared), total  # type: ignore[arg-type]
     weights = moe.w13, moe.scales[0], moe.w2, moe.scales[1]
+    if moe.w13.dtype == INT4:
+        return experts_int4(normed, *weights, *choice, moe.packed, moe.shared), total  # type: ignore[arg-type]
     return experts_fp8(normed, *weights, *choice, moe.packed, moe.shared, False), total  # type: ignore[arg-type]

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from qnext_kernels.checks import INTEGERS, expect_indices
 from qnext_kernels.dispatch import OPERATIONS
-from qnext_kernels.fp8 import reads_scale
 from qnext_kernels.gated_attention.results import empty_heads
 from qnext_kernels.linear.native import linear_fields
 from qnext_kernels.moe.native import experts_fields
 from qnext_kernels.native import DTYPES
 from qnext_kernels.operators import operator
+from qnext_kernels.quantized import columns_of, reads_scale, stored_alike
 from qnext_kernels.rows import floats, packed_function, rows
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def reads_norm(x: Tensor, residual: Tensor | None, weight: Tensor) -> bool:
 def reads_linear(linear: LinearWeight, k: int, dtype: torch.dtype) -> bool:
     """Whether a linear of tokens [T, k] of ``dtype`` fits them and the kernel."""
     weight, bias, _, scale = linear
-    fits = weight.dim() == 2 and weight.shape[1] == k and _reads_matrix(weight, scale, dtype)
+    fits = weight.dim() == 2 and columns_of(weight) == k and _reads_matrix(weight, scale, dtype)
     return fits and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == dtype and bias.is_contiguous()))
 
 
@@ -53,7 +53,7 @@ def _reads_matrix(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, halv
     """Whether the kernel reads a weight [..., N, K] with or without a scale along with tokens of ``dtype``."""
     if scale is None:
         return weight.dtype == dtype and weight.is_contiguous()
-    return reads_scale(scale, weight, halves) and weight.is_contiguous() and scale.is_contiguous()
+    return reads_scale(scale, weight, dtype, halves) and weight.is_contiguous() and scale.is_contiguous()
 
 
 def reads_heads(
@@ -106,24 +106,31 @@ def reads_block(
         and reads_linear(router, hidden, x.dtype)
         and router.weight.shape[0] == num_experts
         and 0 < top_k <= num_experts
-        and w13.shape[2] == hidden
-        and w2.shape == (num_experts, hidden, double // 2)
+        and columns_of(w13) == hidden
+        and w2.shape[:-1] == (num_experts, hidden)
+        and columns_of(w2) == double // 2
         and double % 2 == 0
         and _reads_matrix(w13, w13_scale, x.dtype, halves=2)
         and _reads_matrix(w2, w2_scale, x.dtype)
-        and (shared is None or _reads_shared(shared, hidden, x.dtype, scaled=scales is not None))
+        and stored_alike((w13, w13_scale), (w2, w2_scale))
+        and (shared is None or _reads_shared(shared, hidden, x.dtype, (w13, w13_scale)))
     )
 
 
-def _reads_shared(shared: Sequence[Tensor], hidden: int, dtype: torch.dtype, *, scaled: bool) -> bool:
+def _reads_shared(
+    shared: Sequence[Tensor], hidden: int, dtype: torch.dtype, routed: tuple[Tensor, Tensor | None]
+) -> bool:
+    scaled = routed[1] is not None
     w13, w13_scale, w2, w2_scale, gate = shared if scaled else (shared[0], None, shared[1], None, shared[2])
     double = w13.shape[0]
     return (
-        w13.shape == (double, hidden)
+        w13.dim() == w2.dim() == 2
+        and (double, columns_of(w13)) == (w13.shape[0], hidden)
         and double % 2 == 0
-        and w2.shape == (hidden, double // 2)
+        and (w2.shape[0], columns_of(w2)) == (hidden, double // 2)
         and _reads_matrix(w13, w13_scale, dtype, halves=2)
         and _reads_matrix(w2, w2_scale, dtype)
+        and stored_alike(routed, (w13, w13_scale), (w2, w2_scale))
         and gate.shape == (hidden,)
         and gate.dtype == dtype
     )
@@ -308,7 +315,7 @@ def choice_fields(tokens: int, num_experts: int, top_k: int, renormalize: bool) 
 
 
 NO_ROWS = (0, 0, 0, 0)
-NORM, LINEAR, HEADS, CHOICE, EXPERTS, GATE = "15qd", "11q", "22qd", "10q", "23q", "13q"
+NORM, LINEAR, HEADS, CHOICE, EXPERTS, GATE = "15qd", "12q", "22qd", "10q", "24q", "13q"
 """The structs' fields, as in :mod:`struct`."""
 BLOCK = GATE + LINEAR + NORM + LINEAR + CHOICE + EXPERTS
 _linears_kernel = cache(lambda: packed_function("qnext_norm_linears", NORM + LINEAR + LINEAR))

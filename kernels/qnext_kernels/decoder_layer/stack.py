@@ -26,6 +26,7 @@ from qnext_kernels.native import DTYPES
 from qnext_kernels.paged_attention.checks import check_values
 from qnext_kernels.paged_attention.native import PAGED_ATTENTION, STORE_KV
 from qnext_kernels.paged_attention.native import reads as reads_caches
+from qnext_kernels.quantized import columns_of
 from qnext_kernels.rows import floats, indices, packed_function, rows
 
 
@@ -263,14 +264,14 @@ def stackable(layers: Sequence[StackedLayer], eps: float) -> bool:
 
 
 def _dtype(layers: Sequence[StackedLayer]) -> torch.dtype:
-    """That of hidden states: other linears than the router may be in FP8."""
+    """That of hidden states: other linears than the router may have scales."""
     return layers[0].router.weight.dtype
 
 
 def _fits(layer: StackedLayer, dtype: torch.dtype, eps: float) -> bool:
     mixer, out_proj = layer.mixer, layer.out_proj
     x = torch.empty(0, out_proj.weight.shape[0], dtype=dtype)
-    mixed = torch.empty(0, out_proj.weight.shape[1], dtype=dtype)
+    mixed = torch.empty(0, columns_of(out_proj.weight), dtype=dtype)
     block = (mixed, mixed, out_proj, x, layer.norm, layer.router, layer.moe, layer.top_k)
     if not native.reads_norm(x, None, layer.input_norm) or not native.reads_block(*block):
         return False

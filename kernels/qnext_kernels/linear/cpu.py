@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qnext_kernels.dispatch import Backend, refuse_if_deterministic
-from qnext_kernels.fp8 import dequantize_blocks
+from qnext_kernels.quantized import dequantize
 
 
 class CpuBackend(Backend):
@@ -20,7 +20,7 @@ class CpuBackend(Backend):
         refuse_if_deterministic("linear", "PyTorch's linear")
         return F.linear(x, weight, bias)
 
-    def linear_fp8(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    def linear_scaled(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
         refuse_if_deterministic("linear", "PyTorch's linear")
         bias = None if bias is None else bias.float()
-        return F.linear(x.float(), dequantize_blocks(weight, scale, torch.float32), bias).to(x.dtype)
+        return F.linear(x.float(), dequantize(weight, scale, torch.float32), bias).to(x.dtype)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from qnext_kernels.fp8 import FP8
+from qnext_kernels.int4 import INT4, group_of
 from qnext_kernels.linear.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, NativeBackend
 from qnext_kernels.operators import operator
+from qnext_kernels.quantized import columns_of
 from qnext_kernels.rows import address, packed_function
 
-STORED = DTYPES | {FP8: len(DTYPES)}
+STORED = DTYPES | {FP8: len(DTYPES), INT4: len(DTYPES) + 1}
 """How ``csrc/arguments.h`` numbers the dtypes of weights."""
+PANEL = 64
+"""Rows that a packed weight has side by side (``kPanel``)."""
 
 
 class LinearNative(NativeBackend, CpuBackend):
@@ -24,22 +29,27 @@ class LinearNative(NativeBackend, CpuBackend):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, weight, bias, False, None)
 
-    def linear_fp8(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    def linear_scaled(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
         return linear(x, weight, bias, False, scale)
 
     def linear_packed(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
         return linear(x, weight, bias, True, scale)
 
-    def pack_weight_(self, weight: Tensor, back: bool) -> None:
-        rows, k = weight.shape[-2:]
-        matrices = weight.numel() // (rows * k) if rows * k else 0
+    def pack_weight_(self, weight: Tensor, scale: Tensor | None, back: bool) -> None:
+        rows, k = weight.shape[-2], columns_of(weight)
+        matrices = weight.numel() // (rows * weight.shape[-1]) if rows * k else 0
         _pack()(weight.data_ptr(), STORED[weight.dtype], matrices, rows, k, back)
+        if scale is not None:
+            panels = scale[..., : rows // PANEL * PANEL, :].unflatten(-2, (-1, PANEL))
+            shape = (*panels.shape[:-2], *reversed(panels.shape[-2:])) if back else panels.shape
+            panels.copy_(panels.reshape(shape).mT.clone(memory_format=torch.contiguous_format).view(panels.shape))
 
 
-def packable(weight: Tensor) -> bool:
+def packable(weight: Tensor, scale: Tensor | None = None) -> bool:
     """Whether a weight [..., N, K] can be packed in place: in memory, contiguous, and K whole steps."""
     step = 1 if weight.element_size() == 4 else 2
-    return not weight.is_meta and weight.is_contiguous() and weight.shape[-1] % step == 0
+    stored = (weight,) if scale is None else (weight, scale)
+    return all(not x.is_meta and x.is_contiguous() for x in stored) and weight.shape[-1] % step == 0
 
 
 def _empty(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool, scale: Tensor | None) -> Tensor:
@@ -75,8 +85,9 @@ def linear_fields(
         out, x, x_token: addresses, and the stride between tokens.
     """
     places = (x, weight.data_ptr(), address(bias), address(scale), out)
-    return *places, dtype, x_token, tokens, *weight.shape, packed
+    sizes = (weight.shape[0], columns_of(weight), group_of(weight, scale))
+    return *places, dtype, x_token, tokens, *sizes, packed
 
 
-_kernel = cache(lambda: packed_function("qnext_linear", "11q"))
+_kernel = cache(lambda: packed_function("qnext_linear", "12q"))
 _pack = cache(lambda: packed_function("qnext_pack", "6q"))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.dispatch import Backend
-from qnext_kernels.fp8 import dequantize_blocks
+from qnext_kernels.quantized import dequantize
 
 
 class ReferenceBackend(Backend):
@@ -19,7 +19,7 @@ class ReferenceBackend(Backend):
         out = x.to(dtype) @ weight.to(dtype).T
         return (out if bias is None else out + bias.to(dtype)).to(x.dtype)
 
-    def linear_fp8(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    def linear_scaled(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         bias = None if bias is None else bias.to(dtype)
-        return self.linear(x.to(dtype), dequantize_blocks(weight, scale, dtype), bias).to(x.dtype)
+        return self.linear(x.to(dtype), dequantize(weight, scale, dtype), bias).to(x.dtype)

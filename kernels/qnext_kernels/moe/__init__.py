@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qnext_kernels.checks import INTEGERS, expect_dtype, expect_floating, expect_indices, expect_shape
 from qnext_kernels.dispatch import BackendError, Call, Operation
-from qnext_kernels.fp8 import FP8, expect_scale
+from qnext_kernels.fp8 import FP8
+from qnext_kernels.int4 import INT4, group_of
 from qnext_kernels.layouts import once_per_layout
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.moe.flashinfer import FlashInferMoe
@@ -22,9 +23,11 @@ from qnext_kernels.moe.native import MoeNative
 from qnext_kernels.moe.reference import ReferenceBackend
 from qnext_kernels.moe.triton import TritonMoe
 from qnext_kernels.operators import operator
+from qnext_kernels.quantized import SCALED, expect_scale, stored_alike, stored_columns
 
 PACKING = (MoeNative.name, FlashInferMoe.name)
 """Backends that read weights laid out otherwise than in a checkpoint."""
+READING_INT4 = (MoeNative.name, CpuBackend.name, ReferenceBackend.name)
 operation = Operation("moe", [MoeNative(), CpuBackend(), TritonMoe(), FlashInferMoe(), ReferenceBackend()])
 
 
@@ -136,7 +139,47 @@ def experts_fp8(
         BackendError: the backend that serves does not read packed weights, or does not treat activations so.
     """
     weights = w13, w13_scale, w2, w2_scale
-    return _experts_fp8(x, *weights, topk_weights, topk_ids, packed, shared or (), quantize_activations)
+    return _experts_scaled(x, *weights, topk_weights, topk_ids, FP8, packed, shared or (), quantize_activations)
+
+
+def experts_int4(
+    x: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    packed: bool = False,
+    shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """:func:`experts` over group-wise int4 weights (W4A16, compressed-tensors' ``pack-quantized``), on a CPU.
+
+    Activations are not quantized: their products with int4 are summed up by groups, and multiplied with the group's
+    scale, in float32.
+
+    Args:
+        x: [T, D], any float dtype.
+        w13: [E, 2·I, D / 8] int32, eight columns in a number, the first in its lowest bits, as themselves + 8; each
+            expert's gate projection, then its up projection.
+        w13_scale: [E, 2·I, D / group] in the dtype of ``x``, what 32, 64 or 128 columns of a row are multiplied with.
+        w2: [E, D, I / 8] int32, the down projections.
+        w2_scale: [E, D, I / group] in the dtype of ``x``.
+        topk_weights: [T, top_k] float32.
+        topk_ids: [T, top_k] int32 or int64; −1 (an expert of another rank) is skipped.
+        packed: whether :func:`pack_experts_int4_` has packed weights and scales, those of a shared expert too.
+        shared: of the shared expert, w13 [2·S, D / 8], w13_scale, w2 [D, S / 8], w2_scale as those of one expert, in
+            groups of the same size, and its gate [D] in the dtype of ``x``; or None.
+
+    Returns:
+        [T, D] in the dtype of ``x``, summed up as by :func:`experts`.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument does not fit.
+        BackendError: the backend that serves does not read int4, or no packed weights.
+    """
+    weights = w13, w13_scale, w2, w2_scale
+    return _experts_scaled(x, *weights, topk_weights, topk_ids, INT4, packed, shared or (), False)
 
 
 def pack_experts_(w13: Tensor, w2: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> bool:
@@ -182,7 +225,34 @@ def unpack_experts_fp8_(
     _expect_packing(operation.select(w13.device, torch.bfloat16)).unpack_experts_(*weights, shared=shared)
 
 
-def _pack(dtype: torch.dtype, method: str, *weights: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> bool:
+def pack_experts_int4_(
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> bool:
+    """:func:`pack_experts_` of weights in int4 and of their scales, which are written in place too.
+
+    Args:
+        shared: w13, w13_scale, w2 and w2_scale of the shared expert, or None.
+    """
+    return _pack(w13_scale.dtype, "experts_int4", w13, w13_scale, w2, w2_scale, shared=shared)
+
+
+def unpack_experts_int4_(
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """Undo :func:`pack_experts_int4_` in place."""
+    weights = w13, w13_scale, w2, w2_scale
+    _expect_packing(operation.select(w13.device, w13_scale.dtype)).unpack_experts_(*weights, shared=shared)
+
+
+def _pack(dtype: torch.dtype, method: str, *weights: Tensor, shared: tuple[Tensor, ...] | None = None) -> bool:
     device, w2 = weights[0].device, weights[len(weights) // 2]
     backend = operation.select(device, dtype)
     if backend.name not in PACKING:
@@ -234,8 +304,8 @@ def _experts_with_shared(
     return backend.experts_with_shared(x, w13, w2, topk_weights, topk_ids, tuple(shared))
 
 
-@operator(_like_x, name="experts_fp8")
-def _experts_fp8(
+@operator(_like_x, name="experts_scaled")
+def _experts_scaled(
     x: Tensor,
     w13: Tensor,
     w13_scale: Tensor,
@@ -243,18 +313,30 @@ def _experts_fp8(
     w2_scale: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
+    stored: torch.dtype,
     packed: bool,
     shared: Sequence[Tensor],
     quantize: bool,
 ) -> Tensor:
-    backend = _expect_experts(x, w13, w2, topk_weights, topk_ids, FP8)
-    _expect_scales(w13, w13_scale, w2, w2_scale)
+    backend = _expect_experts(x, w13, w2, topk_weights, topk_ids, stored)
+    if stored == INT4 and backend.name not in READING_INT4:
+        raise BackendError(f"w13: backend {backend.name} does not read int4")
+    _expect_scales(w13, w13_scale, w2, w2_scale, x.dtype)
+    scaled = [("w2_scale", (w2, w2_scale))]
     if shared:
         shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, gate = shared
-        _expect_shared(x, shared_w13, shared_w2, gate, FP8)
-        _expect_scales(shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, "shared_")
+        _expect_shared(x, shared_w13, shared_w2, gate, stored)
+        _expect_scales(shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, x.dtype, "shared_")
+        scaled += [
+            ("shared_w13_scale", (shared_w13, shared_w13_scale)),
+            ("shared_w2_scale", (shared_w2, shared_w2_scale)),
+        ]
+    for name, other in scaled:
+        if not stored_alike((w13, w13_scale), other):
+            expected, got = group_of(w13, w13_scale), group_of(*other)
+            raise ValueError(f"{name}: expected groups of {expected} columns, as w13 has them, got {got}")
     arguments = (x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, tuple(shared) or None, quantize)
-    return _expect_packing(backend).experts_fp8_packed(*arguments) if packed else backend.experts_fp8(*arguments)
+    return _expect_packing(backend).experts_scaled_packed(*arguments) if packed else backend.experts_scaled(*arguments)
 
 
 @once_per_layout
@@ -283,19 +365,19 @@ def _expect_experts(
     """Check what all calls have; return the backend. The native one's kernel checks the ids that it reads itself."""
     expect_shape("x", x, (None, None))
     expect_floating("x", x)
-    expect_shape("w13", w13, (None, None, x.shape[1]))
+    expect_shape("w13", w13, (None, None, stored_columns("x", x.shape[1], dtype)))
     expect_dtype("w13", w13, (dtype,))
-    num_experts, double, hidden = w13.shape
+    num_experts, double, _ = w13.shape
     if double % 2:
         raise ValueError(f"w13: expected an even number of rows an expert, gate then up, got {double}")
-    expect_shape("w2", w2, (num_experts, hidden, double // 2))
+    expect_shape("w2", w2, (num_experts, x.shape[1], stored_columns("w13", double // 2, dtype)))
     expect_dtype("w2", w2, (dtype,))
     expect_shape("topk_weights", topk_weights, (x.shape[0], None))
     expect_dtype("topk_weights", topk_weights, (torch.float32,))
     expect_shape("topk_ids", topk_ids, topk_weights.shape)
     expect_dtype("topk_ids", topk_ids, INTEGERS)
     backend = operation.select(x.device, x.dtype)
-    if dtype == FP8 or backend.name != MoeNative.name:
+    if dtype in SCALED or backend.name != MoeNative.name:
         expect_indices("topk_ids", topk_ids, -1, num_experts)
     return backend
 
@@ -303,17 +385,19 @@ def _expect_experts(
 @once_per_layout
 def _expect_shared(x: Tensor, w13: Tensor, w2: Tensor, gate: Tensor, dtype: torch.dtype) -> None:
     hidden = x.shape[1]
-    expect_shape("shared_w13", w13, (None, hidden))
+    expect_shape("shared_w13", w13, (None, stored_columns("x", hidden, dtype)))
     expect_dtype("shared_w13", w13, (dtype,))
     if w13.shape[0] % 2:
         raise ValueError(f"shared_w13: expected an even number of rows, gate then up, got {w13.shape[0]}")
-    expect_shape("shared_w2", w2, (hidden, w13.shape[0] // 2))
+    expect_shape("shared_w2", w2, (hidden, stored_columns("shared_w13", w13.shape[0] // 2, dtype)))
     expect_dtype("shared_w2", w2, (dtype,))
     expect_shape("shared_gate", gate, (hidden,))
     expect_dtype("shared_gate", gate, (x.dtype,))
 
 
 @once_per_layout
-def _expect_scales(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, prefix: str = "") -> None:
-    expect_scale(f"{prefix}w13_scale", w13_scale, w13, halves=2)
-    expect_scale(f"{prefix}w2_scale", w2_scale, w2)
+def _expect_scales(
+    w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, dtype: torch.dtype, prefix: str = ""
+) -> None:
+    expect_scale(f"{prefix}w13_scale", w13_scale, w13, dtype, halves=2)
+    expect_scale(f"{prefix}w2_scale", w2_scale, w2, dtype)

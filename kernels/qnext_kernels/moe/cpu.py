@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qnext_kernels.dispatch import Backend, refuse_if_deterministic
 from qnext_kernels.elementwise import sigmoid, silu
-from qnext_kernels.fp8 import dequantize_blocks, dequantize_groups, dequantize_w13, quantize_groups
+from qnext_kernels.fp8 import dequantize_groups, quantize_groups
+from qnext_kernels.quantized import dequantize
 
 
 class CpuBackend(Backend):
@@ -57,7 +58,7 @@ class CpuBackend(Backend):
         zeros = torch.zeros_like(strength, dtype=torch.int32)
         return routed + self.experts(x, shared_w13[None], shared_w2[None], strength, zeros)
 
-    def experts_fp8(
+    def experts_scaled(
         self,
         x: Tensor,
         w13: Tensor,
@@ -79,9 +80,9 @@ class CpuBackend(Backend):
         hidden = activations(x)
 
         def swiglu(hidden: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> Tensor:
-            both = F.linear(hidden, dequantize_w13(w13, w13_scale, torch.float32))
+            both = F.linear(hidden, dequantize(w13, w13_scale, torch.float32, halves=2))
             middle = activations(self.silu_and_mul(both))
-            return F.linear(middle, dequantize_blocks(w2, w2_scale, torch.float32))
+            return F.linear(middle, dequantize(w2, w2_scale, torch.float32))
 
         def expert(e: int, tokens: Tensor) -> Tensor:
             return swiglu(hidden[tokens], w13[e], w13_scale[e], w2[e], w2_scale[e])

@@ -61,7 +61,7 @@ class FlashInferMoe(FlashInferBackend, TritonMoe):
     def experts_packed(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         return fused_experts(x, w13, w2, topk_weights, topk_ids)
 
-    def experts_fp8_packed(
+    def experts_scaled_packed(
         self,
         x: Tensor,
         w13: Tensor,

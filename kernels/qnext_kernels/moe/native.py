@@ -9,11 +9,13 @@ from torch import Tensor
 
 from qnext_kernels.checks import expect_indices
 from qnext_kernels.dispatch import BackendError
+from qnext_kernels.int4 import INT4, group_of
 from qnext_kernels.linear import pack_weight_, unpack_weight_
 from qnext_kernels.linear.native import packable
 from qnext_kernels.moe import elementwise_native
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, NativeBackend
+from qnext_kernels.quantized import columns_of
 from qnext_kernels.rows import address, indices, packed_function
 
 
@@ -48,7 +50,7 @@ class MoeNative(NativeBackend, CpuBackend):
             return super().experts_with_shared(x, w13, w2, topk_weights, topk_ids, shared)
         return self.run(x, w13, w2, topk_weights, topk_ids, shared, packed=False)
 
-    def experts_fp8(
+    def experts_scaled(
         self,
         x: Tensor,
         w13: Tensor,
@@ -62,11 +64,11 @@ class MoeNative(NativeBackend, CpuBackend):
     ) -> Tensor:
         weights = w13, w13_scale, w2, w2_scale
         if quantize or not all(weight.is_contiguous() for weight in weights + (shared or ())[:4]):
-            return super().experts_fp8(x, *weights, topk_weights, topk_ids, shared, quantize)
+            return super().experts_scaled(x, *weights, topk_weights, topk_ids, shared, quantize)
         scales = w13_scale, w2_scale
         return self.run(x, w13, w2, topk_weights, topk_ids, shared or (), scales, packed=False)
 
-    def experts_fp8_packed(
+    def experts_scaled_packed(
         self,
         x: Tensor,
         w13: Tensor,
@@ -85,18 +87,18 @@ class MoeNative(NativeBackend, CpuBackend):
         scales = w13_scale.contiguous(), w2_scale.contiguous()
         return self.run(x, w13, w2, topk_weights, topk_ids, shared or (), scales, packed=True)
 
-    def pack_experts_(self, *weights: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> bool:
-        """Pack gate, up and down projections apart, scales stay; False where strides or sizes forbid it."""
-        matrices = _without_scales(weights) + (shared or ())
-        if not all(map(packable, matrices)):
+    def pack_experts_(self, *weights: Tensor, shared: tuple[Tensor, ...] | None = None) -> bool:
+        """Pack gate, up and down projections apart, scales of int4 too; False where strides or sizes forbid it."""
+        stored = _matrices(weights, shared)
+        if not all(packable(*each) for each in stored):
             return False
-        for each in _matrices(*matrices):
-            pack_weight_(each)
+        for each in stored:
+            pack_weight_(*each)
         return True
 
-    def unpack_experts_(self, *weights: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> None:
-        for each in _matrices(*_without_scales(weights), *(shared or ())):
-            unpack_weight_(each)
+    def unpack_experts_(self, *weights: Tensor, shared: tuple[Tensor, ...] | None = None) -> None:
+        for each in _matrices(weights, shared):
+            unpack_weight_(*each)
 
     def experts_packed(self, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         return self.run(x, w13, w2, topk_weights, topk_ids, (), packed=True)
@@ -113,7 +115,7 @@ class MoeNative(NativeBackend, CpuBackend):
         *,
         packed: bool,
     ) -> Tensor:
-        """Over contiguous weights, all packed or none, all in FP8 with scales or none; the gate may be strided.
+        """Over contiguous weights, all packed or none, all with scales of one kind or none; the gate may be strided.
 
         Args:
             shared: empty, or of the shared expert as ``experts`` takes it, with scales as ``experts_fp8`` does.
@@ -157,9 +159,9 @@ def experts_fields(
     middle = 0
     if shared:
         both = shared if scales else (shared[0], None, shared[1], None, shared[2])
-        middle = shared[len(shared) // 2].shape[1]
-    num_experts, hidden, width = w2.shape
-    sizes = (dtype, x_token, tokens, top_k, num_experts, hidden, width, middle, packed)
+        middle = columns_of(shared[len(shared) // 2])
+    num_experts, hidden, _ = w2.shape
+    sizes = (dtype, x_token, tokens, top_k, num_experts, hidden, columns_of(w2), middle, group_of(w2, w2_scale), packed)
     return x, *map(address, (w13, w13_scale, w2, w2_scale)), *choice, *map(address, both), out, *sizes
 
 
@@ -167,13 +169,15 @@ def _expect_ids(topk_ids: Tensor, w13: Tensor) -> None:
     expect_indices("topk_ids", topk_ids, -1, w13.shape[0])
 
 
-_kernel = cache(lambda: packed_function("qnext_experts", "23q"))
+_kernel = cache(lambda: packed_function("qnext_experts", "24q"))
 
 
-def _without_scales(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return weights if len(weights) == 2 else weights[::2]
-
-
-def _matrices(*weights: Tensor) -> list[Tensor]:
-    """Each w13 as its two matrices, each w2 as it is."""
-    return [weight if n % 2 else weight.unflatten(-2, (2, -1)) for n, weight in enumerate(weights)]
+def _matrices(routed: tuple[Tensor, ...], shared: tuple[Tensor, ...] | None) -> list[tuple[Tensor, ...]]:
+    """What is packed: each w13 as its two matrices, each w2 as it is, and their scales if they are in int4."""
+    routed = routed if len(routed) == 2 or routed[0].dtype == INT4 else routed[::2]
+    stored = []
+    for weights in (routed, shared or ()):
+        each = len(weights) // 2
+        if each:
+            stored += [tuple(x.unflatten(-2, (2, -1)) for x in weights[:each]), weights[each:]]
+    return stored

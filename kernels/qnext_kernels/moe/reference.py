@@ -7,7 +7,8 @@ from torch import Tensor
 
 from qnext_kernels.dispatch import Backend
 from qnext_kernels.elementwise import sigmoid, silu
-from qnext_kernels.fp8 import dequantize_blocks, dequantize_groups, dequantize_w13, quantize_groups
+from qnext_kernels.fp8 import dequantize_groups, quantize_groups
+from qnext_kernels.quantized import dequantize
 
 
 class ReferenceBackend(Backend):
@@ -53,7 +54,7 @@ class ReferenceBackend(Backend):
         extra = self.silu_and_mul(tokens @ shared_w13.T) @ shared_w2.T
         return (routed + sigmoid(tokens @ gate)[:, None] * extra).to(x.dtype)
 
-    def experts_fp8(
+    def experts_scaled(
         self,
         x: Tensor,
         w13: Tensor,
@@ -73,9 +74,9 @@ class ReferenceBackend(Backend):
             return dequantize_groups(*quantize_groups(values.to(x.dtype)), dtype)
 
         def expert(t: int, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> Tensor:
-            both = dequantize_w13(w13, w13_scale, dtype) @ activations(x[t])
+            both = dequantize(w13, w13_scale, dtype, halves=2) @ activations(x[t])
             middle = activations(self.silu_and_mul(both))
-            return dequantize_blocks(w2, w2_scale, dtype) @ middle
+            return dequantize(w2, w2_scale, dtype) @ middle
 
         out = torch.zeros(x.shape, dtype=dtype, device=x.device)
         for t in range(x.shape[0]):

@@ -67,7 +67,7 @@ class TritonMoe(TritonBackend):
             call = Call(x, weights, extra, topk_weights, topk_ids, config, target)
             return call.sum(call.down(call.up(x)))
 
-    def experts_fp8(
+    def experts_scaled(
         self,
         x: Tensor,
         w13: Tensor,

@@ -46,7 +46,7 @@ def ours(arguments: dict[str, Any]) -> Tensor:
 
 
 def ours_fp8(arguments: dict[str, Any]) -> Tensor:
-    return TritonMoe().experts_fp8(**({"shared": None, "quantize": True} | arguments))
+    return TritonMoe().experts_scaled(**({"shared": None, "quantize": True} | arguments))
 
 
 def truth_of(arguments: dict[str, Any]) -> Tensor:

@@ -56,7 +56,7 @@ def compile_fp8(target: str, tokens: int, ranks: int = 1) -> dict[str, Compiled]
     weights += weight(HIDDEN, middle), scale(HIDDEN // 128, groups)
     shared = *(tensor[0] for tensor in weights), empty(HIDDEN, dtype=torch.bfloat16)
     with compiling_for(target) as compiled:
-        TritonMoe().experts_fp8(empty(tokens, HIDDEN, dtype=torch.bfloat16), *weights, *choice(tokens), shared, True)
+        TritonMoe().experts_scaled(empty(tokens, HIDDEN, dtype=torch.bfloat16), *weights, *choice(tokens), shared, True)
     return {kernel.name: kernel for kernel in compiled}
 
 

@@ -1,0 +1,54 @@
+"""Weights with scales, in block-wise FP8 or in group-wise int4: what a dtype says of how they are stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qnext_kernels import fp8, int4
+from qnext_kernels.fp8 import FP8
+from qnext_kernels.int4 import INT4, INT4_PER_WORD
+
+SCALED = (FP8, INT4)
+"""Dtypes of weights that have scales."""
+
+
+def columns_of(weight: Tensor) -> int:
+    """K of a weight [..., N, K], in int4 stored as [..., N, K / 8]."""
+    return weight.shape[-1] * (INT4_PER_WORD if weight.dtype == INT4 else 1)
+
+
+def stored_columns(name: str, columns: int, dtype: torch.dtype) -> int:
+    """The last size of a weight of so many columns in a dtype; raises ValueError if it has none."""
+    if dtype != INT4:
+        return columns
+    if columns % INT4_PER_WORD:
+        raise ValueError(f"{name}: expected columns in eights beside weights in int4, got {columns}")
+    return columns // INT4_PER_WORD
+
+
+def stored_alike(*weights: tuple[Tensor, Tensor | None]) -> bool:
+    """Whether weights, each with its scale, have one dtype, and in int4 groups of one size."""
+    return len({(weight.dtype, int4.group_of(weight, scale)) for weight, scale in weights}) == 1
+
+
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, halves: int = 1) -> Tensor:
+    """[..., N, K] of a dtype; ``halves`` matrices lie one below the other, and in FP8 have blocks of their own."""
+    if weight.dtype == INT4:
+        return int4.dequantize_int4(weight, scale, dtype)
+    return fp8.dequantize_blocks(weight, scale, dtype) if halves == 1 else fp8.dequantize_w13(weight, scale, dtype)
+
+
+def expect_scale(name: str, scale: Tensor, weight: Tensor, dtype: torch.dtype, halves: int = 1) -> None:
+    """Raise unless ``scale`` is that of a weight, of ``halves`` matrices, for activations of ``dtype``."""
+    if weight.dtype == INT4:
+        int4.expect_int4_scale(name, scale, weight, dtype)
+    else:
+        fp8.expect_scale(name, scale, weight, halves)
+
+
+def reads_scale(scale: Tensor, weight: Tensor, dtype: torch.dtype, halves: int = 1) -> bool:
+    """Whether a weight has scales, and ``scale`` is what :func:`expect_scale` allows."""
+    if weight.dtype == INT4:
+        return int4.reads_int4_scale(scale, weight, dtype)
+    return fp8.reads_scale(scale, weight, halves)
