@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from qnext_kernels.fp8 import dequantize_blocks
-from qnext_plugins.cli.checkpoint.tensors import is_quantized, quantize
+from qnext_kernels.int4 import dequantize_int4, quantize_int4
+from qnext_plugins.cli.checkpoint.tensors import describe_int4, is_quantized, quantize
+from qnext_plugins.model import left_out_of_int4, modules_of
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny" / "checkpoint"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -67,8 +69,12 @@ def quantize_experts(path: Path) -> None:
 
 def _describe_fp8(path: Path, kept: set[str]) -> None:
     quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    _describe(path, quantization | {"modules_to_not_convert": sorted(kept)})
+
+
+def _describe(path: Path, quantization: dict[str, Any]) -> None:
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = quantization | {"modules_to_not_convert": sorted(kept)}
+    config["quantization_config"] = quantization
     (path / "config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -77,9 +83,7 @@ def write_fp8_checkpoint(path: Path, dequantized: Path) -> None:
 
     Every matrix has several blocks of scales that differ, and so has each of two ranks' part of it.
     """
-    widths = {"hidden_size": 256, "head_dim": 128, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
-    heads = {"linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "mlp_only_layers": []}
-    write_random_checkpoint(dequantized, num_hidden_layers=4, num_experts=8, agreement=0.5, **widths, **heads)
+    _write_wide_checkpoint(dequantized)
     shutil.copytree(dequantized, path)
     stored, read, kept = {}, {}, set()
     for name, weight in load_file(dequantized / "model.safetensors").items():
@@ -95,6 +99,59 @@ def write_fp8_checkpoint(path: Path, dequantized: Path) -> None:
     save_file(stored, path / "model.safetensors", {"format": "pt"})
     save_file(read, dequantized / "model.safetensors", {"format": "pt"})
     _describe_fp8(path, kept)
+
+
+def write_int4_checkpoint(
+    quantized: Path, float32: Path, group: int = 32, *, ignore: tuple[str, ...] = (), **overrides: Any
+) -> None:
+    """Write a random checkpoint in int4, laid out as compressed-tensors does, and the same one in float32.
+
+    Its scales are numbers of bfloat16, stored in float32, so that it stands for the same in either. Every row has
+    several groups that differ, and so has each of two ranks' part of it.
+
+    Args:
+        quantized: where it is written.
+        float32: where what its weights stand for is written.
+        group: columns that share a scale, one of INT4_GROUPS.
+        ignore: entries of its ``ignore`` beside those that name what is in int4 nowhere; what they cover is not.
+        overrides: of :func:`random_config`.
+    """
+    _write_wide_checkpoint(float32, **overrides)
+    shutil.copytree(float32, quantized)
+    weights = load_file(float32 / "model.safetensors")
+    kept = {name.removesuffix(".weight") for name in weights if not is_quantized(name)}
+    described = describe_int4([*sorted(kept), *ignore], group)
+    linears = {name.removesuffix(".weight") for name in weights if is_quantized(name)}
+    left_out = left_out_of_int4(described, linears)
+    stored, read = {}, {}
+    for name, weight in weights.items():
+        stored[name] = read[name] = weight
+        if not is_quantized(name) or modules_of([name]) <= left_out:
+            continue
+        words, scale = quantize_int4(weight.bfloat16(), group)
+        del stored[name]
+        stored |= {f"{name}_packed": words, f"{name}_scale": scale.float(), f"{name}_shape": torch.tensor(weight.shape)}
+        read[name] = dequantize_int4(words, scale, torch.float32)
+    save_file(stored, quantized / "model.safetensors", {"format": "pt"})
+    save_file(read, float32 / "model.safetensors", {"format": "pt"})
+    _describe(quantized, described)
+
+
+def _write_wide_checkpoint(path: Path, **overrides: Any) -> None:
+    """Of which every linear has at least 128 rows and columns on each of two ranks."""
+    values: dict[str, Any] = {
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "head_dim": 128,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "num_experts": 8,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+        "mlp_only_layers": [],
+    }
+    write_random_checkpoint(path, agreement=0.5, **values | overrides)
 
 
 def write_random_checkpoint(path: Path, *, seed: int = 0, agreement: float = 0.35, **overrides: Any) -> Path:

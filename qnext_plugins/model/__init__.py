@@ -26,7 +26,10 @@ from qnext_plugins.model.weights import (
     checked_weights,
     expected_shapes,
     fp8_shapes,
+    int4_group,
+    int4_shapes,
     is_block_fp8,
+    left_out_of_int4,
     modules_of,
     weight_files,
 )
@@ -52,7 +55,10 @@ __all__ = [
     "checked_weights",
     "expected_shapes",
     "fp8_shapes",
+    "int4_group",
+    "int4_shapes",
     "is_block_fp8",
+    "left_out_of_int4",
     "modules_of",
     "weight_files",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qnext_kernels.fp8 import FP8_GROUP
+from qnext_kernels.int4 import INT4_GROUPS, INT4_PER_WORD
 from qnext_plugins.model.config import FULL_ATTENTION, Qwen3NextConfig
 
 MTP_PREFIX = "mtp."
 EXPERTS = ".mlp.experts."
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 NEVER_QUANTIZED = ("embed_tokens", "lm_head", "gate", "shared_expert_gate")
+PACKED = "pack-quantized"
+BESIDE_INT4 = ("sparsity_config", "kv_cache_scheme", "transform_config", "linear_fp8_config")
+"""What a ``quantization_config`` may ask for beside int4, which our kernels do not do."""
+PATTERN = "re:"
+"""Begins a regular expression in the ``ignore`` of compressed-tensors, which is matched from a name's start."""
+LINEARS = "Linear"
+"""Stands for all linears there."""
+EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
 class CheckpointError(ValueError):
@@ -24,7 +34,7 @@ class CheckpointError(ValueError):
 
 
 def expected_shapes(config: Qwen3NextConfig, *, target: bool = True, mtp: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an unquantized checkpoint's tensors; :func:`fp8_shapes` adds those of block-wise FP8.
+    """Names and shapes of an unquantized checkpoint's tensors; of quantized ones :func:`fp8_shapes`, :func:`int4_shapes`.
 
     Args:
         config: of the checkpoint.
@@ -54,10 +64,74 @@ def is_block_fp8(quantization: Mapping[str, Any] | None) -> bool:
     return described.get("quant_method") == "fp8" and described.get("weight_block_size") == [FP8_GROUP] * 2
 
 
+def int4_group(quantization: Mapping[str, Any] | None) -> int | None:
+    """How many columns share a scale where a ``quantization_config`` says int4 that our kernels read, else None.
+
+    That is compressed-tensors' ``pack-quantized`` (W4A16), symmetric and alike for all linears that are not ignored.
+    """
+    described = quantization or {}
+    if (described.get("quant_method"), described.get("format")) != ("compressed-tensors", PACKED):
+        return None
+    groups = described.get("config_groups")
+    (scheme,) = groups.values() if isinstance(groups, Mapping) and len(groups) == 1 else (None,)
+    weights = scheme.get("weights") if isinstance(scheme, Mapping) else None
+    if scheme is None or not isinstance(weights, Mapping) or any(described.get(name) for name in BESIDE_INT4):
+        return None
+    plain = scheme.get("targets") == [LINEARS] and scheme.get("format") in (None, PACKED)
+    alone = not (scheme.get("input_activations") or scheme.get("output_activations"))
+    # What is left out has the defaults of compressed-tensors.
+    number = (weights.get("num_bits"), weights.get("type", "int"), weights.get("symmetric", True))
+    grouped = weights.get("strategy") in (None, "group") and weights.get("group_size") in INT4_GROUPS
+    in_order = weights.get("actorder") in (None, False, "static", "weight") and not weights.get("dynamic")
+    return weights["group_size"] if plain and alone and number == (4, "int", True) and grouped and in_order else None
+
+
 def modules_of(shapes: Iterable[str]) -> set[str]:
-    """The modules of a checkpoint's tensors; all experts of a layer are one, whose FP8 is for all of them or none."""
+    """The modules of a checkpoint's tensors; experts of a layer are one, as all of them are quantized or none."""
     split = (name.partition(EXPERTS) for name in shapes)
     return {f"{layer}{EXPERTS[:-1]}" if experts else layer.rpartition(".")[0] for layer, experts, _ in split}
+
+
+def left_out_of_int4(quantization: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
+    """Those of a checkpoint's modules that ``ignore`` covers, for :func:`int4_shapes`; see NEVER_QUANTIZED for others.
+
+    An entry covers the linear that it names, or those whose name its pattern fits, and not what lies in a module that
+    it names: this is how compressed-tensors and the engines read it.
+
+    Args:
+        quantization: of which :func:`int4_group` is a number.
+        modules: of :func:`modules_of`, or the linears of experts one by one.
+
+    Returns:
+        Names as those of :func:`modules_of`: the experts of a layer are covered where a linear of one of them is.
+
+    Raises:
+        CheckpointError: a pattern is none.
+    """
+    entries = [str(entry) for entry in quantization.get("ignore") or ()]
+    names = {entry for entry in entries if not entry.startswith(PATTERN)}
+    patterns = [_pattern(entry) for entry in entries if entry.startswith(PATTERN)]
+    some_experts = modules_of(f"{name}.weight" for name in names if EXPERTS in name and name.endswith(EXPERT_LINEARS))
+
+    def covers(linear: str) -> bool:
+        return linear in names or any(pattern.match(linear) for pattern in patterns)
+
+    left_out = set()
+    for module in modules:
+        layer, experts, linear = f"{module}.".partition(EXPERTS)
+        name = f"{layer}{EXPERTS[:-1]}" if experts else module
+        # As the engines do, the first expert is looked at for all of them.
+        linears = [f"{name}.0.{last}" for last in EXPERT_LINEARS] if experts and not linear else [module]
+        if LINEARS in names or name in some_experts or any(map(covers, linears)):
+            left_out.add(name)
+    return left_out
+
+
+def _pattern(entry: str) -> re.Pattern[str]:
+    try:
+        return re.compile(entry.removeprefix(PATTERN))
+    except re.error as error:
+        raise CheckpointError(f"config.json: ignore: expected a pattern, got {entry} ({error})") from None
 
 
 def fp8_shapes(shapes: Mapping[str, tuple[int, ...]], left_out: Collection[str]) -> dict[str, tuple[int, ...]]:
@@ -67,17 +141,54 @@ def fp8_shapes(shapes: Mapping[str, tuple[int, ...]], left_out: Collection[str])
         shapes: of :func:`expected_shapes`.
         left_out: ``modules_to_not_convert``; experts are left out where one of them is.
     """
-    layers = {f"{name}.".partition(EXPERTS)[0] for name in left_out if EXPERTS in f"{name}."}
+    quantized = _quantized(shapes, left_out)
     stored: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         stored[name] = shape
+        if name in quantized:
+            stored[f"{name}_scale_inv"] = tuple(-(-size // FP8_GROUP) for size in shape)
+    return stored
+
+
+def int4_shapes(
+    shapes: Mapping[str, tuple[int, ...]], left_out: Collection[str], group: int
+) -> dict[str, tuple[int, ...]]:
+    """Those of the same checkpoint in int4: in place of each linear's weight words, scales of groups, and its shape.
+
+    Args:
+        shapes: of :func:`expected_shapes`.
+        left_out: of :func:`left_out_of_int4`; experts are left out where one of them is.
+        group: of :func:`int4_group`.
+    """
+    quantized = _quantized(shapes, left_out)
+    stored: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        stored |= packed_shapes(name, shape, group) if name in quantized else {name: shape}
+    return stored
+
+
+def packed_shapes(name: str, shape: tuple[int, ...], group: int) -> dict[str, tuple[int, ...]]:
+    """The three tensors that a weight [N, K] is in int4."""
+    rows, columns = shape
+    return {
+        f"{name}_packed": (rows, -(-columns // INT4_PER_WORD)),
+        f"{name}_scale": (rows, -(-columns // group)),
+        f"{name}_shape": (2,),
+    }
+
+
+def _quantized(shapes: Mapping[str, tuple[int, ...]], left_out: Collection[str]) -> set[str]:
+    """Names of the weights that are quantized where these modules are not."""
+    layers = {f"{name}.".partition(EXPERTS)[0] for name in left_out if EXPERTS in f"{name}."}
+    quantized = set()
+    for name, shape in shapes.items():
         module, _, parameter = name.rpartition(".")
         if parameter != "weight" or len(shape) != 2 or module.rpartition(".")[2] in NEVER_QUANTIZED:
             continue
         layer, experts, _ = module.partition(EXPERTS)
         if not (layer in layers if experts else module in left_out):
-            stored[f"{name}_scale_inv"] = tuple(-(-size // FP8_GROUP) for size in shape)
-    return stored
+            quantized.add(name)
+    return quantized
 
 
 def checked_weights(

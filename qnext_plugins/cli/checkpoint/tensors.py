@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 
 def is_quantized(name: str) -> bool:
-    """Whether a block-wise FP8 checkpoint holds this tensor in FP8, as the published ones do."""
+    """Whether a quantized checkpoint holds this tensor in FP8 or int4, as the published ones do."""
     return name.endswith(".weight") and name.split(".")[-2] in QUANTIZED
 
 
@@ -35,6 +35,32 @@ def describe_fp8(left_out: Iterable[str]) -> dict[str, Any]:
         "modules_to_not_convert": list(left_out),
         "quant_method": "fp8",
         "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+    }
+
+
+def describe_int4(left_out: Iterable[str], group: int) -> dict[str, Any]:
+    """The ``quantization_config`` of an int4 checkpoint of compressed-tensors that has these modules otherwise."""
+    weights: dict[str, Any] = {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": group,
+        "num_bits": 4,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        "strategy": "group",
+        "symmetric": True,
+        "type": "int",
+    }
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "config_groups": {"group_0": scheme},
+        "format": "pack-quantized",
+        "global_compression_ratio": None,
+        "ignore": list(left_out),
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
     }
 
 
