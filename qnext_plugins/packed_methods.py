@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -16,12 +16,15 @@ from qnext_kernels import (
     LinearWeight,
     experts,
     experts_fp8,
+    experts_int4,
     linear,
     pack_experts_,
     pack_experts_fp8_,
+    pack_experts_int4_,
     pack_weight_,
     unpack_experts_,
     unpack_experts_fp8_,
+    unpack_experts_int4_,
     unpack_weight_,
     use_huge_pages,
 )
@@ -55,27 +58,45 @@ def _pack(layer: Any, pack: Callable[[], bool]) -> None:
 class PackedLinear:
     """Goes before an engine's unquantized method: creating and loading the weights stays the engine's."""
 
+    parameters: tuple[str, ...] = ("weight",)
+    """A layer's weight, and its scales if it has any."""
+    packs: tuple[str, ...] = ("weight",)
+    """What of them :func:`qnext_kernels.pack_weight_` lays out anew."""
+
     def process_weights_after_loading(self, layer: Any) -> None:
         _version.rise()
         if not _of_packed_experts(layer):
-            _pack(layer, lambda: layer.packable and pack_weight_(layer.weight.data))
+            _pack(layer, lambda: layer.packable and pack_weight_(*packed_tensors(layer)))
         elif layer.has_others:
-            for matrix in layer.weight.data.chunk(layer.matrices):
-                pack_weight_(matrix)
+            for matrix in zip(*(tensor.chunk(layer.matrices) for tensor in packed_tensors(layer)), strict=True):
+                pack_weight_(*matrix)
             layer.has_others = False
 
     def unpack(self, layer: Any) -> None:
-        unpack_weight_(layer.weight.data)
+        unpack_weight_(*packed_tensors(layer))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear(x, layer.weight, bias, layer.packed)
+        weight, *scale = (getattr(layer, name) for name in self.parameters)
+        return linear(x, weight, bias, layer.packed, *scale)
 
 
 class Fp8Linear(PackedLinear):
     """Goes before an engine's method of linears in block-wise FP8, on a CPU."""
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear(x, layer.weight, bias, layer.packed, layer.weight_scale_inv)
+    parameters = ("weight", "weight_scale_inv")
+
+
+class Int4Linear(PackedLinear):
+    """Goes before an engine's method of linears in group-wise int4, on a CPU."""
+
+    parameters = packs = ("weight_packed", "weight_scale")
+
+
+def packed_tensors(layer: Any) -> tuple[Tensor, ...]:
+    """What packing a linear of an engine writes."""
+    method = layer.quant_method
+    names = method.packs if isinstance(method, PackedLinear) else PackedLinear.packs
+    return tuple(getattr(layer, name).data for name in names)
 
 
 class PackedExperts:
@@ -102,8 +123,8 @@ class PackedExperts:
     def unpack(self, layer: Any) -> None:
         unpack_experts_(*self._weights(layer))
 
-    def _weights(self, layer: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        return layer.w13_weight.data, layer.w2_weight.data, _shared_matrices(layer)
+    def _weights(self, layer: Any) -> tuple[Tensor, Tensor, Any]:
+        return layer.w13_weight.data, layer.w2_weight.data, _shared_tensors(layer)
 
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """Σ of the experts, with the MLP of ``layer.shared_expert`` where the tuple has one."""
@@ -111,52 +132,84 @@ class PackedExperts:
         return experts(x, *weights, topk_weights, topk_ids, layer.packed, self.shared(layer))
 
 
-class Fp8Experts:
-    """Goes before an engine's method of experts in block-wise FP8; on a GPU weights and scales stay as they are loaded.
+class ScaledExperts:
+    """Goes before an engine's method of experts whose weights have scales, those of a shared one in the call too."""
+
+    parameters: tuple[str, str, str, str]
+    """A layer's w13 and w2, each with its scales behind it."""
+    linear: type[PackedLinear]
+    """The method of a shared expert's linears that are stored alike."""
+    pack_: Callable[..., bool]
+    unpack_: Callable[..., None]
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
+        layer.packed = False
+        use_huge_pages(*self.weights(layer)[::2])
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        _version.rise()
+        _pack(layer, lambda: type(self).pack_(*self._tensors(layer)))
+
+    def unpack(self, layer: Any) -> None:
+        type(self).unpack_(*self._tensors(layer))
+
+    def weights(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """w13 and w2, each with its scales behind it."""
+        w13, w13_scale, w2, w2_scale = (getattr(layer, name) for name in self.parameters)
+        return w13, w13_scale, w2, w2_scale
+
+    def shared(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+        """w13, w2, each with its scales behind it, and gate of the shared expert, or None."""
+        if layer.shared_expert[0] is None:
+            return None
+        up, down, gate = layer.shared_expert[0].linears()
+        gate_weight = getattr(gate, "plain_weight", gate.weight)[0]
+        return *self._shared_weight(up), *self._shared_weight(down), gate_weight
+
+    def _shared_weight(self, linear: Any) -> tuple[Tensor, Tensor]:
+        return _plain_tensors(linear, self.linear.parameters)  # type: ignore[return-value]
+
+    def _tensors(self, layer: Any) -> tuple[Any, ...]:
+        return *(weight.data for weight in self.weights(layer)), _shared_tensors(layer)
+
+
+class Fp8Experts(ScaledExperts):
+    """In block-wise FP8; on a GPU weights and scales stay as they are loaded.
 
     There a kernel may want each up projection before its gate: then both are exchanged in place. On a CPU matrices are
     packed, and activations are not quantized: reading the weights is what takes the time.
     """
 
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
-        layer.packed = False
-        use_huge_pages(layer.w13_weight, layer.w2_weight)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        _version.rise()
-        _pack(layer, lambda: pack_experts_fp8_(*self._weights(layer)))
-
-    def unpack(self, layer: Any) -> None:
-        unpack_experts_fp8_(*self._weights(layer))
-
-    def shared(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-        """w13, w2, each with its scale behind it, and gate of the shared expert, or None."""
-        if layer.shared_expert[0] is None:
-            return None
-        up, down, gate = layer.shared_expert[0].linears()
-        gate_weight = getattr(gate, "plain_weight", gate.weight)[0]
-        return *_fp8_weight(up), *_fp8_weight(down), gate_weight
+    parameters = ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv")
+    linear, pack_, unpack_ = Fp8Linear, pack_experts_fp8_, unpack_experts_fp8_
 
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """As that of :class:`PackedExperts`; a shared expert is in FP8 too."""
         choice, quantize = (topk_weights, topk_ids), _quantizes(x.device, x.dtype)
-        return experts_fp8(x, *_fp8_weights(layer), *choice, layer.packed, self.shared(layer), quantize)
-
-    def _weights(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        w13, w13_scale, w2, w2_scale = (weight.data for weight in _fp8_weights(layer))
-        return w13, w13_scale, w2, w2_scale, _shared_matrices(layer)
+        return experts_fp8(x, *self.weights(layer), *choice, layer.packed, self.shared(layer), quantize)
 
 
-def _shared_matrices(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """w13 and w2 of the shared expert as they have just been loaded: what is kept beside may be of an earlier time.
+class Int4Experts(ScaledExperts):
+    """In group-wise int4, on a CPU."""
+
+    parameters = ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale")
+    linear, pack_, unpack_ = Int4Linear, pack_experts_int4_, unpack_experts_int4_
+
+    def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """As that of :class:`PackedExperts`; a shared expert is in int4 too."""
+        return experts_int4(x, *self.weights(layer), topk_weights, topk_ids, layer.packed, self.shared(layer))
+
+
+def _shared_tensors(layer: Any) -> tuple[Tensor, ...] | None:
+    """What is packed of the shared expert as it has just been loaded: what is kept beside may be of an earlier time.
 
     None too where the routed experts' come in the place of packed ones: those of the shared one come, or stay, apart.
     """
     if layer.shared_expert[0] is None or (layer.packed and layer.has_others):
         return None
     up, down, _ = layer.shared_expert[0].linears()
-    return up.weight.data, down.weight.data
+    return *packed_tensors(up), *packed_tensors(down)
 
 
 def _quantizes(device: torch.device, dtype: torch.dtype) -> bool:
@@ -164,14 +217,10 @@ def _quantizes(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "cpu" or OPERATIONS["moe"].select(device, dtype).name in ("triton", "flashinfer")
 
 
-def _fp8_weight(layer: Any) -> tuple[Tensor, Tensor]:
-    """A linear's weight and scales; once they have been loaded, vLLM's on a CPU have a plain tensor of each."""
-    weight, scale = layer.weight, layer.weight_scale_inv
-    return getattr(layer, "plain_weight", weight), getattr(layer, "plain_scale", scale)
-
-
-def _fp8_weights(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv
+def _plain_tensors(layer: Any, parameters: Sequence[str]) -> tuple[Tensor, ...]:
+    """A linear's weight, and scales if any; once they have been loaded, vLLM's on a CPU have a plain tensor of each."""
+    plain = zip(("plain_weight", "plain_scale"), parameters, strict=False)
+    return tuple(getattr(layer, name, getattr(layer, parameter)) for name, parameter in plain)
 
 
 class LeftAsLoaded:
@@ -227,7 +276,7 @@ def leave_to_experts(shared_expert: MLP, as_loaded: Mapping[type, type[LeftAsLoa
 def prepare(layer: Any, packable: bool) -> None:
     """Have a linear's weight packed behind loading where ``packable``, on huge pages."""
     layer.packable, layer.packed = packable, False
-    use_huge_pages(layer.weight)
+    use_huge_pages(packed_tensors(layer)[0])
 
 
 def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable: bool) -> Any:
@@ -255,23 +304,21 @@ def linear_weight(layer: Any, ranks: int) -> LinearWeight | None:
         return None
     if ranks > 1 and getattr(layer, "reduce_results", False):
         return None
-    if isinstance(layer.quant_method, Fp8Linear):
-        weight, scale = _fp8_weight(layer)
-        return LinearWeight(weight, layer.bias, layer.packed, scale)
-    return LinearWeight(getattr(layer, "plain_weight", layer.weight), layer.bias, layer.packed)
+    weight, *scale = _plain_tensors(layer, layer.quant_method.parameters)
+    return LinearWeight(weight, layer.bias, layer.packed, *scale)
 
 
 def experts_weights(layer: Any) -> ExpertsWeights | None:
-    """Those of routed experts on our kernel, not quantized or, on a CPU, in block-wise FP8; None of others."""
+    """Those of routed experts on our kernel, not quantized or, on a CPU, with scales; None of others."""
     method = layer.quant_method
-    if not isinstance(method, PackedExperts | Fp8Experts):
+    if isinstance(method, PackedExperts):
+        return ExpertsWeights(layer.w13_weight, layer.w2_weight, layer.packed, method.shared(layer))
+    if not isinstance(method, ScaledExperts):
         return None
-    scales = None
-    if isinstance(method, Fp8Experts):
-        if _quantizes(layer.w13_weight.device, torch.get_default_dtype()):
-            return None
-        scales = layer.w13_weight_scale_inv, layer.w2_weight_scale_inv
-    return ExpertsWeights(layer.w13_weight, layer.w2_weight, layer.packed, method.shared(layer), scales)
+    w13, w13_scale, w2, w2_scale = method.weights(layer)
+    if isinstance(method, Fp8Experts) and _quantizes(w13.device, torch.get_default_dtype()):
+        return None
+    return ExpertsWeights(w13, w2, layer.packed, method.shared(layer), (w13_scale, w2_scale))
 
 
 @contextmanager
@@ -288,7 +335,7 @@ def unpacked_weights(model: nn.Module) -> Iterator[None]:
     filling = any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)
-        if not isinstance(method, PackedLinear | PackedExperts | Fp8Experts):
+        if not isinstance(method, PackedLinear | PackedExperts | ScaledExperts):
             continue
         if layer.packed or _of_packed_experts(layer):
             layer.has_others = filling and next(layer.parameters()).is_meta  # type: ignore[assignment]

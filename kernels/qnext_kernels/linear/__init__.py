@@ -1,4 +1,4 @@
-"""Linear layers, x · weightᵀ + bias (PyTorch's ``F.linear``), over weights as they are, in block-wise FP8 or in group-wise int4.
+"""Linear layers, x · weightᵀ + bias (PyTorch's ``F.linear``), also over weights in block-wise FP8 or group-wise int4.
 
 A weight lies as in the checkpoint, or packed in place by :func:`pack_weight_`: 64 rows side by side, which a kernel
 reads as one stream. The bits of a result do not depend on which.
