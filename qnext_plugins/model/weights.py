@@ -34,7 +34,7 @@ class CheckpointError(ValueError):
 
 
 def expected_shapes(config: Qwen3NextConfig, *, target: bool = True, mtp: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an unquantized checkpoint's tensors; of quantized ones :func:`fp8_shapes`, :func:`int4_shapes`.
+    """Names and shapes of an unquantized checkpoint's tensors; see :func:`fp8_shapes` and :func:`int4_shapes`.
 
     Args:
         config: of the checkpoint.
