@@ -217,7 +217,9 @@ class Int4Experts(ScaledExperts):
         super().__init__(*args)
         self.group = group
 
-    def register(self, layer: Any, num_experts: int, hidden: int, middle: int, dtype: torch.dtype) -> list[nn.Parameter]:
+    def register(
+        self, layer: Any, num_experts: int, hidden: int, middle: int, dtype: torch.dtype
+    ) -> list[nn.Parameter]:
         """Give a layer the parameters of so many experts, as a checkpoint has them; return all for their loaders.
 
         Raises:
