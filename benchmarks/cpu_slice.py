@@ -3,6 +3,7 @@
 
     python benchmarks/cpu_slice.py [--quick] [--layers 4 --experts 256] [--threads 1,2] [--csv FILE] [--plot FILE]
     python benchmarks/cpu_slice.py --fp8 --peer bfloat16,vllm [...]
+    python benchmarks/cpu_slice.py --int4 32 --peer bfloat16,fp8,vllm [...]
     python benchmarks/cpu_slice.py --peer llama.cpp --llama-python PYTHON [...]
 
 Two engines with random bfloat16 weights are held in memory at once and run in turns: a prefill each, then some decode
@@ -32,13 +33,15 @@ from cpu_slice_llama import LlamaEngine, LlamaSide, find_llama
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from qnext_kernels.int4 import INT4_GROUPS
 from qnext_plugins.cli.bench.models import Slice, SliceWork
 from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine
 from qnext_plugins.cli.bench.stepped import EngineError
 
 IN_TREE = "vLLM in-tree"
-BFLOAT16 = "plugin, bfloat16"
-PEERS = ("vllm", "llama.cpp", "bfloat16")
+OURS = {"bfloat16": "plugin, bfloat16", "fp8": "plugin, block-wise FP8"}
+"""Our own, in other numbers, as peers."""
+PEERS = ("vllm", "llama.cpp", *OURS)
 STEPS = 8
 """Decode steps of one engine before it is the other's turn."""
 DRAFTS = 2
@@ -145,7 +148,7 @@ def measure_verify(pair: Pair, args: argparse.Namespace, console: Console) -> It
 
 def run(args: argparse.Namespace, console: Console) -> tuple[list[Result], Roofs]:
     results, roofs = list[Result](), Roofs()
-    ours = Side("with the plugin", plugin=True, eager=args.eager, fp8=args.fp8)
+    ours = Side("with the plugin", plugin=True, eager=args.eager, fp8=args.fp8, int4=args.int4)
     pairs = [[ours]] if args.alone else [[ours, peer] for peer in args.peers]
     drafting = [
         [replace(side, drafts=DRAFTS) for side in pair] for pair in pairs if not isinstance(pair[-1], LlamaSide)
@@ -217,7 +220,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each engine (default 3)")
     parser.add_argument("--eager", action="store_true", help="both without torch.compile")
     parser.add_argument("--fp8", action="store_true", help="ours in block-wise FP8; peers stay in bfloat16")
-    help_peer = "some of vllm (default), llama.cpp and bfloat16, the plugin's own, with commas"
+    help_int4 = "ours in int4, in groups of so many columns: 32, 64 or 128"
+    parser.add_argument("--int4", type=int, choices=INT4_GROUPS, metavar="GROUP", help=help_int4)
+    help_peer = "some of vllm (default), llama.cpp, and bfloat16 and fp8, the plugin's own, with commas"
     parser.add_argument("--peer", type=peer_names, default="vllm", help=help_peer)
     python = os.environ.get("QNEXT_LLAMA_PYTHON")
     parser.add_argument("--llama-python", default=python, metavar="PYTHON", help="by default $QNEXT_LLAMA_PYTHON")
@@ -227,14 +232,16 @@ def main() -> int:
     args = parse(parser)
     if args.layers < 4 or args.layers % 4:
         parser.error(f"--layers: expected a multiple of 4, got {args.layers}")
+    if args.fp8 and args.int4:
+        parser.error("--int4: expected without --fp8, got both")
     if args.quick:
         args.prefill, args.context, args.rounds = args.prefill[:1], args.context[:1], 2
     header, others = describe_machine(), OtherLoad()
     args.peers = []
     for name in [] if args.alone else args.peer:
-        if name in ("vllm", "bfloat16"):
-            plugin = name == "bfloat16"
-            args.peers.append(Side(BFLOAT16 if plugin else IN_TREE, plugin=plugin, eager=args.eager))
+        if name != "llama.cpp":
+            side = Side(OURS.get(name, IN_TREE), plugin=name in OURS, eager=args.eager, fp8=name == "fp8")
+            args.peers.append(side)
             continue
         try:
             llama, package = find_llama(args.llama_python)
@@ -242,12 +249,14 @@ def main() -> int:
             parser.error(f"--llama-python: {error}")
         args.peers.append(llama)
         header.append(f"{llama.name} of {package}")
-    args.model = Slice(args.layers, args.experts, args.vocabulary, fp8=args.fp8)
+    args.model = Slice(args.layers, args.experts, args.vocabulary, fp8=args.fp8, int4=args.int4)
     args.logs = args.logs or Path(tempfile.mkdtemp(prefix="cpu-slice-"))
     args.logs.mkdir(parents=True, exist_ok=True)
 
     console = make_console()
-    stored = "bfloat16, ours in block-wise FP8" if args.fp8 else "bfloat16"
+    stored = "bfloat16"
+    if args.fp8 or args.int4:
+        stored += f", ours in int4, groups of {args.int4}" if args.int4 else ", ours in block-wise FP8"
     header.append(f"slice: {args.layers} layers, {args.experts} experts, vocabulary {args.vocabulary}, {stored}")
     results, roofs = run(args, console)
     header += [roofs.describe(threads) for threads in args.threads]

@@ -24,6 +24,7 @@ class Side:
     """Draft tokens of n-gram lookup, which costs next to nothing: what is timed is the verify step."""
     eager: bool = False
     fp8: bool = False
+    int4: int | None = None
     max_tokens: int = 40_000
     chunk: int = 2048
     """Tokens of a prefill step at most."""
@@ -37,7 +38,7 @@ class Engine(EngineProcess):
     @classmethod
     def start(cls, side: Side, model: Slice, threads: int, log: Path) -> Self:
         """Start ``side`` on ``model``, with at most so many threads."""
-        settings = {"side": side, "config": replace(model, fp8=side.fp8).config(), "threads": threads}
+        settings = {"side": side, "config": replace(model, fp8=side.fp8, int4=side.int4).config(), "threads": threads}
         engine = cls.spawn(side.name, log, f"{__name__}:RunningEngine", settings)
         engine.side = side
         return engine

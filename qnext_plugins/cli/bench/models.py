@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qnext_plugins.cli.checkpoint.tensors import describe_fp8
+from qnext_plugins.cli.checkpoint.tensors import describe_fp8, describe_int4
 
 BF16_BYTES = 2
 
@@ -21,10 +21,12 @@ class Slice:
     intermediate: int = 512
     fp8: bool = False
     """Whether linears and experts are in block-wise FP8, as in the published checkpoint."""
+    int4: int | None = None
+    """Columns that share a scale where linears and experts are in int4."""
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` says."""
-        quantized = {"quantization_config": self._quantization()} if self.fp8 else {}
+        quantized = {"quantization_config": self._quantization()} if self.fp8 or self.int4 else {}
         return quantized | {
             "architectures": ["Qwen3NextForCausalLM"],
             "model_type": "qwen3_next",
@@ -61,9 +63,14 @@ class Slice:
 
     def _quantization(self) -> dict[str, Any]:
         modules = ("linear_attn.in_proj_ba", "linear_attn.conv1d", "mlp.gate", "mlp.shared_expert_gate")
-        return describe_fp8(
-            ["lm_head", *(f"model.layers.{n}.{module}" for n in range(self.layers) for module in modules)]
-        )
+        left_out = ["lm_head", *(f"model.layers.{n}.{module}" for n in range(self.layers) for module in modules)]
+        return describe_int4(left_out, self.int4) if self.int4 else describe_fp8(left_out)
+
+    def linear_bytes(self) -> float:
+        """Of an element of a linear or an expert, its part of a scale in int4 included."""
+        if self.int4:
+            return 0.5 + BF16_BYTES / self.int4
+        return 1 if self.fp8 else BF16_BYTES
 
     def cache_bytes(self, context: int) -> int:
         """Of keys, values and states of one sequence in the slice, with room for the engine's paging."""
@@ -81,7 +88,7 @@ class SliceWork:
         """Bytes of the weights that ``tokens`` tokens of a step read, every expert at most once; with head."""
         chosen = self.model.experts * (1 - (1 - 10 / self.model.experts) ** tokens)
         linears = self._linears() + self.model.layers * (chosen + 1) * self._expert()
-        return (1 if self.model.fp8 else BF16_BYTES) * linears + BF16_BYTES * (self._small() + self._head())
+        return self.model.linear_bytes() * linears + BF16_BYTES * (self._small() + self._head())
 
     def decode(self, context: int, tokens: int = 1, batch: int = 1) -> float:
         """Bytes of a step of ``tokens`` tokens for each of ``batch`` sequences.
@@ -102,7 +109,7 @@ class SliceWork:
         return matrices + full * 4 * 16 * 256 * scores + (self.model.layers - full) * tokens * 32 * 7 * 128**2
 
     def _linears(self) -> float:
-        """Parameters around the mixers of all layers, those that may be in FP8."""
+        """Parameters around the mixers of all layers, those that may be quantized."""
         full = self.model.layers // 4
         return self.model.hidden * ((self.model.layers - full) * (12288 + 4096) + full * (8192 + 1024 + 4096))
 
