@@ -28,6 +28,7 @@ from qnext_kernels import (
     unpack_weight_,
     use_huge_pages,
 )
+from qnext_kernels.int4 import INT4, INT4_PER_WORD
 from qnext_plugins.model import MLP
 
 
@@ -92,6 +93,15 @@ class Int4Linear(PackedLinear):
     parameters = packs = ("weight_packed", "weight_scale")
 
 
+def expect_whole_groups(name: str, columns: int, group: int) -> None:
+    """Raise ValueError where a scale would be that of columns which two ranks have."""
+    if columns % group:
+        raise ValueError(
+            f"{name}: expected whole groups of {group} columns in int4 on a rank, got {columns} columns; "
+            "with fewer ranks there may be"
+        )
+
+
 def packed_tensors(layer: Any) -> tuple[Tensor, ...]:
     """What packing a linear of an engine writes."""
     method = layer.quant_method
@@ -144,6 +154,9 @@ class ScaledExperts:
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)  # type: ignore[misc]
+        self.prepare(layer)
+
+    def prepare(self, layer: Any) -> None:
         layer.packed = False
         use_huge_pages(*self.weights(layer)[::2])
 
@@ -191,10 +204,40 @@ class Fp8Experts(ScaledExperts):
 
 
 class Int4Experts(ScaledExperts):
-    """In group-wise int4, on a CPU."""
+    """In group-wise int4, on a CPU.
+
+    Args:
+        group: columns of a row that share a scale.
+    """
 
     parameters = ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale")
     linear, pack_, unpack_ = Int4Linear, pack_experts_int4_, unpack_experts_int4_
+
+    def __init__(self, group: int, *args: Any) -> None:
+        super().__init__(*args)
+        self.group = group
+
+    def register(
+        self, layer: Any, num_experts: int, hidden: int, middle: int, dtype: torch.dtype
+    ) -> list[nn.Parameter]:
+        """Give a layer the parameters of so many experts, as a checkpoint has them; return all for their loaders.
+
+        Raises:
+            ValueError: a row of a rank's weights is not whole groups.
+        """
+        parameters = []
+        for name, rows, columns in (("w13", 2 * middle, hidden), ("w2", hidden, middle)):
+            expect_whole_groups(f"{layer.layer_name}: {name}", columns, self.group)
+            tensors = {
+                "packed": torch.empty(num_experts, rows, columns // INT4_PER_WORD, dtype=INT4),
+                "scale": torch.empty(num_experts, rows, columns // self.group, dtype=dtype),
+                "shape": torch.empty(num_experts, 2),
+            }
+            for kind, tensor in tensors.items():
+                parameters.append(nn.Parameter(tensor, requires_grad=False))
+                layer.register_parameter(f"{name}_weight_{kind}", parameters[-1])
+        self.prepare(layer)
+        return parameters
 
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """As that of :class:`PackedExperts`; a shared expert is in int4 too."""

@@ -32,14 +32,17 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     scale = (groups.abs().amax(dim=-1) / 7.5).to(weight.dtype)
     # A group of zeros has a scale of one, so that nothing is divided by zero.
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    numbers = (groups / scale.float()[..., None]).round().clamp(-8, 7).flatten(-2).long() + 8
-    words = (numbers.unflatten(-1, (-1, INT4_PER_WORD)) << _shifts(weight.device)).sum(dim=-1)
-    return torch.where(words < 2**31, words, words - 2**32).to(INT4), scale
+    numbers = (groups / scale.float()[..., None]).round().clamp(-8, 7).flatten(-2).to(INT4) + 8
+    columns = numbers.unflatten(-1, (-1, INT4_PER_WORD)).unbind(-1)
+    words = columns[0]
+    for n, column in enumerate(columns):
+        words = words | column << 4 * n
+    return words, scale
 
 
 def dequantize_int4(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., N, K / 8] int32 with scales [..., N, K / group] as [..., N, K] of a dtype."""
-    numbers = ((weight[..., None] >> _shifts(weight.device).int()) & 15).flatten(-2) - 8
+    numbers = torch.stack([(weight >> 4 * n) & 15 for n in range(INT4_PER_WORD)], dim=-1).flatten(-2) - 8
     return (numbers.unflatten(-1, (scale.shape[-1], -1)).to(dtype) * scale.to(dtype)[..., None]).flatten(-2)
 
 
@@ -71,7 +74,3 @@ def group_of(weight: Tensor, scale: Tensor | None) -> int:
 def _is_group(weight: Tensor, scale: Tensor) -> bool:
     columns = weight.shape[-1] * INT4_PER_WORD
     return columns in {group * scale.shape[-1] for group in INT4_GROUPS}
-
-
-def _shifts(device: torch.device) -> Tensor:
-    return torch.arange(0, 32, 4, device=device)

@@ -31,6 +31,7 @@ from qnext_plugins.model.weights import (
     is_block_fp8,
     left_out_of_int4,
     modules_of,
+    packed_shapes,
     weight_files,
 )
 
@@ -60,5 +61,6 @@ __all__ = [
     "is_block_fp8",
     "left_out_of_int4",
     "modules_of",
+    "packed_shapes",
     "weight_files",
 ]

@@ -13,16 +13,27 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, FineGrainedFP8Config, Qwen3NextForCausalLM
+from transformers import AutoTokenizer, CompressedTensorsConfig, FineGrainedFP8Config, Qwen3NextForCausalLM
 from typer import Typer
 from typer.testing import CliRunner
 
+from qnext_kernels.int4 import dequantize_int4
 from qnext_plugins.cli.checkpoint import Kind, Spec, Structure, plan, write
 from qnext_plugins.cli.checkpoint.command import checkpoint
 from qnext_plugins.cli.checkpoint.spec import SLICE, TINY, smallest_hidden_size
-from qnext_plugins.cli.checkpoint.tensors import quantize
-from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, check_files, expected_shapes
+from qnext_plugins.cli.checkpoint.tensors import is_quantized, quantize
+from qnext_plugins.model import (
+    MultiTokenPredictor,
+    Qwen3NextConfig,
+    check_files,
+    expected_shapes,
+    int4_group,
+    int4_shapes,
+    left_out_of_int4,
+    modules_of,
+)
 from tests.checkpoints import TINY as TRAINED
 from tests.model.plain_engine import PlainEngine, stacked
 from tests.model.transformers_models import rotary_table
@@ -190,9 +201,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Pa
     assert other["tokenizer.json"] == first["tokenizer.json"]
 
 
-def test_shards_hold_the_tensors_of_one_file(tmp_path: Path) -> None:
-    spec = Spec(kind=Kind.TINY, widths=TINY)
-    small, whole = plan(spec, shard_bytes=1 << 20), plan(spec)
+@pytest.mark.parametrize("group", [None, 64], ids=["bfloat16", "int4"])
+def test_shards_hold_the_tensors_of_one_file(group: int | None, tmp_path: Path) -> None:
+    spec = Spec(kind=Kind.TINY, widths=TINY, int4=group)
+    small, whole = plan(spec, shard_bytes=1 << 19), plan(spec)
     write(small, tmp_path / "small")
     write(whole, tmp_path / "whole")
     assert len(small.shards) > 3
@@ -297,6 +309,113 @@ def test_quantized_blocks_use_the_whole_range() -> None:
     assert (largest >= 416).all()
 
 
+def in_int4(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Words and scales of a checkpoint's weights in int4, by the weight's name."""
+    words = {name.removesuffix("_packed"): tensor for name, tensor in tensors.items() if name.endswith("_packed")}
+    return {name: (packed, tensors[f"{name}_scale"]) for name, packed in words.items()}
+
+
+def dequantized(folder: Path, copy: Path) -> Path:
+    """A copy of a checkpoint in int4 with what it stands for in float32."""
+    tensors = tensors_of(shutil.copytree(folder, copy))
+    weights = {name: dequantize_int4(*packed, torch.float32) for name, packed in in_int4(tensors).items()}
+    plain = {name: t for name, t in tensors.items() if not name.endswith(("_packed", "_scale", "_shape"))}
+    save_file(plain | weights, copy / "model.safetensors", {"format": "pt"})
+    config = config_of(folder)
+    del config["quantization_config"]
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A structured checkpoint in int4."""
+    return written(tmp_path_factory.mktemp("int4") / "checkpoint", "--int4", 32)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int4_is_the_bfloat16_checkpoint_within_its_rounding(group: int, tmp_path: Path) -> None:
+    plain = tensors_of(written(tmp_path / "plain"))
+    tensors = tensors_of(written(tmp_path / "int4", "--int4", group))
+    packed = in_int4(tensors)
+    assert packed.keys() == {name for name in plain if is_quantized(name)}
+    for name, weight in plain.items():
+        if name not in packed:
+            assert torch.equal(weight, tensors[name]), name
+            continue
+        words, scale = packed[name]
+        assert (words.dtype, scale.dtype) == (torch.int32, torch.bfloat16)
+        assert tensors[f"{name}_shape"].tolist() == list(weight.shape)
+        assert scale.shape == (weight.shape[0], weight.shape[1] // group)
+        steps = scale.float().repeat_interleave(group, 1)
+        # Half a step, and more at the positive end, which is 7 of the largest magnitude's 7.5; scales are rounded.
+        error = (dequantize_int4(words, scale, torch.float32) - weight.float()).abs()
+        assert (error <= 0.54 * steps).all(), name
+
+
+def test_int4_tensors_are_those_that_its_configuration_promises(int4: Path) -> None:
+    quantization = config_of(int4)["quantization_config"]
+    assert int4_group(quantization) == 32
+    shapes = expected_shapes(Spec(kind=Kind.TINY, widths=TINY).model(), mtp=True)
+    left_out = left_out_of_int4(quantization, modules_of(shapes))
+    assert {"lm_head", "mtp.fc", "model.layers.0.linear_attn.in_proj_ba", "model.layers.3.mlp.gate"} <= left_out
+    assert not any(name.endswith(("_proj", "in_proj_qkvz", "experts")) for name in left_out)
+    check_files(int4, int4_shapes(shapes, left_out, 32))
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_in_int4_the_greedy_continuation_and_the_drafts_are_as_known(group: int, tmp_path: Path) -> None:
+    folder = written(tmp_path / "int4", "--int4", group, "--seed", 5)
+    plain, structure = dequantized(folder, tmp_path / "plain"), structure_of(folder)
+    text = torch.randperm(structure.vocabulary, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(successors(plain, text), structure.successor[text])
+    for tokens in structure.cycle.split(200):
+        right = drafts(plain, tokens) == structure.successor[tokens[1:]]
+        assert torch.equal(right, structure.right[tokens[1:]])
+
+
+def test_compressed_tensors_reads_int4_as_the_same_numbers(int4: Path) -> None:
+    compressors = pytest.importorskip("compressed_tensors.compressors", reason="needs compressed-tensors")
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+
+    read = QuantizationConfig.model_validate(config_of(int4)["quantization_config"])
+    assert (read.format, read.quantization_status) == ("pack-quantized", QuantizationStatus.COMPRESSED)
+    tensors, compressor = tensors_of(int4), compressors.BaseCompressor.get_value_from_registry(read.format)
+    for name, packed in in_int4(tensors).items():
+        parts = {f"weight_{part}": tensors[f"{name}_{part}"] for part in ("packed", "scale", "shape")}
+        theirs = compressor.decompress(parts, read.config_groups["group_0"])["weight"]
+        assert torch.equal(theirs, dequantize_int4(*packed, theirs.dtype)), name
+        again = compressor.compress({"weight": theirs, "weight_scale": packed[1]}, read.config_groups["group_0"])
+        assert torch.equal(again["weight_packed"], packed[0]), name
+
+
+def test_transformers_reads_the_int4_configuration(int4: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
+    read = CompressedTensorsConfig.from_dict(config_of(int4)["quantization_config"])
+    assert read.is_quantization_compressed
+    assert read.quantization_config.ignore == config_of(int4)["quantization_config"]["ignore"]
+
+
+def test_vllm_leaves_what_the_int4_configuration_ignores(int4: Path) -> None:
+    theirs = pytest.importorskip(
+        "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors", reason="needs vLLM"
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+
+    from qnext_vllm.model import PACKED_MODULES
+
+    config = theirs.CompressedTensorsConfig.from_config(config_of(int4)["quantization_config"])
+    assert config.target_scheme_map["Linear"]["weights"].group_size == 32
+    packed = {old: new for new, olds in PACKED_MODULES.items() for old in olds}
+    for name, tensor in tensors_of(int4).items():
+        module, _, kind = name.rpartition(".")
+        if kind not in ("weight", "weight_packed") or tensor.dim() != 2 or "embed_tokens" in name:
+            continue
+        stem, _, last = module.rpartition(".")
+        served = f"{stem}.{packed.get(last, last)}" if stem else module
+        assert should_ignore_layer(served, config.ignore, PACKED_MODULES) == (kind == "weight"), name
+
+
 def test_vllm_leaves_what_the_fp8_configuration_lists(tmp_path: Path) -> None:
     fp8 = pytest.importorskip("vllm.model_executor.layers.quantization.fp8", reason="needs vLLM")
     from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
@@ -396,6 +515,13 @@ def test_too_small_a_disk_is_named_before_anything_is_written(tmp_path: Path) ->
         (["--yarn", 0.5], "--yarn: expected a factor above 1, such as 4.0, got 0.5"),
         (["--fp8", "--dtype", "float32"], "--dtype: expected bfloat16 beside --fp8, got float32"),
         (["--fp8", "--hidden-size", 192], "--fp8: expected widths that are multiples of 128"),
+        (["--int4", 16], "--int4: expected 32, 64 or 128, got 16"),
+        (["--int4", 32, "--fp8"], "--int4: expected without --fp8, got both"),
+        (["--int4", 32, "--dtype", "float32"], "--dtype: expected bfloat16 beside --int4, got float32"),
+        (
+            ["--int4", 128, "--hidden-size", 192],
+            "--int4: expected columns in whole groups of 128, got model.layers.0.linear_attn.in_proj_qkvz.weight of [",
+        ),
         (["--hidden-size", 32], "--hidden-size: expected at least"),
         (["--vocab-size", 200], "--vocab-size: expected 259 to"),
         (["--experts", 4, "--experts-per-token", 5], "--experts-per-token: expected at most the 4 experts, got 5"),

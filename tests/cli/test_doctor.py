@@ -16,6 +16,7 @@ import torch
 
 from qnext_kernels import OPERATIONS, backend_table, dispatch, force_backend, triton_support
 from qnext_kernels.backend_table import Measured, Table, TableError
+from qnext_plugins.cli.checkpoint.tensors import describe_int4
 from qnext_plugins.cli.doctor import Finding, Status, Subject, kernels, ok
 from qnext_plugins.cli.doctor.command import examine
 from qnext_plugins.cli.doctor.environment import companions, settings
@@ -354,6 +355,8 @@ BLOCK_WISE = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         ({}, None, Status.OK),
         ({"QNEXT_DETERMINISTIC": "1"}, None, Status.OK),
         ({"QNEXT_DETERMINISTIC": "1"}, {"quantization_config": BLOCK_WISE}, Status.OK),
+        ({"QNEXT_DETERMINISTIC": "1"}, {"quantization_config": describe_int4([], 32)}, Status.OK),
+        ({"QNEXT_DETERMINISTIC": "1"}, {"quantization_config": describe_int4([], 16)}, Status.FAILURE),
         ({}, {"quantization_config": {"quant_method": "fp8"}}, Status.NOTE),
         ({"QNEXT_DETERMINISTIC": "1"}, {"quantization_config": {"quant_method": "fp8"}}, Status.FAILURE),
     ],

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from qnext_plugins.cli.checkpoint import Kind, Spec, plan, write
+from qnext_plugins.cli.checkpoint.spec import TINY as WIDTHS
 from qnext_plugins.cli.doctor import Finding, Status
 from qnext_plugins.cli.doctor import checkpoint_checks as checks
 from qnext_plugins.cli.doctor.findings import run_checks
@@ -93,6 +95,31 @@ def test_a_checkpoint_without_draft_is_complete_but_does_not_speculate(tmp_path:
     finding = checked(folder)["checkpoint.weights"]
     assert finding.status == Status.NOTE
     assert "speculation will not start" in finding.message
+
+
+@pytest.mark.parametrize("quantized", [{"fp8": True}, {"int4": 32}], ids=["fp8", "int4"])
+def test_the_shapes_of_what_our_kernels_read_are_checked(quantized: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    write(plan(Spec(kind=Kind.TINY, widths=WIDTHS, **quantized)), folder)
+    assert checked(folder)["checkpoint.weights"].message.startswith("every tensor of the model and of its draft")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith(("weight_scale", "weight_scale_inv")))
+    weights[name] = weights[name][:1, :0].contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    finding = checked(folder)["checkpoint.weights"]
+    assert finding.status == Status.FAILURE
+    assert f"tensor {name}: expected shape" in finding.message
+
+
+def test_an_ignored_pattern_that_is_none_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    write(plan(Spec(kind=Kind.TINY, widths=WIDTHS, int4=32)), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["re:*"]
+    (folder / "config.json").write_text(json.dumps(config))
+    finding = checked(folder)["checkpoint.weights"]
+    assert finding.status == Status.FAILURE
+    assert "ignore: expected a pattern, got re:*" in finding.message
 
 
 def test_a_checkpoint_without_tokenizer_is_told(tmp_path: Path) -> None:

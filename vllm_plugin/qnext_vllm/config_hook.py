@@ -27,7 +27,7 @@ def register_config_hook() -> None:
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             bind_threads(vllm_config)
-            serve_fp8(vllm_config)
+            serve_quantized(vllm_config)
 
     MODELS_CONFIG_MAP.setdefault("Qwen3NextForCausalLM", Qwen3NextForCausalLMConfig)
 
@@ -47,12 +47,14 @@ def bind_threads(vllm_config: VllmConfig) -> None:
     logger.info("qnext-plugins binds %d ranks to cores: %s=%s", ranks, THREADS_BIND, binding)
 
 
-def serve_fp8(vllm_config: VllmConfig) -> None:
-    """Have our kernels serve a checkpoint in block-wise FP8, for which vLLM's on a CPU need AMX and bfloat16."""
+def serve_quantized(vllm_config: VllmConfig) -> None:
+    """Have our kernels serve a checkpoint in block-wise FP8 or in int4, for which vLLM's on a CPU need AMX."""
     model = vllm_config.model_config
     online = model.quantization_config is not None
-    if model.quantization != "fp8" or online or vllm_config.quant_config is not None:
+    if model.quantization is None or online or vllm_config.quant_config is not None:
         return
-    from qnext_vllm.linear import cpu_fp8_config
+    from qnext_vllm.linear import cpu_fp8_config, cpu_int4_config
 
-    vllm_config.quant_config = cpu_fp8_config(getattr(model.hf_config, "quantization_config", None))
+    served = {"fp8": cpu_fp8_config, "compressed-tensors": cpu_int4_config}
+    if (make := served.get(model.quantization)) is not None:
+        vllm_config.quant_config = make(getattr(model.hf_config, "quantization_config", None))

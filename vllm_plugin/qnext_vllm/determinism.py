@@ -37,7 +37,7 @@ def obstacles(vllm_config: Any) -> list[str]:
     """What of this configuration would run on operators that are not batch invariant."""
     from qnext_vllm.attention import attention_backend, stores_model_dtype
     from qnext_vllm.gated_delta_net import state_dtypes
-    from qnext_vllm.linear import CpuFp8Config
+    from qnext_vllm.linear import OURS_ON_CPU
 
     model, cache = vllm_config.model_config, vllm_config.cache_config.cache_dtype
     device, dtype = torch.device(vllm_config.device_config.device), model.dtype
@@ -51,7 +51,7 @@ def obstacles(vllm_config: Any) -> list[str]:
         ),
         f"--mamba-ssm-cache-dtype {state_dtype}": state_dtype != torch.float32,
     }
-    quantized = vllm_config.quant_config is not None and not isinstance(vllm_config.quant_config, CpuFp8Config)
+    quantized = vllm_config.quant_config is not None and not isinstance(vllm_config.quant_config, OURS_ON_CPU)
     weights = [f"{model.quantization} weights"] if cpu and quantized else []
     return weights + ([] if cpu else _on_a_gpu(vllm_config)) + [name for name, there in found.items() if there]
 

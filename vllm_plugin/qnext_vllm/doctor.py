@@ -185,12 +185,14 @@ def interval(subject: Subject) -> Finding | None:
 
 
 def quantization(subject: Subject) -> Finding | None:
-    """Of FP8 our kernels for CPUs read blocks of 128 × 128; vLLM's need AMX and bfloat16."""
+    """Of FP8 our kernels for CPUs read blocks of 128 × 128, of compressed-tensors int4; vLLM's own need AMX."""
     import torch
 
-    from qnext_plugins.model import is_block_fp8
+    from qnext_plugins.model import int4_group, is_block_fp8
 
     quantized = (subject.config or {}).get("quantization_config") or {}
+    if device_type() == "cpu" and (group := int4_group(quantized)) is not None:
+        return ok(f"int4 in groups of {group}: linears and experts run on the plugin's kernels, as W4A16")
     if quantized.get("quant_method") != "fp8" or device_type() != "cpu":
         return None
     if is_block_fp8(quantized):

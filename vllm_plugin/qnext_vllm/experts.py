@@ -11,10 +11,18 @@ from torch import Tensor
 from qnext_kernels import OPERATIONS, topk_softmax
 from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle
 from qnext_plugins.model import MLP
-from qnext_plugins.packed_methods import Fp8Experts, LeftAsLoaded, PackedExperts, compute_along, leave_to_experts
+from qnext_plugins.packed_methods import (
+    Fp8Experts,
+    Int4Experts,
+    LeftAsLoaded,
+    PackedExperts,
+    ScaledExperts,
+    compute_along,
+    leave_to_experts,
+)
 from qnext_vllm import step_back
 from qnext_vllm import vllm_api as api
-from qnext_vllm.linear import CpuFp8Config, QnextFp8LinearMethod
+from qnext_vllm.linear import CpuFp8Config, CpuInt4Config, QnextFp8LinearMethod, QnextInt4LinearMethod, leaves_out
 
 
 def route(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -22,39 +30,10 @@ def route(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: 
     return topk_softmax(gating_output, topk, renormalize)
 
 
-class QnextMoEMethod(PackedExperts, api.UnquantizedFusedMoEMethod):
-    """Unquantized experts on our kernel."""
+class _OurKernel:
+    """Runs the experts with our routing's choice."""
 
     is_monolithic = False
-
-    def __init__(self, moe: Any) -> None:
-        # Not the parent's __init__: it looks for an in-tree kernel, and raises on a CPU where there is none. The
-        # backend only says that sizes need no padding.
-        api.FusedMoEMethodBase.__init__(self, moe)
-        self.unquantized_backend = api.UnquantizedMoeBackend.OOT
-        self.experts_cls = None
-        self.supports_pre_processed_weights = leaves_weights(moe)
-
-    def apply(
-        self,
-        layer: Any,
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        shared_experts: Any,
-        shared_experts_input: Tensor | None,
-    ) -> Tensor:
-        return self.run(layer, x, topk_weights, local_ids(layer, topk_ids))
-
-
-class QnextFp8MoEMethod(Fp8Experts, api.Fp8MoEMethod):
-    """Experts in block-wise FP8 on our kernel."""
-
-    is_monolithic = False
-
-    def __init__(self, quant_config: Any, layer: Any) -> None:
-        super().__init__(quant_config, layer)
-        self.supports_pre_processed_weights = leaves_weights(layer.moe_config)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         return None
@@ -68,7 +47,45 @@ class QnextFp8MoEMethod(Fp8Experts, api.Fp8MoEMethod):
         shared_experts: Any,
         shared_experts_input: Tensor | None,
     ) -> Tensor:
-        return self.run(layer, x, topk_weights, local_ids(layer, topk_ids))
+        return self.run(layer, x, topk_weights, local_ids(layer, topk_ids))  # type: ignore[attr-defined,no-any-return]
+
+
+class QnextMoEMethod(_OurKernel, PackedExperts, api.UnquantizedFusedMoEMethod):
+    """Unquantized experts on our kernel."""
+
+    def __init__(self, moe: Any) -> None:
+        # Not the parent's __init__: it looks for an in-tree kernel, and raises on a CPU where there is none. The
+        # backend only says that sizes need no padding.
+        api.FusedMoEMethodBase.__init__(self, moe)
+        self.unquantized_backend = api.UnquantizedMoeBackend.OOT
+        self.experts_cls = None
+        self.supports_pre_processed_weights = leaves_weights(moe)
+
+
+class QnextFp8MoEMethod(_OurKernel, Fp8Experts, api.Fp8MoEMethod):
+    """Experts in block-wise FP8 on our kernel."""
+
+    def __init__(self, quant_config: Any, layer: Any) -> None:
+        super().__init__(quant_config, layer)
+        self.supports_pre_processed_weights = leaves_weights(layer.moe_config)
+
+
+class QnextInt4MoEMethod(_OurKernel, Int4Experts, api.FusedMoEMethodBase):
+    """Experts in group-wise int4 on our kernel, on a CPU."""
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        # How vLLM's loader takes scales, which lie as the checkpoint's.
+        attributes |= {"quant_method": "group", "is_transposed": False}
+        for parameter in self.register(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype):
+            api.set_weight_attrs(parameter, attributes)
 
 
 class SharedFp8LinearMethod(LeftAsLoaded, api.LinearMethodBase):
@@ -86,17 +103,23 @@ def local_ids(layer: Any, topk_ids: Tensor) -> Tensor:
 
 
 class QnextRoutedExperts(api.RoutedExperts):
-    """Takes our method where vLLM would take its unquantized or its FP8 one; layers quantized otherwise keep vLLM's.
+    """Takes our method where vLLM would take its unquantized or its FP8 one, and on a CPU for int4.
+
+    Layers quantized otherwise keep vLLM's.
 
     ``shared_expert``: an MLP that our method computes along, in the same calls.
     """
 
     def __init__(self, *args: Any, shared_expert: MLP | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        assert shared_expert is None or isinstance(self.quant_method, PackedExperts | Fp8Experts)
+        assert shared_expert is None or isinstance(self.quant_method, PackedExperts | ScaledExperts)
         compute_along(self, shared_expert)
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
+        if isinstance(quant_config, CpuInt4Config):
+            if leaves_out(quant_config, prefix):
+                return QnextMoEMethod(moe_config)
+            return QnextInt4MoEMethod(quant_config.group, moe_config)
         if quant_config is not None:
             method = super()._get_quant_method(prefix, quant_config, moe_config)
             if type(method) is api.Fp8MoEMethod:
@@ -132,16 +155,19 @@ def experts_options(vllm_config: api.VllmConfig, shared_expert: MLP | None, pref
 def computes_shared(vllm_config: api.VllmConfig, shared_expert: MLP, prefix: str) -> bool:
     """Whether the calls of our routed experts compute the shared one along.
 
-    They do where both are stored alike: without quantization, or in block-wise FP8. In C++ not with LoRA adapters on
-    its linears, nor with data parallelism, where every rank would add it to the tokens of all; in Triton where a rank's
-    parts of both are of one size.
+    They do where both are stored alike: without quantization, in block-wise FP8 or in int4. In C++ not with LoRA
+    adapters on its linears, nor with data parallelism, where every rank would add it to the tokens of all; in Triton
+    where a rank's parts of both are of one size.
     """
     device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
     backend, parallel = OPERATIONS["moe"].select(device, dtype).name, vllm_config.parallel_config
     middle, quant_config = columns_of_a_rank(vllm_config), vllm_config.quant_config
     if backend not in ("native", "triton"):
         return False
-    if quant_config is not None and (
+    if isinstance(quant_config, CpuInt4Config):
+        if leaves_out(quant_config, prefix) or not stored_as(shared_expert, QnextInt4LinearMethod):
+            return False
+    elif quant_config is not None and (
         fp8_obstacle(quant_config, middle, device, dtype) is not None
         or not both_in_fp8(quant_config, shared_expert, prefix)
     ):
@@ -170,9 +196,12 @@ def both_in_fp8(quant_config: Any, shared_expert: MLP, prefix: str) -> bool:
         fused_mapping=quant_config.packed_modules_mapping,
         match_mode=quant_config.ignored_layers_match_mode,
     )
-    projections = shared_expert.linears()[:2]
-    in_fp8 = api.Fp8LinearMethod, QnextFp8LinearMethod
-    return not routed_left_out and all(type(linear.quant_method) in in_fp8 for linear in projections)
+    return not routed_left_out and stored_as(shared_expert, api.Fp8LinearMethod, QnextFp8LinearMethod)
+
+
+def stored_as(shared_expert: MLP, *methods: type) -> bool:
+    """Whether both projections of a shared expert have one of these methods."""
+    return all(type(linear.quant_method) in methods for linear in shared_expert.linears()[:2])
 
 
 def columns_of_a_rank(vllm_config: api.VllmConfig) -> int:

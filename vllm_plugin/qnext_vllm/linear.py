@@ -1,4 +1,4 @@
-"""vLLM's linears and heads on our kernel, unquantized and, on a CPU, in block-wise FP8."""
+"""vLLM's linears and heads on our kernel, unquantized and, on a CPU, in block-wise FP8 or group-wise int4."""
 
 from __future__ import annotations
 
@@ -10,20 +10,36 @@ from torch import Tensor
 
 from qnext_kernels import linear
 from qnext_kernels.fp8 import FP8_GROUP
-from qnext_plugins.model import is_block_fp8
-from qnext_plugins.packed_methods import Fp8Linear, PackedLinear, prepare, replace_method
+from qnext_kernels.int4 import INT4, INT4_PER_WORD
+from qnext_plugins.model import int4_group, is_block_fp8, left_out_of_int4
+from qnext_plugins.packed_methods import (
+    Fp8Linear,
+    Int4Linear,
+    PackedLinear,
+    expect_whole_groups,
+    prepare,
+    replace_method,
+)
 from qnext_vllm import vllm_api as api
 
 
-class QnextLinearMethod(PackedLinear, api.UnquantizedLinearMethod):
-    """Reads the weight as a plain tensor: vLLM's parameters pass every operator that gets one through Python twice."""
+class _PlainTensors(PackedLinear):
+    """Reads weight and scales as plain tensors: vLLM's parameters pass operators that get one through Python twice."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
-        layer.register_buffer("plain_weight", layer.weight.data, persistent=False)
+        for plain, parameter in zip(("plain_weight", "plain_scale"), self.parameters, strict=False):
+            layer.register_buffer(plain, getattr(layer, parameter).data, persistent=False)
 
+
+class QnextLinearMethod(_PlainTensors, api.UnquantizedLinearMethod):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, layer.plain_weight, bias, layer.packed)
+
+
+class _ScaledLinearMethod(_PlainTensors, api.LinearMethodBase):
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, layer.plain_weight, bias, layer.packed, layer.plain_scale)
 
 
 class QnextHeadMethod(PackedLinear, api.UnquantizedEmbeddingMethod):
@@ -42,11 +58,8 @@ def on_our_kernel(layer: Any, packable: bool = True) -> Any:
 
 
 @api.register_weight_loader_v2_supported_method
-class QnextFp8LinearMethod(Fp8Linear, api.LinearMethodBase):
-    """The parameters of vLLM's method of block-wise FP8, whose kernels for CPUs need AMX, on our kernel.
-
-    Reads them as plain tensors, as :class:`QnextLinearMethod` does.
-    """
+class QnextFp8LinearMethod(_ScaledLinearMethod, Fp8Linear):
+    """The parameters of vLLM's method of block-wise FP8, whose kernels for CPUs need AMX, on our kernel."""
 
     def create_weights(
         self,
@@ -73,13 +86,44 @@ class QnextFp8LinearMethod(Fp8Linear, api.LinearMethodBase):
         layer.register_parameter("weight_scale_inv", scale)
         prepare(layer, packable=True)
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        super().process_weights_after_loading(layer)
-        layer.register_buffer("plain_weight", layer.weight.data, persistent=False)
-        layer.register_buffer("plain_scale", layer.weight_scale_inv.data, persistent=False)
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear(x, layer.plain_weight, bias, layer.packed, layer.plain_scale)
+@api.register_weight_loader_v2_supported_method
+class QnextInt4LinearMethod(_ScaledLinearMethod, Int4Linear):
+    """The parameters of vLLM's method of compressed-tensors' W4A16, on our kernel.
+
+    Args:
+        group: columns of a row that share a scale.
+    """
+
+    def __init__(self, group: int) -> None:
+        self.group = group
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        *,
+        weight_loader: Any,
+    ) -> None:
+        """Make the weight, its scales, and the tensor in which a checkpoint has its shape.
+
+        Raises:
+            ValueError: a row of a rank's part is not whole groups.
+        """
+        expect_whole_groups(layer.prefix, input_size_per_partition, self.group)
+        rows, axes = sum(output_partition_sizes), {"output_dim": 0, "input_dim": 1, "weight_loader": weight_loader}
+        words = torch.empty(rows, input_size_per_partition // INT4_PER_WORD, dtype=INT4)
+        packed = api.PackedvLLMParameter(data=words, packed_dim=1, packed_factor=INT4_PER_WORD, **axes)
+        scales = torch.empty(rows, input_size_per_partition // self.group, dtype=params_dtype)
+        layer.register_parameter("weight_packed", packed)
+        layer.register_parameter("weight_scale", api.GroupQuantScaleParameter(data=scales, **axes))
+        shape = api.BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), weight_loader=weight_loader)
+        layer.register_parameter("weight_shape", shape)
+        prepare(layer, packable=True)
 
 
 def expect_whole_blocks(name: str, inputs: int, outputs: Sequence[int], all_inputs: int, all_outputs: int) -> None:
@@ -115,8 +159,10 @@ class CpuFp8Config(api.Fp8Config):
         return QnextFp8LinearMethod() if type(method) is api.Fp8LinearMethod else method
 
 
-def leaves_out(config: api.Fp8Config, module: str) -> bool:
-    """Whether a checkpoint in FP8 has a module otherwise: it lists it, or what vLLM merges it into."""
+def leaves_out(config: Any, module: str) -> bool:
+    """Whether a checkpoint in FP8 or int4 has a module otherwise: it lists it, or what vLLM merges it into."""
+    if isinstance(config, CpuInt4Config):
+        return bool(left_out_of_int4(config.config, {module}))
     parent, _, name = module.rpartition(".")
     merged = [whole for whole, parts in config.packed_modules_mapping.items() if name in parts]
     return any(
@@ -131,3 +177,32 @@ def cpu_fp8_config(described: dict[str, Any] | None) -> CpuFp8Config | None:
         return None
     config = CpuFp8Config.from_config(described)
     return None if config.store_dtype else config
+
+
+class CpuInt4Config(api.CompressedTensorsConfig):
+    """compressed-tensors' group-wise int4, with linears on our kernel and experts on it in :mod:`qnext_vllm.experts`.
+
+    vLLM's experts in int4 on a CPU need AMX.
+    """
+
+    config: dict[str, Any]
+
+    @property
+    def group(self) -> int:
+        """Columns of a row that share a scale."""
+        group = int4_group(self.config)
+        assert group is not None
+        return group
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        method = super().get_quant_method(layer, prefix)
+        return QnextInt4LinearMethod(self.group) if type(method) is api.CompressedTensorsLinearMethod else method
+
+
+def cpu_int4_config(described: dict[str, Any] | None) -> CpuInt4Config | None:
+    """What a checkpoint's ``quantization_config`` describes, where our kernels read its int4; else None."""
+    return None if int4_group(described) is None else CpuInt4Config.from_config(described)
+
+
+OURS_ON_CPU = (CpuFp8Config, CpuInt4Config)
+"""Configurations whose linears and experts are all on our kernels."""

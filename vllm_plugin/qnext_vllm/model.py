@@ -18,6 +18,7 @@ from qnext_plugins.model import (
     checked_weights,
     expected_shapes,
     fp8_shapes,
+    int4_shapes,
     modules_of,
 )
 from qnext_plugins.model.weights import MTP_PREFIX
@@ -26,7 +27,7 @@ from qnext_vllm import vllm_api as api
 from qnext_vllm.decoder_stack import DecoderLayers, stacks_layers
 from qnext_vllm.engine import VllmEngine
 from qnext_vllm.gated_delta_net import state_dtypes, state_shapes
-from qnext_vllm.linear import CpuFp8Config, leaves_out, on_our_kernel
+from qnext_vllm.linear import OURS_ON_CPU, CpuInt4Config, leaves_out, on_our_kernel
 from qnext_vllm.serving import prepare_process
 
 # Checkpoint tensors that vLLM keeps as one parameter.
@@ -62,9 +63,9 @@ READ_AT_ONCE = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor",
 def expects_checkpoint(vllm_config: api.VllmConfig) -> bool:
     """Whether the first weights to be loaded are those of a whole checkpoint of a language model, of known shapes.
 
-    They are known without quantization, and in block-wise FP8 on a CPU.
+    They are known without quantization, and on a CPU in block-wise FP8 and in int4.
     """
-    known = vllm_config.quant_config is None or isinstance(vllm_config.quant_config, CpuFp8Config)
+    known = vllm_config.quant_config is None or isinstance(vllm_config.quant_config, OURS_ON_CPU)
     read = known and vllm_config.load_config.load_format in READ_AT_ONCE
     return read and vllm_config.model_config.runner_type != "pooling"  # where vLLM puts another head on the model
 
@@ -74,7 +75,10 @@ def checkpoint_shapes(vllm_config: api.VllmConfig, hf_config: Any, **parts: bool
     shapes, quantization = expected_shapes(Qwen3NextConfig.from_hf(hf_config), **parts), vllm_config.quant_config
     if quantization is None:
         return shapes
-    return fp8_shapes(shapes, {module for module in modules_of(shapes) if leaves_out(quantization, module)})
+    left_out = {module for module in modules_of(shapes) if leaves_out(quantization, module)}
+    if isinstance(quantization, CpuInt4Config):
+        return int4_shapes(shapes, left_out, quantization.group)
+    return fp8_shapes(shapes, left_out)
 
 
 def reads_experts_of_a_rank(vllm_config: api.VllmConfig) -> bool:

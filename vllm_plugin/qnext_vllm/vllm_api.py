@@ -39,6 +39,10 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateShapeCalculator,
     is_conv_state_dim_first,
 )
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+    CompressedTensorsLinearMethod,
+)
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
 from vllm.model_executor.layers.quantization.utils.fp8_utils import (
     create_fp8_scale_parameter,
@@ -69,7 +73,13 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
-from vllm.model_executor.parameter import BlockQuantScaleParameter
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    BlockQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionBackend, GDNAttentionMetadata
@@ -80,10 +90,13 @@ __all__ = [
     "NULL_BLOCK_ID",
     "Attention",
     "AutoWeightsLoader",
+    "BasevLLMParameter",
     "BlockQuantScaleParameter",
     "CPUAttentionBackend",
     "CPUAttentionBackendImpl",
     "ColumnParallelLinear",
+    "CompressedTensorsConfig",
+    "CompressedTensorsLinearMethod",
     "EagleModelMixin",
     "ForwardContext",
     "Fp8Config",
@@ -93,6 +106,7 @@ __all__ = [
     "FusedMoEMethodBase",
     "GDNAttentionBackend",
     "GDNAttentionMetadata",
+    "GroupQuantScaleParameter",
     "HasInnerState",
     "IntermediateTensors",
     "IsHybrid",
@@ -106,6 +120,7 @@ __all__ = [
     "MergedColumnParallelLinear",
     "MixtureOfExperts",
     "PPMissingLayer",
+    "PackedvLLMParameter",
     "ParallelLMHead",
     "QKVParallelLinear",
     "ReplicatedLinear",
@@ -139,5 +154,6 @@ __all__ = [
     "maybe_prefix",
     "register_weight_loader_v2_supported_method",
     "rms_norm",
+    "set_weight_attrs",
     "support_torch_compile",
 ]

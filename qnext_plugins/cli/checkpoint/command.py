@@ -40,6 +40,10 @@ def checkpoint(
     yarn: Annotated[float | None, typer.Option(help="Lengthen the context by this factor with YaRN.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the tensors.")] = Dtype.BFLOAT16,
     fp8: Annotated[bool, typer.Option("--fp8", help="Linears in FP8, in blocks of 128 × 128.")] = False,
+    int4: Annotated[
+        int | None,
+        typer.Option(help="Linears in int4 of compressed-tensors, in groups of so many columns: 32, 64 or 128."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Another seed, another checkpoint; the same seed, the same bytes.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Copy the tokenizer of this folder.")] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Make no tokenizer.")] = False,
@@ -64,7 +68,7 @@ def checkpoint(
         if stored is not None and vocab_size is None and kind != Kind.SLICE:
             given["vocab_size"] = stored.size
         widths = WIDTHS[kind].model_copy(update={name: value for name, value in given.items() if value is not None})
-        planned = plan(_spec(kind, widths, mtp_acceptance, mtp, yarn, dtype, fp8, seed))
+        planned = plan(_spec(kind, widths, mtp_acceptance, mtp, yarn, dtype, fp8, int4, seed))
         check_target(out, planned, force)
         console.print(describe(planned), highlight=False, soft_wrap=True)
         if not dry_run:
@@ -98,6 +102,7 @@ def _spec(
     yarn: float | None,
     dtype: Dtype,
     fp8: bool,
+    int4: int | None,
     seed: int,
 ) -> Spec:
     if seed < 0:
@@ -106,7 +111,7 @@ def _spec(
         other = "--kind random" if kind == Kind.RANDOM else "--no-mtp"
         raise SpecError(f"--mtp-acceptance: expected with a structured checkpoint and its draft, got {other}")
     chosen = {} if acceptance is None else {"mtp_acceptance": acceptance}
-    return Spec(kind=kind, widths=widths, seed=seed, dtype=dtype, mtp=mtp, yarn=yarn, fp8=fp8, **chosen)
+    return Spec(kind=kind, widths=widths, seed=seed, dtype=dtype, mtp=mtp, yarn=yarn, fp8=fp8, int4=int4, **chosen)
 
 
 def describe(planned: Plan) -> str:
@@ -118,7 +123,7 @@ def describe(planned: Plan) -> str:
         f"{widths.num_experts} experts",
         f"{widths.vocab_size} tokens",
         draft if spec.mtp else "no draft",
-        "block-wise FP8" if spec.fp8 else spec.dtype,
+        "block-wise FP8" if spec.fp8 else f"int4 in groups of {spec.int4}" if spec.int4 else spec.dtype,
     ]
     size = f"{planned.parameters:,} parameters, {planned.bytes:,} bytes in {len(planned.shards)} file"
     return f"{spec.kind}: {', '.join(parts)}\n{size}{'s' if len(planned.shards) > 1 else ''}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qnext_kernels.int4 import INT4_GROUPS
 from qnext_plugins.model import ConfigError, Qwen3NextConfig
 
 INTERVAL = 4
@@ -62,7 +63,7 @@ class Widths(BaseModel):
     max_position_embeddings: int
 
 
-# Every width of a linear is a multiple of 128, so that --fp8 fits; DeltaNet heads as vLLM's own model needs them.
+# Every width of a linear is a multiple of 128, for --fp8 and --int4; DeltaNet heads as vLLM's own model needs them.
 TINY = Widths(
     vocab_size=1024,
     hidden_size=128,
@@ -100,6 +101,7 @@ SLICE = Widths(
     max_position_embeddings=262144,
 )
 WIDTHS = {Kind.TINY: TINY, Kind.SLICE: SLICE, Kind.RANDOM: TINY}
+GROUPS = f"{', '.join(map(str, INT4_GROUPS[:-1]))} or {INT4_GROUPS[-1]}"
 OPTIONS = {"num_experts": "experts", "num_experts_per_tok": "experts-per-token"}
 """Options that are not called as their fields are."""
 
@@ -118,11 +120,18 @@ class Spec(BaseModel):
     """Share of the tokens after which the first draft is right; only of a structured checkpoint with a draft."""
     yarn: float | None = None
     fp8: bool = False
+    int4: int | None = None
+    """Columns that share a scale; None without int4."""
 
     @property
     def structured(self) -> bool:
         """Whether the greedy continuation is known."""
         return self.kind != Kind.RANDOM
+
+    @property
+    def quantized(self) -> bool:
+        """Whether linears are stored in another format than the other tensors."""
+        return self.fp8 or self.int4 is not None
 
     def model(self) -> Qwen3NextConfig:
         """The configuration as the model reads it.
@@ -200,6 +209,10 @@ def check(spec: Spec) -> None:
         )
     if spec.fp8:
         _expect("dtype", spec.dtype == Dtype.BFLOAT16, "bfloat16 beside --fp8", spec.dtype)
+    if spec.int4 is not None:
+        _expect("int4", spec.int4 in INT4_GROUPS, GROUPS, spec.int4)
+        _expect("int4", not spec.fp8, "without --fp8", "both")
+        _expect("dtype", spec.dtype == Dtype.BFLOAT16, "bfloat16 beside --int4", spec.dtype)
     spec.model()
 
 

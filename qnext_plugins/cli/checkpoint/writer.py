@@ -16,12 +16,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import qnext_plugins
+from qnext_kernels.int4 import quantize_int4
 from qnext_plugins.cli.checkpoint.spec import FP8_BLOCK, Spec, SpecError, check
 from qnext_plugins.cli.checkpoint.structure import Structure
-from qnext_plugins.cli.checkpoint.tensors import FP8, Shape, Values, describe_fp8, is_quantized, quantize
+from qnext_plugins.cli.checkpoint.tensors import (
+    FP8,
+    Shape,
+    Values,
+    describe_fp8,
+    describe_int4,
+    is_quantized,
+    quantize,
+)
 from qnext_plugins.cli.checkpoint.tokenizer import FILES as TOKENIZER_FILES
 from qnext_plugins.cli.checkpoint.tokenizer import StoredTokenizer, Vocabulary, generate, without_tokenizer
-from qnext_plugins.model import expected_shapes
+from qnext_plugins.model import expected_shapes, packed_shapes
 
 SHARD_BYTES = 1 << 29
 """Of the tensors in a file, which are in memory together; a larger tensor has a file of its own."""
@@ -30,6 +39,8 @@ SPARE_BYTES = 64 << 20
 MANIFEST = "qnext_checkpoint.json"
 DESCRIPTIONS = ("config.json", "generation_config.json", MANIFEST, "model.safetensors.index.json")
 SCALES = torch.bfloat16
+INT4 = (torch.int32, SCALES, torch.int64)
+"""Of the words, the scales and the shape of a weight."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +71,17 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors, scales of FP8 among them."""
+        """Of all tensors, scales among them."""
         return sum(stored.bytes for name in self.weights for stored in self.stored(name).values())
 
     def stored(self, name: str) -> dict[str, Stored]:
-        """What a weight is in the files: itself, or in FP8 two tensors."""
+        """What a weight is in the files: itself, in FP8 two tensors, or in int4 three."""
         shape = self.weights[name]
-        if not (self.spec.fp8 and is_quantized(name)):
+        if not (self.spec.quantized and is_quantized(name)):
             return {name: Stored(shape, getattr(torch, self.spec.dtype))}
+        if self.spec.int4 is not None:
+            packed = packed_shapes(name, shape, self.spec.int4)
+            return {part: Stored(packed[part], dtype) for part, dtype in zip(packed, INT4, strict=True)}
         blocks = tuple(size // FP8_BLOCK for size in shape)
         return {name: Stored(shape, FP8), f"{name}_scale_inv": Stored(blocks, SCALES)}
 
@@ -85,6 +99,8 @@ def plan(spec: Spec, shard_bytes: int = SHARD_BYTES) -> Plan:
     for name, shape in weights.items():
         if spec.fp8 and is_quantized(name) and any(width % FP8_BLOCK for width in shape):
             raise SpecError(f"--fp8: expected widths that are multiples of {FP8_BLOCK}, got {name} of {list(shape)}")
+        if spec.int4 is not None and is_quantized(name) and shape[1] % spec.int4:
+            raise SpecError(f"--int4: expected columns in whole groups of {spec.int4}, got {name} of {list(shape)}")
         own = sum(stored.bytes for stored in made.stored(name).values())
         if size + own > shard_bytes:
             made.shards.append([])
@@ -189,7 +205,12 @@ def _write_tensors(plan: Plan, folder: Path, values: Values, progress: Callable[
 
 def _tensors(plan: Plan, name: str, values: Values) -> dict[str, Tensor]:
     weight, stored = values.make(name, plan.weights[name]), plan.stored(name)
-    tensors = [weight] if len(stored) == 1 else quantize(weight)
+    if len(stored) == 1:
+        return {name: weight}
+    if plan.spec.int4 is not None:
+        tensors: tuple[Tensor, ...] = (*quantize_int4(weight, plan.spec.int4), torch.tensor(weight.shape))
+    else:
+        tensors = quantize(weight)
     return dict(zip(stored, tensors, strict=True))
 
 
@@ -198,6 +219,8 @@ def _write_descriptions(plan: Plan, folder: Path, vocabulary: Vocabulary) -> Non
     config = plan.spec.config(vocabulary.stop) | tokens
     if plan.spec.fp8:
         config["quantization_config"] = describe_fp8(_unquantized(plan))
+    elif plan.spec.int4 is not None:
+        config["quantization_config"] = describe_int4(_unquantized(plan), plan.spec.int4)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", tokens | {"do_sample": False})
     manifest = {"qnext_plugins": qnext_plugins.__version__, "parameters": plan.parameters, "bytes": plan.bytes}
@@ -205,7 +228,7 @@ def _write_descriptions(plan: Plan, folder: Path, vocabulary: Vocabulary) -> Non
 
 
 def _unquantized(plan: Plan) -> Iterator[str]:
-    """Modules and parameters that stay as they are, as the published FP8 checkpoints list them."""
+    """Modules and parameters that stay as they are, as the published checkpoints list them."""
     yield "lm_head"
     for name in plan.weights:
         if (".layers." in name or name.startswith("mtp.")) and not is_quantized(name):

@@ -98,7 +98,7 @@ def weights(subject: Subject) -> Finding | None:
         return None
     if ARCHITECTURE not in (subject.config.get("architectures") or ()):
         return None
-    from qnext_plugins.model import CheckpointError, is_block_fp8, weight_files
+    from qnext_plugins.model import CheckpointError, int4_group, is_block_fp8, weight_files
 
     try:
         files = weight_files(subject.folder)
@@ -112,13 +112,24 @@ def weights(subject: Subject) -> Finding | None:
             f"{len(missing)} of {len(files)} files that the index names are missing, {missing[0]} first",
             "finish the download",
         )
-    if (quantization := subject.config.get("quantization_config")) and not is_block_fp8(quantization):
+    quantization = subject.config.get("quantization_config")
+    if quantization and not is_block_fp8(quantization) and int4_group(quantization) is None:
         return ok(f"{len(files)} files, all there; quantized, so that the shapes of the tensors were not checked")
     return _tensors(subject)
 
 
 def _tensors(subject: Subject) -> Finding | None:
-    from qnext_plugins.model import CheckpointError, ConfigError, check_files, expected_shapes, fp8_shapes
+    from qnext_plugins.model import (
+        CheckpointError,
+        ConfigError,
+        check_files,
+        expected_shapes,
+        fp8_shapes,
+        int4_group,
+        int4_shapes,
+        left_out_of_int4,
+        modules_of,
+    )
     from qnext_plugins.model.weights import MTP_PREFIX
 
     assert subject.folder is not None
@@ -131,7 +142,11 @@ def _tensors(subject: Subject) -> Finding | None:
 
     def shapes(**parts: bool) -> dict[str, tuple[int, ...]]:
         plain = expected_shapes(config, **parts)
-        return fp8_shapes(plain, quantization.get("modules_to_not_convert") or ()) if quantization else plain
+        if not quantization:
+            return plain
+        if (group := int4_group(quantization)) is not None:
+            return int4_shapes(plain, left_out_of_int4(quantization, modules_of(plain)), group)
+        return fp8_shapes(plain, quantization.get("modules_to_not_convert") or ())
 
     try:
         check_files(subject.folder, shapes(), passing=(MTP_PREFIX,))

@@ -143,15 +143,17 @@ def judge_determinism(variable: str, asked: bool, subject: Subject) -> Finding:
     """
     from qnext_kernels.dispatch import deterministic
     from qnext_plugins.gpus import ENGINES_OWN
-    from qnext_plugins.model import is_block_fp8
+    from qnext_plugins.model import int4_group, is_block_fp8
 
     on_gpu, quantization = device_type() != "cpu", (subject.config or {}).get("quantization_config")
+    ours = not quantization or is_block_fp8(quantization) or int4_group(quantization) is not None
     with deterministic():
         table = [row for row in backends() if not (on_gpu and row.operation in ENGINES_OWN)]
     if missing := sorted({row.operation for row in table if row.backend is None}):
         obstacle, fix = f"no batch-invariant kernel for {', '.join(missing)}", "see the reasons in the table of kernels"
-    elif not on_gpu and quantization and not is_block_fp8(quantization):
-        obstacle, fix = "the checkpoint is quantized, not in block-wise FP8", "take the checkpoint in bfloat16"
+    elif not on_gpu and not ours:
+        obstacle = "the checkpoint is quantized, neither in block-wise FP8 nor in group-wise int4"
+        fix = "take the checkpoint in bfloat16"
     else:
         beside = ", beside the engine's own mode, which linears and attention need on a GPU" if on_gpu else ""
         every = "every operation of ours" if on_gpu else "every operation"
