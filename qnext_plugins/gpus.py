@@ -75,16 +75,6 @@ def fp8_experts_obstacle(
     return None if reason is None else f"the {backend.name} backend {reason}"
 
 
-def int4_experts_obstacle(group: int, middle: int) -> str | None:
-    """Return why experts in int4 are not ours on a CPU, or None.
-
-    Args:
-        group: columns that share a scale.
-        middle: this rank's columns between the two products of an expert.
-    """
-    return f"a rank's {middle} columns of them are not whole groups of {group}" if middle % group else None
-
-
 def triton_works() -> bool:
     """Whether Triton is installed and has a driver for a GPU of this machine."""
     try:

@@ -6,11 +6,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qnext_kernels import OPERATIONS, topk_softmax
-from qnext_kernels.int4 import INT4, INT4_PER_WORD
-from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle, int4_experts_obstacle
+from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle
 from qnext_plugins.model import MLP, Qwen3NextConfig
 from qnext_plugins.packed_methods import (
     Fp8Experts,
@@ -45,11 +44,8 @@ class QnextFp8MoEMethod(_OurKernel, Fp8Experts, api.Fp8MoEMethod):
     """Experts in block-wise FP8 on our kernel, which reads weights and scales as the checkpoint stores them."""
 
 
-class Int4MoEBase(api.FusedMoEMethodBase):
-    """Experts in int4 as the checkpoint has them, which SGLang loads; for its own kernels they would be transposed."""
-
-    def __init__(self, quant_config: quantization.CpuInt4Config) -> None:
-        self.quant_config = quant_config
+class QnextInt4MoEMethod(_OurKernel, Int4Experts, api.FusedMoEMethodBase):
+    """Experts in group-wise int4 on our kernel, on a CPU; for SGLang's own they would lie transposed."""
 
     def create_weights(
         self,
@@ -60,21 +56,10 @@ class Int4MoEBase(api.FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        middle = intermediate_size_per_partition
-        for name, rows, columns in (("w13_weight", 2 * middle, hidden_size), ("w2_weight", hidden_size, middle)):
-            created = {
-                "packed": torch.empty(num_experts, rows, columns // INT4_PER_WORD, dtype=INT4),
-                "scale": torch.empty(num_experts, rows, columns // self.quant_config.group, dtype=params_dtype),
-                "shape": torch.empty(num_experts, 2, dtype=torch.int64),
-            }
-            for kind, data in created.items():
-                parameter = nn.Parameter(data, requires_grad=False)
-                layer.register_parameter(f"{name}_{kind}", parameter)
-                api.set_weight_attrs(parameter, extra_weight_attrs | {"quant_method": "group"})
-
-
-class QnextInt4MoEMethod(_OurKernel, Int4Experts, Int4MoEBase):
-    """Experts in group-wise int4 on our kernel."""
+        # How SGLang's loader takes scales.
+        attributes = extra_weight_attrs | {"quant_method": "group"}
+        for parameter in self.register(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype):
+            api.set_weight_attrs(parameter, attributes)
 
 
 class SharedFp8LinearMethod(LeftAsLoaded, api.LinearMethodBase):
@@ -186,16 +171,16 @@ def our_method(quant_config: Any, prefix: str, middle: int, device: torch.device
         if device.type != "cpu":
             _say_once(reason)
         return None
-    if quant_config is None:
-        return QnextMoEMethod()
-    return (QnextInt4MoEMethod if quantization.is_int4(quant_config) else QnextFp8MoEMethod)(quant_config)
+    if quantization.is_int4(quant_config):
+        return QnextInt4MoEMethod(quant_config.group)
+    return QnextMoEMethod() if quant_config is None else QnextFp8MoEMethod(quant_config)
 
 
 def obstacle(quant_config: Any, middle: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why experts stay SGLang's own, on a GPU their routing with them, or None."""
     if quantization.is_int4(quant_config):
-        reason = int4_experts_obstacle(quant_config.group, middle)
-    elif quant_config is not None:
+        return None
+    if quant_config is not None:
         block = quant_config.weight_block_size if isinstance(quant_config, api.Fp8Config) else None
         reason = fp8_experts_obstacle(quant_config.get_name(), block, middle, device, dtype)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from qnext_kernels.fp8 import FP8_GROUP
 from qnext_kernels.int4 import INT4_GROUPS
 from qnext_plugins.model import fp8_shapes, int4_group, int4_shapes, left_out_of_int4, modules_of
+from qnext_plugins.packed_methods import expect_whole_groups
 from qnext_sglang import UnsupportedEngineError, serving
 from qnext_sglang import sglang_api as api
 
@@ -37,8 +38,7 @@ class Int4Scheme(api.CompressedTensorsWNA16):
         weight_loader: Callable[..., None],
         **kwargs: Any,
     ) -> None:
-        if input_size_per_partition % self.group_size:
-            raise ValueError(f"{input_size_per_partition} columns are not whole groups of {self.group_size}")
+        expect_whole_groups("weight", input_size_per_partition, self.group_size)
 
         def load(parameter: Tensor, loaded_weight: Tensor, *shard: Any) -> None:
             # SGLang refuses to round scales, which the kernels read in the dtype of the model.
@@ -59,10 +59,14 @@ class CpuInt4Config(api.CompressedTensorsConfig):
 
     @property
     def group(self) -> int:
-        """How many columns of a row share a scale."""
+        """Columns of a row that share a scale."""
         group = int4_group(self.config)
         assert group is not None
         return group
+
+    def left_out(self, modules: Iterable[str]) -> set[str]:
+        """Those of these modules that are not quantized."""
+        return left_out_of_int4(self.config, modules)
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [*super().get_supported_act_dtypes(), torch.float32]
@@ -70,10 +74,16 @@ class CpuInt4Config(api.CompressedTensorsConfig):
     def get_linear_scheme(
         self, layer: Any, layer_name: str | None = None, matched_target: str | None = None
     ) -> Int4Scheme | None:
-        """SGLang's asks for a GPU's compute capability, and takes the end of a name in ``ignore`` for all of it."""
+        """What a linear is made by, or None where it is not quantized.
+
+        SGLang's own asks for a GPU's compute capability, and takes the end of a name in ``ignore`` for all of it.
+
+        Raises:
+            ValueError: only some of the linears that are loaded into one are quantized.
+        """
         head, _, last = (layer_name or "").rpartition(".")
         parts = {f"{head}.{part}" for part in self.packed_modules_mapping.get(last, [last])}
-        left_out = left_out_of_int4(self.config, parts)
+        left_out = self.left_out(parts)
         if left_out == parts:
             return None
         if left_out:
@@ -100,7 +110,7 @@ def ours_on_cpu(quant_config: Any) -> bool:
 def leaves_experts(quant_config: Any, prefix: str) -> bool:
     """Whether a quantized checkpoint has the experts of this name as they are."""
     if is_int4(quant_config):
-        return bool(left_out_of_int4(quant_config.config, [prefix]))
+        return bool(quant_config.left_out([prefix]))
     return isinstance(quant_config, api.Fp8Config) and api.is_layer_skipped(
         prefix, quant_config.ignored_layers, fused_mapping=quant_config.packed_modules_mapping
     )
@@ -117,7 +127,7 @@ def shapes_on_cpu(quant_config: Any, shapes: Mapping[str, tuple[int, ...]]) -> d
         return None
     modules = modules_of(shapes)
     if is_int4(quant_config):
-        return int4_shapes(shapes, left_out_of_int4(quant_config.config, modules), quant_config.group)
+        return int4_shapes(shapes, quant_config.left_out(modules), quant_config.group)
     ignored = quant_config.ignored_layers
     return fp8_shapes(shapes, {module for module in modules if api.is_layer_skipped(module, ignored)})
 
