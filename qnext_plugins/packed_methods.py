@@ -227,7 +227,7 @@ class Int4Experts(ScaledExperts):
         """
         parameters = []
         for name, rows, columns in (("w13", 2 * middle, hidden), ("w2", hidden, middle)):
-            expect_whole_groups(f"{layer.layer_name}: {name}", columns, self.group)
+            expect_whole_groups(f"{name} of the experts", columns, self.group)
             tensors = {
                 "packed": torch.empty(num_experts, rows, columns // INT4_PER_WORD, dtype=INT4),
                 "scale": torch.empty(num_experts, rows, columns // self.group, dtype=dtype),

@@ -170,7 +170,7 @@ class SglangEngine:
         """One of SGLang's linears, on our kernel.
 
         Raises:
-            ConfigError: a rank's part of it is not whole blocks of the quantization.
+            ConfigError: a rank's part of it is not whole blocks or groups of the quantization.
         """
         options = {"bias": False, "quant_config": self.quant_config, "prefix": prefix} | options
         try:

@@ -11,10 +11,17 @@ from torch import Tensor
 from qnext_kernels import OPERATIONS, topk_softmax
 from qnext_plugins.gpus import experts_obstacle, fp8_experts_obstacle
 from qnext_plugins.model import MLP, Qwen3NextConfig
-from qnext_plugins.packed_methods import Fp8Experts, LeftAsLoaded, PackedExperts, compute_along, leave_to_experts
-from qnext_sglang import UnsupportedEngineError, serving, step_back
+from qnext_plugins.packed_methods import (
+    Fp8Experts,
+    Int4Experts,
+    LeftAsLoaded,
+    PackedExperts,
+    compute_along,
+    leave_to_experts,
+)
+from qnext_sglang import UnsupportedEngineError, quantization, serving, step_back
 from qnext_sglang import sglang_api as api
-from qnext_sglang.linear import QnextFp8LinearMethod
+from qnext_sglang.linear import QnextFp8LinearMethod, QnextInt4LinearMethod
 
 
 class _OurKernel:
@@ -37,6 +44,24 @@ class QnextFp8MoEMethod(_OurKernel, Fp8Experts, api.Fp8MoEMethod):
     """Experts in block-wise FP8 on our kernel, which reads weights and scales as the checkpoint stores them."""
 
 
+class QnextInt4MoEMethod(_OurKernel, Int4Experts, api.FusedMoEMethodBase):
+    """Experts in group-wise int4 on our kernel, on a CPU; for SGLang's own they would lie transposed."""
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        # How SGLang's loader takes scales.
+        attributes = extra_weight_attrs | {"quant_method": "group"}
+        for parameter in self.register(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype):
+            api.set_weight_attrs(parameter, attributes)
+
+
 class SharedFp8LinearMethod(LeftAsLoaded, api.LinearMethodBase):
     """Of the shared expert's projections in block-wise FP8, where on a GPU our kernel for experts reads them."""
 
@@ -44,6 +69,7 @@ class SharedFp8LinearMethod(LeftAsLoaded, api.LinearMethodBase):
 STORED_ALIKE: dict[type, tuple[type, ...]] = {
     QnextMoEMethod: (api.UnquantizedLinearMethod,),
     QnextFp8MoEMethod: (api.Fp8LinearMethod, QnextFp8LinearMethod),
+    QnextInt4MoEMethod: (QnextInt4LinearMethod,),
 }
 """For each of our methods of experts, the methods of linears whose weights are stored as its are."""
 
@@ -119,7 +145,7 @@ def computes_shared(method: Any, shared_expert: MLP, middle: int) -> bool:
     stored = STORED_ALIKE.get(type(method))
     backend = OPERATIONS["moe"].select(serving.device(), torch.get_default_dtype()).name
     projections: tuple[Any, ...] = shared_expert.linears()[:2]
-    same_size = projections[1].weight.shape[1] == middle
+    same_size = projections[1].input_size_per_partition == middle
     if stored is None or not (backend == "native" or (backend == "triton" and same_size)):
         return False
     return all(isinstance(linear.quant_method, stored) for linear in projections)
@@ -137,9 +163,7 @@ def our_method(quant_config: Any, prefix: str, middle: int, device: torch.device
     Raises:
         UnsupportedEngineError: they would stay SGLang's own, on a plain CPU or with ``QNEXT_STRICT=1``.
     """
-    if isinstance(quant_config, api.Fp8Config) and api.is_layer_skipped(
-        prefix, quant_config.ignored_layers, fused_mapping=quant_config.packed_modules_mapping
-    ):
+    if quantization.leaves_experts(quant_config, prefix):
         quant_config = None
     if (reason := obstacle(quant_config, middle, device, dtype)) is not None:
         if serving.on_plain_cpu():
@@ -147,11 +171,15 @@ def our_method(quant_config: Any, prefix: str, middle: int, device: torch.device
         if device.type != "cpu":
             _say_once(reason)
         return None
+    if quantization.is_int4(quant_config):
+        return QnextInt4MoEMethod(quant_config.group)
     return QnextMoEMethod() if quant_config is None else QnextFp8MoEMethod(quant_config)
 
 
 def obstacle(quant_config: Any, middle: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why experts stay SGLang's own, on a GPU their routing with them, or None."""
+    if quantization.is_int4(quant_config):
+        return None
     if quant_config is not None:
         block = quant_config.weight_block_size if isinstance(quant_config, api.Fp8Config) else None
         reason = fp8_experts_obstacle(quant_config.get_name(), block, middle, device, dtype)

@@ -1,10 +1,10 @@
-"""SGLang's linears and heads on our kernel: unquantized ones, and on a CPU those in block-wise FP8."""
+"""SGLang's linears and heads on our kernel: unquantized ones, and on a CPU those in block-wise FP8 or in int4."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from qnext_plugins.packed_methods import Fp8Linear, PackedLinear, prepare, replace_method
+from qnext_plugins.packed_methods import Fp8Linear, Int4Linear, PackedLinear, prepare, replace_method
 from qnext_sglang import quantization
 from qnext_sglang import sglang_api as api
 
@@ -13,7 +13,7 @@ class QnextLinearMethod(PackedLinear, api.UnquantizedLinearMethod):
     pass
 
 
-class QnextFp8LinearMethod(Fp8Linear, api.LinearMethodBase):
+class _TakenOver(api.LinearMethodBase):
     """Its weights and scales are those that SGLang's method has created and SGLang loads.
 
     Args:
@@ -27,11 +27,20 @@ class QnextFp8LinearMethod(Fp8Linear, api.LinearMethodBase):
         raise NotImplementedError("SGLang's method has created the weights")
 
 
+class QnextFp8LinearMethod(Fp8Linear, _TakenOver):
+    pass
+
+
+class QnextInt4LinearMethod(Int4Linear, _TakenOver):
+    pass
+
+
 class QnextHeadMethod(PackedLinear, api.UnquantizedEmbeddingMethod):
     """SGLang multiplies with the weight itself unless the class has a name that it does not know."""
 
 
 OURS = {api.UnquantizedLinearMethod: QnextLinearMethod, api.UnquantizedEmbeddingMethod: QnextHeadMethod}
+SCALED = {api.Fp8LinearMethod: QnextFp8LinearMethod, api.CompressedTensorsLinearMethod: QnextInt4LinearMethod}
 
 
 def on_our_kernel(layer: Any, packable: bool = True) -> Any:
@@ -40,8 +49,9 @@ def on_our_kernel(layer: Any, packable: bool = True) -> Any:
     ``packable``: nothing but this layer reads its weight.
     """
     theirs = layer.quant_method
-    if type(theirs) is api.Fp8LinearMethod and quantization.ours_on_cpu(theirs.quant_config):
-        layer.quant_method = QnextFp8LinearMethod(theirs.quant_config)
+    ours = SCALED.get(type(theirs))
+    if ours is not None and quantization.ours_on_cpu(theirs.quant_config):
+        layer.quant_method = ours(theirs.quant_config)
         prepare(layer, packable)
         return layer
     return replace_method(layer, OURS, packable)

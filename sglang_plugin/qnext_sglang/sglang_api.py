@@ -23,7 +23,12 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.moe.utils import RoutingMethodType, get_moe_runner_backend
-from sglang.srt.layers.quantization.base_config import LinearMethodBase
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, LinearMethodBase
+from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+    CompressedTensorsLinearMethod,
+)
+from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
 from sglang.srt.layers.quantization.unquant import (
     UnquantizedEmbeddingMethod,
@@ -39,15 +44,19 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_exec, get_parallel, get_server_args
-from sglang.srt.utils import add_prefix, get_bool_env_var
+from sglang.srt.utils import add_prefix, get_bool_env_var, set_weight_attrs
 
 __all__ = [
     "ColumnParallelLinear",
+    "CompressedTensorsConfig",
+    "CompressedTensorsLinearMethod",
+    "CompressedTensorsWNA16",
     "ForwardBatch",
     "Fp8Config",
     "Fp8LinearMethod",
     "Fp8MoEMethod",
     "FusedMoE",
+    "FusedMoEMethodBase",
     "HybridLinearAttnBackend",
     "LinearMethodBase",
     "LogitsProcessor",
@@ -81,5 +90,6 @@ __all__ = [
     "get_server_args",
     "hybrid_gdn_config",
     "is_layer_skipped",
+    "set_weight_attrs",
     "tensor_model_parallel_all_reduce",
 ]

@@ -2,57 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from sglang.srt.layers.quantization import get_quantization_config
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8Config
 from sglang.srt.server_args import ServerArgs
-from transformers import AutoConfig
 
 from qnext_plugins.cli.doctor import Status, Subject
-from qnext_plugins.model import CheckpointError, Qwen3NextConfig, check_files, expected_shapes
 from qnext_sglang import UnsupportedEngineError, experts, serving
 from qnext_sglang.cpu.platform import CpuPlatform
 from qnext_sglang.determinism import obstacles
 from qnext_sglang.doctor import quantization
-from qnext_sglang.quantization import expect_served, shapes_on_cpu
-from tests import reference
+from qnext_sglang.quantization import expect_served
 from tests.checkpoints import write_fp8_checkpoint
-from tests.determinism import Requests, alone, among
-from tests.reference import Tokens, first_difference
-from tests.sglang.engines import Engine, engine
+from tests.sglang.engines import engine
+from tests.sglang.quantized import Checkpoints
 
-SCALES = (
-    "model.layers.0.linear_attn.in_proj_qkvz",
-    "model.layers.3.self_attn.v_proj",
-    "model.layers.1.mlp.experts.5.up_proj",
-    "model.layers.2.mlp.shared_expert.down_proj",
-)
+SCALES = [
+    f"{linear}.weight_scale_inv"
+    for linear in (
+        "model.layers.0.linear_attn.in_proj_qkvz",
+        "model.layers.3.self_attn.v_proj",
+        "model.layers.1.mlp.experts.5.up_proj",
+        "model.layers.2.mlp.shared_expert.down_proj",
+    )
+]
 """Of one linear of each kind, merged with others or not, and of experts."""
-MAX_TOKENS = 24
-
-
-class Checkpoints(NamedTuple):
-    fp8: Path
-    float32: Path
-    """The same weights, dequantized."""
-
-    @property
-    def prompts(self) -> tuple[Tokens, ...]:
-        return reference.prompts(self.float32)[::4]
-
-    def first_difference(self, running: Engine, prompts: tuple[Tokens, ...]) -> str | None:
-        """Between an engine's greedy tokens and transformers'."""
-        expected = [reference.greedy(self.float32, prompt, MAX_TOKENS) for prompt in prompts]
-        return first_difference(expected, running.greedy(prompts, MAX_TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -66,27 +45,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 def test_tokens_equal_transformers_batched_alone_and_cached_and_follow_the_scales(
     checkpoints: Checkpoints, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = checkpoints.prompts
-    with engine(checkpoints.fp8, log_level="info") as running:
-        assert checkpoints.first_difference(running, prompts) is None
+    with engine(checkpoints.quantized, log_level="info") as running:
+        checkpoints.expect_tokens_of_transformers(running)
         assert "4 decoder layers are one call" in "".join(capfd.readouterr())
-        for prompt in prompts[::3]:
-            assert checkpoints.first_difference(running, (prompt,)) is None
-        assert running.cached_tokens > 0
-        before = running.greedy(prompts, MAX_TOKENS)
-        with safe_open(checkpoints.fp8 / "model.safetensors", "pt") as file:
-            for linear in SCALES:
-                name, scale = f"{linear}.weight_scale_inv", file.get_tensor(f"{linear}.weight_scale_inv")
-                running.update(name, -scale)
-                assert running.greedy(prompts, MAX_TOKENS) != before, name
-                running.update(name, scale)
-        assert running.greedy(prompts, MAX_TOKENS) == before
+        checkpoints.expect_answers_follow(running, SCALES)
 
 
 @pytest.mark.sglang
 def test_drafts_on_two_ranks_equal_transformers_cold_and_warm(checkpoints: Checkpoints) -> None:
     prompts = checkpoints.prompts
-    with engine(checkpoints.fp8, drafts=3, tp_size=2) as running:
+    with engine(checkpoints.quantized, drafts=3, tp_size=2) as running:
         assert checkpoints.first_difference(running, prompts) is None
         assert checkpoints.first_difference(running, prompts) is None
         assert running.cached_tokens > 0
@@ -98,12 +66,8 @@ def test_in_the_deterministic_mode_an_answer_is_the_same_alone_and_among_others_
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QNEXT_DETERMINISTIC", "1")
-    requests = Requests.of(reference.prompts(checkpoints.float32))
-    with engine(checkpoints.fp8, dtype="bfloat16") as running:
-        expected = alone(running, requests.greedy)
-        assert among(running, requests.greedy, requests.others) == expected
-        results = running.greedy_with_log_probs(checkpoints.prompts, MAX_TOKENS)
-    assert reference.bfloat16_error_ratio(checkpoints.float32, checkpoints.prompts, results) < 1.3
+    with engine(checkpoints.quantized, dtype="bfloat16") as running:
+        checkpoints.expect_independent_and_close(running)
 
 
 def block_fp8(**options: Any) -> Fp8Config:
@@ -150,17 +114,7 @@ def test_experts_of_which_a_rank_has_half_blocks_end_the_start() -> None:
 
 
 def test_a_missing_scale_is_named_before_anything_is_loaded(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    checkpoint = shutil.copytree(checkpoints.fp8, tmp_path / "checkpoint")
-    stored = json.loads((checkpoint / "config.json").read_text())
-    quant_config = CpuPlatform().get_quantization_config("fp8").from_config(stored["quantization_config"])
-    shapes = expected_shapes(Qwen3NextConfig.from_hf(AutoConfig.from_pretrained(checkpoint)), mtp=True)
-    shapes = shapes_on_cpu(quant_config, shapes)
-    check_files(checkpoint, shapes)
-    weights, gone = load_file(checkpoint / "model.safetensors"), "mtp.layers.0.self_attn.k_proj.weight_scale_inv"
-    del weights[gone]
-    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"missing {gone}$"):
-        check_files(checkpoint, shapes)
+    checkpoints.expect_missing_is_named("mtp.layers.0.self_attn.k_proj.weight_scale_inv", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,11 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def get_quantization_config(self, quantization: str) -> type | None:
-        if quantization != "fp8":
+        if quantization not in ("fp8", "compressed-tensors"):
             return None
-        from qnext_sglang.quantization import CpuFp8Config
+        from qnext_sglang.quantization import CpuFp8Config, CpuInt4Config
 
-        return CpuFp8Config
+        return CpuFp8Config if quantization == "fp8" else CpuInt4Config
 
     def get_dispatch_key_name(self) -> str:
         return "native"

@@ -62,7 +62,7 @@ class ServedModel(nn.Module):
         """Whether a load may bring some of the weights alone: once there are any, they are updated in parts."""
 
     def stored_shapes(self, **parts: bool) -> dict[str, tuple[int, ...]] | None:
-        """:func:`expected_shapes` as the checkpoint stores them, without quantization or in FP8 on a CPU; else None."""
+        """:func:`expected_shapes` as the checkpoint stores them, where that is known: unquantized, or ours on a CPU."""
         shapes = expected_shapes(self.qnext_config, **parts)
         return shapes if self.quant_config is None else shapes_on_cpu(self.quant_config, shapes)
 
