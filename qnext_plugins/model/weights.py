@@ -25,7 +25,7 @@ BESIDE_INT4 = ("sparsity_config", "kv_cache_scheme", "transform_config", "linear
 PATTERN = "re:"
 """Begins a regular expression in the ``ignore`` of compressed-tensors, which is matched from a name's start."""
 LINEARS = "Linear"
-"""Stands for all linears there."""
+"""Stands for all linears in ``targets``."""
 EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -64,26 +64,47 @@ def is_block_fp8(quantization: Mapping[str, Any] | None) -> bool:
     return described.get("quant_method") == "fp8" and described.get("weight_block_size") == [FP8_GROUP] * 2
 
 
-def int4_group(quantization: Mapping[str, Any] | None) -> int | None:
-    """How many columns share a scale where a ``quantization_config`` says int4 that our kernels read, else None.
+def int4_obstacle(quantization: Mapping[str, Any] | None) -> str | None:
+    """Why what a ``quantization_config`` describes is not int4 that our kernels read, or None.
 
-    That is compressed-tensors' ``pack-quantized`` (W4A16), symmetric and alike for all linears that are not ignored.
+    They read compressed-tensors' ``pack-quantized`` (W4A16), symmetric and alike for all linears that are not ignored.
     """
     described = quantization or {}
-    if (described.get("quant_method"), described.get("format")) != ("compressed-tensors", PACKED):
-        return None
+    method, layout = described.get("quant_method"), described.get("format")
+    if (method, layout) != ("compressed-tensors", PACKED):
+        return f"quant_method is {method}" if method != "compressed-tensors" else f"format is {layout}"
     groups = described.get("config_groups")
-    (scheme,) = groups.values() if isinstance(groups, Mapping) and len(groups) == 1 else (None,)
+    if not isinstance(groups, Mapping) or len(groups) != 1:
+        return f"there are {len(groups) if isinstance(groups, Mapping) else 'no'} config_groups, not one"
+    (scheme,) = groups.values()
     weights = scheme.get("weights") if isinstance(scheme, Mapping) else None
-    if scheme is None or not isinstance(weights, Mapping) or any(described.get(name) for name in BESIDE_INT4):
+    if not isinstance(weights, Mapping):
+        return "weights are not described"
+    beside = {name: described.get(name) for name in BESIDE_INT4}
+    beside |= {name: scheme.get(name) for name in ("input_activations", "output_activations")}
+    if given := [name for name, value in beside.items() if value]:
+        return f"{given[0]} is given"
+    # What is left out has the defaults of compressed-tensors; "static" and "weight" order nothing anew at run time.
+    served = {
+        "targets": (scheme.get("targets"), ([LINEARS],)),
+        "format": (scheme.get("format"), (None, PACKED)),
+        "num_bits": (weights.get("num_bits"), (4,)),
+        "type": (weights.get("type", "int"), ("int",)),
+        "symmetric": (weights.get("symmetric", True), (True,)),
+        "strategy": (weights.get("strategy"), (None, "group")),
+        "group_size": (weights.get("group_size"), INT4_GROUPS),
+        "actorder": (weights.get("actorder"), (None, False, "static", "weight")),
+        "dynamic": (weights.get("dynamic"), (None, False)),
+    }
+    return next((f"{name} is {value}" for name, (value, read) in served.items() if value not in read), None)
+
+
+def int4_group(quantization: Mapping[str, Any] | None) -> int | None:
+    """How many columns share a scale where a ``quantization_config`` has no :func:`int4_obstacle`, else None."""
+    if quantization is None or int4_obstacle(quantization) is not None:
         return None
-    plain = scheme.get("targets") == [LINEARS] and scheme.get("format") in (None, PACKED)
-    alone = not (scheme.get("input_activations") or scheme.get("output_activations"))
-    # What is left out has the defaults of compressed-tensors.
-    number = (weights.get("num_bits"), weights.get("type", "int"), weights.get("symmetric", True))
-    grouped = weights.get("strategy") in (None, "group") and weights.get("group_size") in INT4_GROUPS
-    in_order = weights.get("actorder") in (None, False, "static", "weight") and not weights.get("dynamic")
-    return weights["group_size"] if plain and alone and number == (4, "int", True) and grouped and in_order else None
+    (scheme,) = quantization["config_groups"].values()
+    return int(scheme["weights"]["group_size"])
 
 
 def modules_of(shapes: Iterable[str]) -> set[str]:
@@ -122,7 +143,7 @@ def left_out_of_int4(quantization: Mapping[str, Any], modules: Iterable[str]) ->
         name = f"{layer}{EXPERTS[:-1]}" if experts else module
         # As the engines do, the first expert is looked at for all of them.
         linears = [f"{name}.0.{last}" for last in EXPERT_LINEARS] if experts and not linear else [module]
-        if LINEARS in names or name in some_experts or any(map(covers, linears)):
+        if name in some_experts or any(map(covers, linears)):
             left_out.add(name)
     return left_out
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qnext_kernels.fp8 import FP8_GROUP
 from qnext_kernels.int4 import INT4_GROUPS
-from qnext_plugins.model import fp8_shapes, int4_group, int4_shapes, left_out_of_int4, modules_of
+from qnext_plugins.model import fp8_shapes, int4_group, int4_obstacle, int4_shapes, left_out_of_int4, modules_of
 from qnext_plugins.packed_methods import expect_whole_groups
 from qnext_sglang import UnsupportedEngineError, serving
 from qnext_sglang import sglang_api as api
@@ -138,6 +138,8 @@ def expect_served(quant_config: Any) -> None:
         return
     block = getattr(quant_config, "weight_block_size", None)
     found = quant_config.get_name() if block is None else f"{quant_config.get_name()} in blocks of {block}"
+    if isinstance(quant_config, api.CompressedTensorsConfig):
+        found += f": {int4_obstacle(quant_config.config)}"
     raise UnsupportedEngineError(
         f"qnext-plugins on a CPU: the weights are quantized ({found}), and it serves FP8 in blocks of "
         f"{[FP8_GROUP] * 2}, int4 in groups of {', '.join(map(str, INT4_GROUPS))} (compressed-tensors, symmetric) or "

@@ -317,6 +317,16 @@ def test_whose_kernels_serve_fp8_on_a_cpu_is_told(block: list[int] | None) -> No
     assert quantization(Subject(config={})) is None
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_whose_kernels_serve_int4_on_a_cpu_is_told(symmetric: bool) -> None:
+    described = describe_int4([], 64)
+    described["config_groups"]["group_0"]["weights"]["symmetric"] = symmetric
+    finding = quantization(Subject(config={"quantization_config": described}))
+    assert finding is not None
+    assert finding.status == (Status.OK if symmetric else Status.NOTE)
+    assert ("groups of 64" if symmetric else "(symmetric is False)") in finding.message
+
+
 @pytest.mark.parametrize(("variable", "value"), [("QNEXT_STRICT", "maybe"), ("QNEXT_DISABLE", "2x")])
 def test_a_setting_of_a_wrong_value_is_told(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, value)

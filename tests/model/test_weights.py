@@ -18,6 +18,7 @@ from qnext_plugins.model import (
     expected_shapes,
     fp8_shapes,
     int4_group,
+    int4_obstacle,
     int4_shapes,
     left_out_of_int4,
     modules_of,
@@ -198,41 +199,42 @@ def int4_described(
 
 
 @pytest.mark.parametrize(
-    ("quantization", "group"),
+    ("quantization", "told"),
     [
         (int4_described(), 32),
         (int4_described({"group_size": 64, "actorder": "static"}), 64),
         (int4_described({"group_size": 128, "actorder": "weight"}, {"format": "pack-quantized"}), 128),
         (int4_described({"actorder": False, "observer": "mse", "scale_dtype": None}), 32),
-        (int4_described({"actorder": "group"}), None),
-        (int4_described({"actorder": True}), None),
-        (int4_described({"group_size": 16}), None),
-        (int4_described({"group_size": None, "strategy": "channel"}), None),
-        (int4_described({"num_bits": 8}), None),
-        (int4_described({"type": "float"}), None),
-        (int4_described({"symmetric": False}), None),
-        (int4_described({"dynamic": True}), None),
-        (int4_described(scheme={"targets": ["re:.*experts.*"]}), None),
-        (int4_described(scheme={"targets": ["Linear", "Embedding"]}), None),
-        (int4_described(scheme={"input_activations": {"num_bits": 8}}), None),
-        (int4_described(scheme={"output_activations": {"num_bits": 8}}), None),
-        (int4_described(scheme={"format": "marlin-24"}), None),
-        (int4_described(scheme={"weights": None}), None),
-        (int4_described(format="int-quantized"), None),
-        (int4_described(quant_method="awq"), None),
-        (int4_described(config_groups={}), None),
-        (int4_described(config_groups={"W4A16": ["Linear"]}), None),
-        (int4_described(config_groups={name: int4_described()["config_groups"]["group_0"] for name in "ab"}), None),
-        (int4_described(kv_cache_scheme={"num_bits": 8}), None),
-        (int4_described(sparsity_config={"format": "sparse-24-bitmask"}), None),
-        (int4_described(transform_config={"config_groups": {"u": {}}}), None),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, None),
-        ({}, None),
-        (None, None),
+        (int4_described({"actorder": "group"}), "actorder is group"),
+        (int4_described({"actorder": True}), "actorder is True"),
+        (int4_described({"group_size": 16}), "group_size is 16"),
+        (int4_described({"group_size": None, "strategy": "channel"}), "strategy is channel"),
+        (int4_described({"num_bits": 8}), "num_bits is 8"),
+        (int4_described({"type": "float"}), "type is float"),
+        (int4_described({"symmetric": False}), "symmetric is False"),
+        (int4_described({"dynamic": True}), "dynamic is True"),
+        (int4_described(scheme={"targets": ["re:.*experts.*"]}), "targets is ['re:.*experts.*']"),
+        (int4_described(scheme={"targets": ["Linear", "Embedding"]}), "targets is ['Linear', 'Embedding']"),
+        (int4_described(scheme={"input_activations": {"num_bits": 8}}), "input_activations is given"),
+        (int4_described(scheme={"output_activations": {"num_bits": 8}}), "output_activations is given"),
+        (int4_described(scheme={"format": "marlin-24"}), "format is marlin-24"),
+        (int4_described(scheme={"weights": None}), "weights are not described"),
+        (int4_described(format="int-quantized"), "format is int-quantized"),
+        (int4_described(quant_method="awq"), "quant_method is awq"),
+        (int4_described(config_groups={}), "there are 0 config_groups, not one"),
+        (int4_described(config_groups={"W4A16": ["Linear"]}), "weights are not described"),
+        (int4_described(config_groups={name: int4_described()["config_groups"]["group_0"] for name in "ab"}), "there are 2 config_groups, not one"),
+        (int4_described(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme is given"),
+        (int4_described(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is given"),
+        (int4_described(transform_config={"config_groups": {"u": {}}}), "transform_config is given"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "quant_method is fp8"),
+        ({}, "quant_method is None"),
+        (None, "quant_method is None"),
     ],
 )
-def test_int4_that_is_read_is_told_by_its_group(quantization: dict[str, Any] | None, group: int | None) -> None:
-    assert int4_group(quantization) == group
+def test_int4_that_is_read_is_told_by_its_group(quantization: dict[str, Any] | None, told: int | str) -> None:
+    assert int4_group(quantization) == (told if isinstance(told, int) else None)
+    assert int4_obstacle(quantization) == (told if isinstance(told, str) else None)
 
 
 LAYER = "model.layers.1"
@@ -256,7 +258,7 @@ MODULES += [f"{LAYER}.self_attn.q_proj", "model.layers.11.self_attn.q_proj", "mo
         (r"re:.*\.1\.mlp\.experts\.\d+\.down_proj$", [f"{LAYER}.mlp.experts"]),
         (f"{LAYER}.mlp.experts.3.up_proj", [f"{LAYER}.mlp.experts"]),
         (f"{LAYER}.mlp.experts.3", []),
-        ("Linear", MODULES),
+        ("Linear", []),
     ],
 )
 def test_ignored_are_linears_by_their_name_and_experts_by_one_of_theirs(entry: str, covered: list[str]) -> None:

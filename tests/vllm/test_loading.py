@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,11 @@ from vllm.model_executor.model_loader import DefaultModelLoader, get_model
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.utils import initialize_model
 
+from qnext_plugins.cli.checkpoint.tensors import describe_int4
 from qnext_plugins.model import CheckpointError, Qwen3NextConfig
 from qnext_plugins.packed_methods import PackedLinear, unpacked_weights
 from qnext_vllm.engine import VllmEngine
-from qnext_vllm.linear import QnextFp8LinearMethod, cpu_fp8_config, leaves_out
+from qnext_vllm.linear import CpuInt4Config, QnextFp8LinearMethod, cpu_fp8_config, cpu_int4_config, leaves_out
 from qnext_vllm.model import Qwen3NextForCausalLM
 from qnext_vllm.mtp import Qwen3NextMTP
 from tests.checkpoints import TINY
@@ -230,6 +232,25 @@ def test_an_fp8_checkpoint_may_list_a_layer_as_vllm_merges_it(listed: str, modul
     assert described is not None
     described.packed_modules_mapping = Qwen3NextForCausalLM.packed_modules_mapping
     assert leaves_out(described, module) == left_out
+
+
+def test_in_int4_a_row_of_a_rank_has_whole_groups(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.quant_config = cpu_int4_config(describe_int4([], 64))
+    engine = VllmEngine(config)
+    odd = replace(Qwen3NextConfig.from_hf(config.model_config.hf_text_config), moe_intermediate_size=160)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: w2: expected whole groups of 64 .*got 160 columns"):
+        engine.experts(odd, None, prefix="model.layers.0.mlp.experts")
+    monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"o_proj: expected whole groups of 64 columns in int4 on a rank, got 96 columns"):
+        engine.row_linear(192, 256, reduce=True, prefix="o_proj")
+
+
+def test_int4_that_is_stored_otherwise_is_vllms() -> None:
+    described = describe_int4([], 64)
+    assert type(cpu_int4_config(copy.deepcopy(described))) is CpuInt4Config
+    described["config_groups"]["group_0"]["weights"]["symmetric"] = False
+    assert cpu_int4_config(described) is None
+    assert cpu_int4_config(None) is None
 
 
 def test_experts_of_a_rank_in_fp8_have_whole_blocks(config: VllmConfig) -> None:

@@ -53,8 +53,13 @@ def serve_quantized(vllm_config: VllmConfig) -> None:
     online = model.quantization_config is not None
     if model.quantization is None or online or vllm_config.quant_config is not None:
         return
+    from qnext_plugins.model import int4_obstacle
     from qnext_vllm.linear import cpu_fp8_config, cpu_int4_config
 
-    served = {"fp8": cpu_fp8_config, "compressed-tensors": cpu_int4_config}
-    if (make := served.get(model.quantization)) is not None:
-        vllm_config.quant_config = make(getattr(model.hf_config, "quantization_config", None))
+    described = getattr(model.hf_config, "quantization_config", None)
+    if model.quantization == "fp8":
+        vllm_config.quant_config = cpu_fp8_config(described)
+    elif model.quantization == "compressed-tensors":
+        vllm_config.quant_config = cpu_int4_config(described)
+        if (reason := int4_obstacle(described)) is not None:
+            logger.warning("qnext-plugins leaves the checkpoint's weights to vLLM's own kernels: %s", reason)

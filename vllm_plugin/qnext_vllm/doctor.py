@@ -188,13 +188,19 @@ def quantization(subject: Subject) -> Finding | None:
     """Of FP8 our kernels for CPUs read blocks of 128 × 128, of compressed-tensors int4; vLLM's own need AMX."""
     import torch
 
-    from qnext_plugins.model import int4_group, is_block_fp8
+    from qnext_plugins.model import int4_group, int4_obstacle, is_block_fp8
 
     quantized = (subject.config or {}).get("quantization_config") or {}
-    if device_type() == "cpu" and (group := int4_group(quantized)) is not None:
-        return ok(f"int4 in groups of {group}: linears and experts run on the plugin's kernels, as W4A16")
-    if quantized.get("quant_method") != "fp8" or device_type() != "cpu":
+    method = quantized.get("quant_method")
+    if method not in ("fp8", "compressed-tensors") or device_type() != "cpu":
         return None
+    if (group := int4_group(quantized)) is not None:
+        return ok(f"int4 in groups of {group}: linears and experts run on the plugin's kernels, as W4A16")
+    if method == "compressed-tensors":
+        return note(
+            f"the checkpoint is quantized, not in int4 that the plugin reads ({int4_obstacle(quantized)}): on a CPU "
+            "vLLM's own code, whose experts in int4 need AMX"
+        )
     if is_block_fp8(quantized):
         return ok("block-wise FP8: linears and experts run on the plugin's kernels, with activations as they are")
     block = quantized.get("weight_block_size")
