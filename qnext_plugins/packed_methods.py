@@ -148,7 +148,7 @@ class ScaledExperts:
     parameters: tuple[str, str, str, str]
     """A layer's w13 and w2, each with its scales behind it."""
     linear: type[PackedLinear]
-    """The method of a shared expert's linears that are stored alike."""
+    """Of a shared expert's linears that are stored alike, on a GPU."""
     pack_: Callable[..., bool]
     unpack_: Callable[..., None]
 
@@ -172,16 +172,17 @@ class ScaledExperts:
         w13, w13_scale, w2, w2_scale = (getattr(layer, name) for name in self.parameters)
         return w13, w13_scale, w2, w2_scale
 
-    def shared(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-        """w13, w2, each with its scales behind it, and gate of the shared expert, or None."""
+    def shared(self, layer: Any) -> tuple[Tensor, ...] | None:
+        """w13, w2, each with what scales it has behind it, and gate of the shared expert, or None."""
         if layer.shared_expert[0] is None:
             return None
         up, down, gate = layer.shared_expert[0].linears()
         gate_weight = getattr(gate, "plain_weight", gate.weight)[0]
         return *self._shared_weight(up), *self._shared_weight(down), gate_weight
 
-    def _shared_weight(self, linear: Any) -> tuple[Tensor, Tensor]:
-        return _plain_tensors(linear, self.linear.parameters)  # type: ignore[return-value]
+    def _shared_weight(self, linear: Any) -> tuple[Tensor, ...]:
+        method = linear.quant_method if isinstance(linear.quant_method, PackedLinear) else self.linear
+        return _plain_tensors(linear, method.parameters)
 
     def _tensors(self, layer: Any) -> tuple[Any, ...]:
         return *(weight.data for weight in self.weights(layer)), _shared_tensors(layer)
@@ -200,7 +201,8 @@ class Fp8Experts(ScaledExperts):
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """As that of :class:`PackedExperts`; a shared expert is in FP8 too."""
         choice, quantize = (topk_weights, topk_ids), _quantizes(x.device, x.dtype)
-        return experts_fp8(x, *self.weights(layer), *choice, layer.packed, self.shared(layer), quantize)
+        shared: Any = self.shared(layer)
+        return experts_fp8(x, *self.weights(layer), *choice, layer.packed, shared, quantize)
 
 
 class Int4Experts(ScaledExperts):
@@ -240,7 +242,7 @@ class Int4Experts(ScaledExperts):
         return parameters
 
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """As that of :class:`PackedExperts`; a shared expert is in int4 too."""
+        """As that of :class:`PackedExperts`; a shared expert is in int4 too, or not quantized."""
         return experts_int4(x, *self.weights(layer), topk_weights, topk_ids, layer.packed, self.shared(layer))
 
 
@@ -285,6 +287,12 @@ class LeftAsLoaded:
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         raise NotImplementedError("the routed experts compute the shared one along")
+
+
+def stored_as(shared_expert: MLP, *methods: type) -> bool:
+    """Whether both projections of a shared expert have the same one of an engine's or our methods."""
+    found = {type(layer.quant_method) for layer in shared_expert.linears()[:2]}  # type: ignore[attr-defined]
+    return len(found) == 1 and found <= set(methods)
 
 
 def compute_along(layer: Any, shared_expert: MLP | None) -> None:

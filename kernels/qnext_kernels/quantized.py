@@ -9,6 +9,8 @@ from qnext_kernels import fp8, int4
 from qnext_kernels.fp8 import FP8
 from qnext_kernels.int4 import INT4, INT4_PER_WORD
 
+SharedWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]
+"""w13, w2, each with its scales behind it, and gate of a shared expert; None for scales of weights without them."""
 SCALED = (FP8, INT4)
 """Dtypes of weights that have scales."""
 
@@ -32,8 +34,10 @@ def stored_alike(*weights: tuple[Tensor, Tensor | None]) -> bool:
     return len({(weight.dtype, int4.group_of(weight, scale)) for weight, scale in weights}) == 1
 
 
-def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, halves: int = 1) -> Tensor:
+def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, halves: int = 1) -> Tensor:
     """[..., N, K] of a dtype; ``halves`` matrices lie one below the other, and in FP8 have blocks of their own."""
+    if scale is None:
+        return weight.to(dtype)
     if weight.dtype == INT4:
         return int4.dequantize_int4(weight, scale, dtype)
     return fp8.dequantize_blocks(weight, scale, dtype) if halves == 1 else fp8.dequantize_w13(weight, scale, dtype)

@@ -18,10 +18,11 @@ from qnext_plugins.packed_methods import (
     PackedExperts,
     compute_along,
     leave_to_experts,
+    stored_as,
 )
 from qnext_sglang import UnsupportedEngineError, quantization, serving, step_back
 from qnext_sglang import sglang_api as api
-from qnext_sglang.linear import QnextFp8LinearMethod, QnextInt4LinearMethod
+from qnext_sglang.linear import QnextFp8LinearMethod, QnextInt4LinearMethod, QnextLinearMethod
 
 
 class _OurKernel:
@@ -66,12 +67,12 @@ class SharedFp8LinearMethod(LeftAsLoaded, api.LinearMethodBase):
     """Of the shared expert's projections in block-wise FP8, where on a GPU our kernel for experts reads them."""
 
 
-STORED_ALIKE: dict[type, tuple[type, ...]] = {
-    QnextMoEMethod: (api.UnquantizedLinearMethod,),
+READ_ALONG: dict[type, tuple[type, ...]] = {
+    QnextMoEMethod: (api.UnquantizedLinearMethod, QnextLinearMethod),
     QnextFp8MoEMethod: (api.Fp8LinearMethod, QnextFp8LinearMethod),
-    QnextInt4MoEMethod: (QnextInt4LinearMethod,),
+    QnextInt4MoEMethod: (QnextInt4LinearMethod, QnextLinearMethod),
 }
-"""For each of our methods of experts, the methods of linears whose weights are stored as its are."""
+"""For each of our methods of experts, the methods of a shared expert's linears that its kernel reads with them."""
 
 
 class SparseExperts(api.FusedMoE):
@@ -134,7 +135,7 @@ class SparseExperts(api.FusedMoE):
 
 
 def computes_shared(method: Any, shared_expert: MLP, middle: int) -> bool:
-    """Whether the calls of our routed experts compute the shared one along, if both are stored alike.
+    """Whether the calls of our routed experts compute the shared one along, if they read how it is stored.
 
     In C++ they do; in Triton, where a rank's parts of both are of one size.
 
@@ -142,13 +143,13 @@ def computes_shared(method: Any, shared_expert: MLP, middle: int) -> bool:
         method: of the routed experts.
         middle: this rank's columns between the two products of a routed expert.
     """
-    stored = STORED_ALIKE.get(type(method))
+    read = READ_ALONG.get(type(method))
     backend = OPERATIONS["moe"].select(serving.device(), torch.get_default_dtype()).name
-    projections: tuple[Any, ...] = shared_expert.linears()[:2]
-    same_size = projections[1].input_size_per_partition == middle
-    if stored is None or not (backend == "native" or (backend == "triton" and same_size)):
+    down: Any = shared_expert.linears()[1]
+    same_size = down.input_size_per_partition == middle
+    if read is None or not (backend == "native" or (backend == "triton" and same_size)):
         return False
-    return all(isinstance(linear.quant_method, stored) for linear in projections)
+    return stored_as(shared_expert, *read)
 
 
 def our_method(quant_config: Any, prefix: str, middle: int, device: torch.device, dtype: torch.dtype) -> Any:

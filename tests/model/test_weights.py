@@ -223,7 +223,10 @@ def int4_described(
         (int4_described(quant_method="awq"), "quant_method is awq"),
         (int4_described(config_groups={}), "there are 0 config_groups, not one"),
         (int4_described(config_groups={"W4A16": ["Linear"]}), "weights are not described"),
-        (int4_described(config_groups={name: int4_described()["config_groups"]["group_0"] for name in "ab"}), "there are 2 config_groups, not one"),
+        (
+            int4_described(config_groups={name: int4_described()["config_groups"]["group_0"] for name in "ab"}),
+            "there are 2 config_groups, not one",
+        ),
         (int4_described(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme is given"),
         (int4_described(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is given"),
         (int4_described(transform_config={"config_groups": {"u": {}}}), "transform_config is given"),

@@ -19,10 +19,18 @@ from qnext_plugins.packed_methods import (
     ScaledExperts,
     compute_along,
     leave_to_experts,
+    stored_as,
 )
 from qnext_vllm import step_back
 from qnext_vllm import vllm_api as api
-from qnext_vllm.linear import CpuFp8Config, CpuInt4Config, QnextFp8LinearMethod, QnextInt4LinearMethod, leaves_out
+from qnext_vllm.linear import (
+    CpuFp8Config,
+    CpuInt4Config,
+    QnextFp8LinearMethod,
+    QnextInt4LinearMethod,
+    QnextLinearMethod,
+    leaves_out,
+)
 
 
 def route(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -155,7 +163,8 @@ def experts_options(vllm_config: api.VllmConfig, shared_expert: MLP | None, pref
 def computes_shared(vllm_config: api.VllmConfig, shared_expert: MLP, prefix: str) -> bool:
     """Whether the calls of our routed experts compute the shared one along.
 
-    They do where both are stored alike: without quantization, in block-wise FP8 or in int4. In C++ not with LoRA
+    They do where both are stored alike: without quantization, in block-wise FP8 or in int4, beside which the shared one
+    may also be not quantized. In C++ not with LoRA
     adapters on its linears, nor with data parallelism, where every rank would add it to the tokens of all; in Triton
     where a rank's parts of both are of one size.
     """
@@ -165,7 +174,8 @@ def computes_shared(vllm_config: api.VllmConfig, shared_expert: MLP, prefix: str
     if backend not in ("native", "triton"):
         return False
     if isinstance(quant_config, CpuInt4Config):
-        if leaves_out(quant_config, prefix) or not stored_as(shared_expert, QnextInt4LinearMethod):
+        beside_int4 = () if leaves_out(quant_config, prefix) else (QnextInt4LinearMethod,)
+        if not stored_as(shared_expert, QnextLinearMethod, *beside_int4):
             return False
     elif quant_config is not None and (
         fp8_obstacle(quant_config, middle, device, dtype) is not None
@@ -197,11 +207,6 @@ def both_in_fp8(quant_config: Any, shared_expert: MLP, prefix: str) -> bool:
         match_mode=quant_config.ignored_layers_match_mode,
     )
     return not routed_left_out and stored_as(shared_expert, api.Fp8LinearMethod, QnextFp8LinearMethod)
-
-
-def stored_as(shared_expert: MLP, *methods: type) -> bool:
-    """Whether both projections of a shared expert have one of these methods."""
-    return all(type(linear.quant_method) in methods for linear in shared_expert.linears()[:2])
 
 
 def columns_of_a_rank(vllm_config: api.VllmConfig) -> int:

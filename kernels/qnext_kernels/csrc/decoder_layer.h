@@ -55,7 +55,7 @@ struct Experts {
     const void* w2_scale;
     const float* weights;
     Indices ids;     // [tokens, top_k]
-    // Of the shared expert and [hidden], or none; stored and packed as the others.
+    // Of the shared expert and [hidden], or none; stored and packed as the others, or beside int4 without scales.
     const void* shared_w13;
     const void* shared_w13_scale;
     const void* shared_w2;

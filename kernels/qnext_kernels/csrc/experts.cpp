@@ -69,8 +69,11 @@ float dot(const T* x, const T* y, int64_t size) {
     return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-template <class T, class W>
+// S: of the shared expert's weights, as its activations are or stored as the others.
+template <class T, class W, class S = W>
 class Run {
+    static_assert(std::is_same_v<Packed<T, W>, Packed<T, S>>, "all experts read the same activations");
+
   public:
     explicit Run(const Experts& p)
         : p(p), routing(p), routed(routing.start[p.experts]),
@@ -114,27 +117,32 @@ class Run {
         return 1.0f / (1.0f + std::exp(-dot(x, static_cast<const T*>(p.shared_gate), p.hidden)));
     }
 
+    template <class M>
     struct Expert {
-        Matrix<W> gate, up, down;
+        Matrix<M> gate, up, down;
         int64_t middle;
         T* rows;  // [pairs of the expert, middle]
     };
 
-    Expert expert(int64_t e) const {
+    // Calls f with expert `e`.
+    template <class F>
+    void with_expert(int64_t e, F f) const {
         if (e == p.experts)
-            return stored(p.shared_w13, p.shared_w13_scale, p.shared_w2, p.shared_w2_scale, p.shared_middle, 0,
-                          routed * p.middle);
-        return stored(p.w13, p.w13_scale, p.w2, p.w2_scale, p.middle, e, routing.start[e] * p.middle);
+            f(stored<S>(p.shared_w13, p.shared_w13_scale, p.shared_w2, p.shared_w2_scale, p.shared_middle, 0,
+                        routed * p.middle));
+        else
+            f(stored<W>(p.w13, p.w13_scale, p.w2, p.w2_scale, p.middle, e, routing.start[e] * p.middle));
     }
 
     // Expert `e` of those that lie there one behind the other, whose rows begin at `first_row` of the middle's.
-    Expert stored(const void* w13, const void* w13_scale, const void* w2, const void* w2_scale, int64_t middle, int64_t e,
+    template <class M>
+    Expert<M> stored(const void* w13, const void* w13_scale, const void* w2, const void* w2_scale, int64_t middle, int64_t e,
                   int64_t first_row) const {
         const int64_t size = middle * p.hidden;
-        const int64_t num_scales = kInGroups<W> ? size / p.group : blocks_of(middle) * blocks_of(p.hidden);
+        const int64_t num_scales = kInGroups<M> ? size / p.group : blocks_of(middle) * blocks_of(p.hidden);
         const auto matrix = [&](const void* data, const void* scales, int64_t n, int64_t rows, int64_t k) {
-            return Matrix<W>{static_cast<const W*>(data) + n * stored_in<W>(size), rows, k, p.packed != 0,
-                             scales ? static_cast<const Scale<W>*>(scales) + n * num_scales : nullptr, p.group};
+            return Matrix<M>{static_cast<const M*>(data) + n * stored_in<M>(size), rows, k, p.packed != 0,
+                             scales ? static_cast<const Scale<M>*>(scales) + n * num_scales : nullptr, p.group};
         };
         return {matrix(w13, w13_scale, 2 * e, middle, p.hidden), matrix(w13, w13_scale, 2 * e + 1, middle, p.hidden),
                 matrix(w2, w2_scale, e, p.hidden, middle), middle, this->middle.get() + first_row};
@@ -153,13 +161,45 @@ class Run {
         explicit Worker(const Run& run)
             : p(run.p), run(run), routing(run.routing), total(run.total.get()), hidden(p.hidden), activated(p.middle),
               shared_activated(p.shared_middle),
-              memory(scratch<W>(2 * std::max({Matrix<W>::panel_size(p.hidden), Matrix<W>::panel_size(p.middle),
-                                              Matrix<W>::panel_size(p.shared_middle)}))),
+              memory(scratch<char>(std::max(bytes_of<W>(2, p.middle), bytes_of<S>(2, p.shared_middle)))),
               products(std::min<int64_t>(kTokens, routing.pairs.size())) {}
 
         // SiLU(gate x) · up x in the columns of panels [first, last), as far as there are, for the tokens of one expert.
         void up(int64_t e, int64_t first, int64_t last) {
-            const Expert expert = run.expert(e);
+            run.with_expert(e, [&](const auto& expert) { up(expert, e, first, last); });
+        }
+
+        // The columns of panels [first, last) of the output of every token.
+        void down(int64_t first, int64_t last) {
+            const int64_t begin = first * kPanel, end = std::min(last * kPanel, p.hidden);
+            if (begin >= end) return;
+            for (int64_t t = 0; t < p.tokens; ++t)
+                std::fill(total + t * p.hidden + begin, total + t * p.hidden + end, 0.0f);
+            for (const int64_t e : routing.chosen)
+                run.with_expert(e, [&](const auto& expert) { add_expert(expert, e, begin, end); });
+            for (int64_t t = 0; t < p.tokens; ++t) {
+                T* out = static_cast<T*>(p.out) + t * p.hidden;
+                int64_t d = begin;
+                for (; d + Vec::size <= end; d += Vec::size) Vec::load(total + t * p.hidden + d).store(out + d);
+                for (; d < end; ++d) assign(out[d], total[t * p.hidden + d]);
+            }
+        }
+
+      private:
+        // Of so many panels, of whatever an expert multiplies with.
+        template <class M>
+        int64_t bytes_of(int64_t panels, int64_t middle) const {
+            return panels * int64_t(sizeof(M)) * Matrix<M>::panel_size(std::max(p.hidden, middle));
+        }
+
+        // Where panel `n` of the two that are packed on the way lies.
+        template <class M>
+        M* room(int64_t n, int64_t middle) const {
+            return reinterpret_cast<M*>(memory.get() + bytes_of<M>(n, middle));
+        }
+
+        template <class M>
+        void up(const Expert<M>& expert, int64_t e, int64_t first, int64_t last) {
             last = std::min(last, panels_of(expert.middle));
             for_blocks(e, [&](int64_t begin, int64_t count) {
                 hidden.take(count, [&](int64_t i) {
@@ -173,22 +213,6 @@ class Run {
             });
         }
 
-        // The columns of panels [first, last) of the output of every token.
-        void down(int64_t first, int64_t last) {
-            const int64_t begin = first * kPanel, end = std::min(last * kPanel, p.hidden);
-            if (begin >= end) return;
-            for (int64_t t = 0; t < p.tokens; ++t)
-                std::fill(total + t * p.hidden + begin, total + t * p.hidden + end, 0.0f);
-            for (const int64_t expert : routing.chosen) add_expert(expert, begin, end);
-            for (int64_t t = 0; t < p.tokens; ++t) {
-                T* out = static_cast<T*>(p.out) + t * p.hidden;
-                int64_t d = begin;
-                for (; d + Vec::size <= end; d += Vec::size) Vec::load(total + t * p.hidden + d).store(out + d);
-                for (; d < end; ++d) assign(out[d], total[t * p.hidden + d]);
-            }
-        }
-
-      private:
         // Calls f(begin, count) for blocks of the pairs of an expert.
         template <class F>
         void for_blocks(int64_t expert, F f) const {
@@ -198,11 +222,12 @@ class Run {
         }
 
         // A panel of gate with its panel of up.
-        void in_pairs(const Expert& expert, int64_t first, int64_t last, int64_t count, T* rows) {
+        template <class M>
+        void in_pairs(const Expert<M>& expert, int64_t first, int64_t last, int64_t count, T* rows) {
             for (int64_t panel = first; panel < last; ++panel) {
                 const int64_t column = panel * kPanel;
-                const Panel<W> panels[] = {expert.gate.panel(column, memory.get()),
-                                           expert.up.panel(column, memory.get() + Matrix<W>::panel_size(p.hidden))};
+                const Panel<M> panels[] = {expert.gate.panel(column, room<M>(0, expert.middle)),
+                                           expert.up.panel(column, room<M>(1, expert.middle))};
                 multiply<T>(hidden.rows(), count, panels, 2, p.hidden, products.get());
                 activate(products.get()[0], products.get()[1], count, expert.middle, column, rows);
             }
@@ -210,27 +235,28 @@ class Run {
 
         // All panels of gate and then those of up, for so few tokens that memory limits: of one stream a processor foresees
         // more than of two in turns.
-        void one_by_one(const Expert& expert, int64_t first, int64_t last, int64_t count, T* rows) {
+        template <class M>
+        void one_by_one(const Expert<M>& expert, int64_t first, int64_t last, int64_t count, T* rows) {
             if (const int64_t floats = (last - first) * kFewTiles * kTogether * kPanel; floats > gates_room) {
                 gates_room = floats;
                 gates = scratch<float>(floats);
             }
             float *const of_up = products.get()[0], *of_gate = gates.get();
             for (int64_t panel = first; panel < last; ++panel, of_gate += count * kPanel) {
-                const Panel<W> weights = expert.gate.panel(panel * kPanel, memory.get());
+                const Panel<M> weights = expert.gate.panel(panel * kPanel, room<M>(0, expert.middle));
                 multiply<T>(hidden.rows(), count, &weights, 1, p.hidden, &of_gate);
             }
             of_gate = gates.get();
             for (int64_t panel = first; panel < last; ++panel, of_gate += count * kPanel) {
-                const Panel<W> weights = expert.up.panel(panel * kPanel, memory.get());
+                const Panel<M> weights = expert.up.panel(panel * kPanel, room<M>(0, expert.middle));
                 multiply<T>(hidden.rows(), count, &weights, 1, p.hidden, &of_up);
                 activate(of_gate, of_up, count, expert.middle, panel * kPanel, rows);
             }
         }
 
-        void add_expert(int64_t e, int64_t begin, int64_t end) {
-            const Expert expert = run.expert(e);
-            Activations<T, W>& rows = e == p.experts ? shared_activated : activated;
+        template <class M>
+        void add_expert(const Expert<M>& expert, int64_t e, int64_t begin, int64_t end) {
+            auto& rows = activations_of(expert, e);
             for_blocks(e, [&](int64_t from, int64_t count) {
                 rows.take(count, [&](int64_t i) { return expert.rows + (from - routing.start[e] + i) * expert.middle; });
                 for (int64_t i = 0; i < count; ++i) {
@@ -239,10 +265,9 @@ class Run {
                 }
                 for (int64_t column = begin; column < end; column += 2 * kPanel) {
                     const int64_t num_panels = std::min<int64_t>(2, panels_of(end - column));
-                    Panel<W> panels[2] = {};
+                    Panel<M> panels[2] = {};
                     for (int64_t n = 0; n < num_panels; ++n)
-                        panels[n] = expert.down.panel(column + n * kPanel,
-                                                      memory.get() + n * Matrix<W>::panel_size(expert.middle));
+                        panels[n] = expert.down.panel(column + n * kPanel, room<M>(n, expert.middle));
                     for (int64_t i = 0; i < count; ++i) fetch(sums[i].to + column, std::min(2 * kPanel, end - column));
                     multiply<T>(rows.rows(), count, panels, num_panels, expert.middle, products.get());
                     for (int64_t n = 0; n < num_panels; ++n) {
@@ -252,6 +277,13 @@ class Run {
                     }
                 }
             });
+        }
+
+        template <class M>
+        auto& activations_of(const Expert<M>&, int64_t e) {
+            if constexpr (std::is_same_v<W, S>) return e == p.experts ? shared_activated : activated;
+            else if constexpr (std::is_same_v<M, S>) return shared_activated;
+            else return activated;
         }
 
         // What products are added to, into the second-level cache: they come from anywhere in the output.
@@ -288,8 +320,9 @@ class Run {
         const Run& run;
         const Routing& routing;
         float* const total;
-        Activations<T, W> hidden, activated, shared_activated;
-        const Scratch<W> memory;  // two panels
+        Activations<T, W> hidden, activated;
+        Activations<T, S> shared_activated;
+        const Scratch<char> memory;  // two panels
         const Products products;
         Scratch<float> gates;     // products of several panels
         int64_t gates_room = 0;
@@ -313,7 +346,15 @@ class Run {
 extern "C" bool qnext_experts(const qnext::Experts* p) {
     bool valid = false;
     qnext::with_types(p->dtype, p->w13_scale, p->group, [&](auto type, auto weight) {
-        valid = qnext::Run<decltype(type), decltype(weight)>(*p).run();
+        using T = decltype(type);
+        using W = decltype(weight);
+        if constexpr (qnext::kInGroups<W>) {
+            if (p->shared_w13 && !p->shared_w13_scale) {
+                valid = qnext::Run<T, W, T>(*p).run();
+                return;
+            }
+        }
+        valid = qnext::Run<T, W>(*p).run();
     });
     return valid;
 }

@@ -50,7 +50,7 @@ class ExpertsWeights(NamedTuple):
     packed: bool = False
     shared: tuple[Tensor, ...] | None = None
     """w13 [2·S, D], w2 [D, S] and gate [D] of the shared expert; each matrix with its scale behind it where
-    :attr:`scales` are."""
+    :attr:`scales` are, unless it alone is not in int4."""
     scales: tuple[Tensor, Tensor] | None = None
     """Of w13 and w2 in FP8 or int4."""
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from qnext_kernels.checks import INTEGERS, expect_indices
 from qnext_kernels.dispatch import OPERATIONS
 from qnext_kernels.gated_attention.results import empty_heads
+from qnext_kernels.int4 import INT4
 from qnext_kernels.linear.native import linear_fields
-from qnext_kernels.moe.native import experts_fields
+from qnext_kernels.moe.native import contiguous_gate, experts_fields
 from qnext_kernels.native import DTYPES
 from qnext_kernels.operators import operator
 from qnext_kernels.quantized import columns_of, reads_scale, stored_alike
@@ -120,8 +121,8 @@ def reads_block(
 def _reads_shared(
     shared: Sequence[Tensor], hidden: int, dtype: torch.dtype, routed: tuple[Tensor, Tensor | None]
 ) -> bool:
-    scaled = routed[1] is not None
-    w13, w13_scale, w2, w2_scale, gate = shared if scaled else (shared[0], None, shared[1], None, shared[2])
+    plain = len(shared) == 3
+    w13, w13_scale, w2, w2_scale, gate = (shared[0], None, shared[1], None, shared[2]) if plain else shared
     double = w13.shape[0]
     return (
         w13.dim() == w2.dim() == 2
@@ -130,7 +131,8 @@ def _reads_shared(
         and (w2.shape[0], columns_of(w2)) == (hidden, double // 2)
         and _reads_matrix(w13, w13_scale, dtype, halves=2)
         and _reads_matrix(w2, w2_scale, dtype)
-        and stored_alike(routed, (w13, w13_scale), (w2, w2_scale))
+        and stored_alike((w13, w13_scale), (w2, w2_scale))
+        and (stored_alike(routed, (w13, w13_scale)) or (plain and routed[0].dtype == INT4))
         and gate.shape == (hidden,)
         and gate.dtype == dtype
     )
@@ -275,15 +277,13 @@ def linear_norm_experts(
     if gate is not None:
         gate = unit_rows(gate)
         gate_fields = *_token_rows(x), *_token_rows(gate), 0, 1, tokens, width, width
-    if shared:
-        shared = [*shared[:-1], shared[-1].contiguous()]
     _block_kernel()(
         *gate_fields,
         *linear_fields(*out_linear, tokens, dtype, 0, x.data_ptr(), x.stride(0)),
         *norm_fields(NO_ROWS, _token_rows(residual), norm_weight, total.data_ptr(), tokens, eps),
         *linear_fields(router, router_bias, router_packed, router_scale, tokens, dtype),
         *choice_fields(tokens, w13.shape[0], top_k, renormalize),
-        *experts_fields(w13, w2, scales, packed, shared, top_k, tokens, dtype, out.data_ptr()),
+        *experts_fields(w13, w2, scales, packed, contiguous_gate(shared), top_k, tokens, dtype, out.data_ptr()),
     )
     return out, total
 

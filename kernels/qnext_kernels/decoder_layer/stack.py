@@ -21,7 +21,7 @@ from qnext_kernels.gated_delta_net import prepare_layer
 from qnext_kernels.gated_delta_net.native import GATED_DELTA_NET
 from qnext_kernels.gated_delta_net.prepared import PreparedLayer
 from qnext_kernels.linear.native import linear_fields
-from qnext_kernels.moe.native import experts_fields
+from qnext_kernels.moe.native import contiguous_gate, experts_fields
 from qnext_kernels.native import DTYPES
 from qnext_kernels.paged_attention.checks import check_values
 from qnext_kernels.paged_attention.native import PAGED_ATTENTION, STORE_KV
@@ -99,7 +99,7 @@ class DecoderStack:
     def __init__(self, layers: Sequence[StackedLayer], eps: float) -> None:
         self._layers, self._eps = list(layers), eps
         self._width, self._dtype = layers[0].norm.shape[0], _dtype(layers)
-        self._kept: list[Tensor] = []
+        self._kept: list[Tensor | None] = []
         packed = b"".join(map(self._pack, layers))
         self._memory = ctypes.create_string_buffer(packed, len(packed))
         self._groups = [
@@ -215,7 +215,7 @@ class DecoderStack:
             delta_net = (*norm, *linears, *self._delta_net_fields(mixer))
         else:
             attention = (*norm, *linear_fields(*mixer.qkv, 0, dtype), *self._attention_fields(mixer))
-        shared = () if moe.shared is None else (*moe.shared[:-1], moe.shared[-1].contiguous())
+        shared = contiguous_gate(moe.shared or ())
         self._kept += shared
         block = (
             *(0,) * _fields(native.GATE),

@@ -23,7 +23,7 @@ from qnext_kernels.moe.native import MoeNative
 from qnext_kernels.moe.reference import ReferenceBackend
 from qnext_kernels.moe.triton import TritonMoe
 from qnext_kernels.operators import operator
-from qnext_kernels.quantized import SCALED, expect_scale, stored_alike, stored_columns
+from qnext_kernels.quantized import SCALED, SharedWeights, expect_scale, stored_alike, stored_columns
 
 PACKING = (MoeNative.name, FlashInferMoe.name)
 """Backends that read weights laid out otherwise than in a checkpoint."""
@@ -151,7 +151,7 @@ def experts_int4(
     topk_weights: Tensor,
     topk_ids: Tensor,
     packed: bool = False,
-    shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
+    shared: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """:func:`experts` over group-wise int4 weights (W4A16, compressed-tensors' ``pack-quantized``), on a CPU.
 
@@ -169,7 +169,8 @@ def experts_int4(
         topk_ids: [T, top_k] int32 or int64; −1 (an expert of another rank) is skipped.
         packed: whether :func:`pack_experts_int4_` has packed weights and scales, those of a shared expert too.
         shared: of the shared expert, w13 [2·S, D / 8], w13_scale, w2 [D, S / 8], w2_scale as those of one expert, in
-            groups of the same size, and its gate [D] in the dtype of ``x``; or None.
+            groups of the same size, and its gate [D] in the dtype of ``x``; or w13 [2·S, D], w2 [D, S] and gate in
+            that dtype; or None.
 
     Returns:
         [T, D] in the dtype of ``x``, summed up as by :func:`experts`.
@@ -230,12 +231,12 @@ def pack_experts_int4_(
     w13_scale: Tensor,
     w2: Tensor,
     w2_scale: Tensor,
-    shared: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    shared: tuple[Tensor, ...] | None = None,
 ) -> bool:
     """:func:`pack_experts_` of weights in int4 and of their scales, which are written in place too.
 
     Args:
-        shared: w13, w13_scale, w2 and w2_scale of the shared expert, or None.
+        shared: w13, w13_scale, w2 and w2_scale of the shared expert, or w13 and w2 that are not in int4, or None.
     """
     return _pack(w13_scale.dtype, "experts_int4", w13, w13_scale, w2, w2_scale, shared=shared)
 
@@ -245,7 +246,7 @@ def unpack_experts_int4_(
     w13_scale: Tensor,
     w2: Tensor,
     w2_scale: Tensor,
-    shared: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    shared: tuple[Tensor, ...] | None = None,
 ) -> None:
     """Undo :func:`pack_experts_int4_` in place."""
     weights = w13, w13_scale, w2, w2_scale
@@ -323,8 +324,13 @@ def _experts_scaled(
         raise BackendError(f"w13: backend {backend.name} does not read int4")
     _expect_scales(w13, w13_scale, w2, w2_scale, x.dtype)
     scaled = [("w2_scale", (w2, w2_scale))]
-    if shared:
-        shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, gate = shared
+    extra: SharedWeights | None = None
+    if stored == INT4 and len(shared) == 3:
+        shared_w13, shared_w2, gate = shared
+        _expect_shared(x, shared_w13, shared_w2, gate, x.dtype)
+        extra = shared_w13, None, shared_w2, None, gate
+    elif shared:
+        shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, gate = extra = tuple(shared)  # type: ignore[assignment]
         _expect_shared(x, shared_w13, shared_w2, gate, stored)
         _expect_scales(shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, x.dtype, "shared_")
         scaled += [
@@ -335,7 +341,7 @@ def _experts_scaled(
         if not stored_alike((w13, w13_scale), other):
             expected, got = group_of(w13, w13_scale), group_of(*other)
             raise ValueError(f"{name}: expected groups of {expected} columns, as w13 has them, got {got}")
-    arguments = (x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, tuple(shared) or None, quantize)
+    arguments = (x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, extra, quantize)
     return _expect_packing(backend).experts_scaled_packed(*arguments) if packed else backend.experts_scaled(*arguments)
 
 

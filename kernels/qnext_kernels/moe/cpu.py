@@ -11,7 +11,7 @@ from torch import Tensor
 from qnext_kernels.dispatch import Backend, refuse_if_deterministic
 from qnext_kernels.elementwise import sigmoid, silu
 from qnext_kernels.fp8 import dequantize_groups, quantize_groups
-from qnext_kernels.quantized import dequantize
+from qnext_kernels.quantized import SharedWeights, dequantize
 
 
 class CpuBackend(Backend):
@@ -67,7 +67,7 @@ class CpuBackend(Backend):
         w2_scale: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+        shared: SharedWeights | None,
         quantize: bool,
     ) -> Tensor:
         refuse_if_deterministic("moe", "PyTorch's linear")
@@ -79,7 +79,9 @@ class CpuBackend(Backend):
 
         hidden = activations(x)
 
-        def swiglu(hidden: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> Tensor:
+        def swiglu(
+            hidden: Tensor, w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None
+        ) -> Tensor:
             both = F.linear(hidden, dequantize(w13, w13_scale, torch.float32, halves=2))
             middle = activations(self.silu_and_mul(both))
             return F.linear(middle, dequantize(w2, w2_scale, torch.float32))

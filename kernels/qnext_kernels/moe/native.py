@@ -15,7 +15,7 @@ from qnext_kernels.linear.native import packable
 from qnext_kernels.moe import elementwise_native
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, NativeBackend
-from qnext_kernels.quantized import columns_of
+from qnext_kernels.quantized import SharedWeights, columns_of
 from qnext_kernels.rows import address, indices, packed_function
 
 
@@ -59,11 +59,12 @@ class MoeNative(NativeBackend, CpuBackend):
         w2_scale: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+        shared: SharedWeights | None,
         quantize: bool,
     ) -> Tensor:
         weights = w13, w13_scale, w2, w2_scale
-        if quantize or not all(weight.is_contiguous() for weight in weights + (shared or ())[:4]):
+        stored = [weight for weight in weights + (shared or ())[:4] if weight is not None]
+        if quantize or not all(weight.is_contiguous() for weight in stored):
             return super().experts_scaled(x, *weights, topk_weights, topk_ids, shared, quantize)
         scales = w13_scale, w2_scale
         return self.run(x, w13, w2, topk_weights, topk_ids, shared or (), scales, packed=False)
@@ -77,7 +78,7 @@ class MoeNative(NativeBackend, CpuBackend):
         w2_scale: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+        shared: SharedWeights | None,
         quantize: bool,
     ) -> Tensor:
         if quantize:
@@ -110,21 +111,21 @@ class MoeNative(NativeBackend, CpuBackend):
         w2: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        shared: Sequence[Tensor],
+        shared: Sequence[Tensor | None],
         scales: Sequence[Tensor] = (),
         *,
         packed: bool,
     ) -> Tensor:
-        """Over contiguous weights, all packed or none, all with scales of one kind or none; the gate may be strided.
+        """Over contiguous weights, all packed or none; the gate may be strided.
 
         Args:
-            shared: empty, or of the shared expert as ``experts`` takes it, with scales as ``experts_fp8`` does.
+            shared: empty, or of the shared expert as ``experts`` takes it, or with what scales it has.
             scales: empty, or those of ``w13`` and ``w2``.
         """
         x = x if x.stride()[1] == 1 else x.contiguous()
         topk_weights, topk_ids = topk_weights.contiguous(), topk_ids.contiguous()
         out = x.new_empty(x.shape)
-        contiguous = (*shared[:-1], shared[-1].contiguous()) if shared else ()
+        contiguous = contiguous_gate(shared)
         choice = (topk_weights.data_ptr(), *indices(topk_ids))
         weights, sizes = (w13, w2, scales, packed, contiguous), (topk_ids.shape[1], x.shape[0], DTYPES[x.dtype])
         if not _kernel()(*experts_fields(*weights, *sizes, out.data_ptr(), x.data_ptr(), x.stride()[0], choice)):
@@ -137,7 +138,7 @@ def experts_fields(
     w2: Tensor,
     scales: Sequence[Tensor],
     packed: bool,
-    shared: Sequence[Tensor],
+    shared: Sequence[Tensor | None],
     top_k: int,
     tokens: int,
     dtype: int,
@@ -158,11 +159,16 @@ def experts_fields(
     both: Sequence[Tensor | None] = (None,) * 5
     middle = 0
     if shared:
-        both = shared if scales else (shared[0], None, shared[1], None, shared[2])
-        middle = columns_of(shared[len(shared) // 2])
+        both = shared if len(shared) == len(both) else (shared[0], None, shared[1], None, shared[2])
+        middle = columns_of(both[2])  # type: ignore[arg-type]
     num_experts, hidden, _ = w2.shape
     sizes = (dtype, x_token, tokens, top_k, num_experts, hidden, columns_of(w2), middle, group_of(w2, w2_scale), packed)
     return x, *map(address, (w13, w13_scale, w2, w2_scale)), *choice, *map(address, both), out, *sizes
+
+
+def contiguous_gate(shared: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """A shared expert, or none, with its gate, the last, as the kernel reads it."""
+    return (*shared[:-1], shared[-1].contiguous()) if shared else ()  # type: ignore[union-attr]
 
 
 def _expect_ids(topk_ids: Tensor, w13: Tensor) -> None:

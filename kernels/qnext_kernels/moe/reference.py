@@ -8,7 +8,7 @@ from torch import Tensor
 from qnext_kernels.dispatch import Backend
 from qnext_kernels.elementwise import sigmoid, silu
 from qnext_kernels.fp8 import dequantize_groups, quantize_groups
-from qnext_kernels.quantized import dequantize
+from qnext_kernels.quantized import SharedWeights, dequantize
 
 
 class ReferenceBackend(Backend):
@@ -63,7 +63,7 @@ class ReferenceBackend(Backend):
         w2_scale: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        shared: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+        shared: SharedWeights | None,
         quantize: bool,
     ) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -73,7 +73,7 @@ class ReferenceBackend(Backend):
                 return values.to(dtype)
             return dequantize_groups(*quantize_groups(values.to(x.dtype)), dtype)
 
-        def expert(t: int, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> Tensor:
+        def expert(t: int, w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None) -> Tensor:
             both = dequantize(w13, w13_scale, dtype, halves=2) @ activations(x[t])
             middle = activations(self.silu_and_mul(both))
             return dequantize(w2, w2_scale, dtype) @ middle
