@@ -73,4 +73,4 @@ def group_of(weight: Tensor, scale: Tensor | None) -> int:
 
 def _is_group(weight: Tensor, scale: Tensor) -> bool:
     columns = weight.shape[-1] * INT4_PER_WORD
-    return columns in {group * scale.shape[-1] for group in INT4_GROUPS}
+    return columns > 0 and columns in {group * scale.shape[-1] for group in INT4_GROUPS}

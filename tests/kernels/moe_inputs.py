@@ -1,4 +1,4 @@
-"""Random arguments of the experts, with weights in any dtype, in FP8 too, and with a shared expert."""
+"""Random arguments of the experts, with weights in any dtype, in FP8 and int4 too, and with a shared expert."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from qnext_kernels import topk_softmax
-from qnext_kernels.fp8 import FP8_GROUP
+from qnext_kernels.fp8 import FP8, FP8_GROUP
+from tests.kernels.int4_inputs import random_int4_weight
 
 EXPERTS, TOP_K, HIDDEN, MIDDLE, SHARED_MIDDLE = 9, 3, 40, 24, 20
 # One that is not a multiple of a group, in either direction, and two groups of a sum.
 FP8_HIDDEN, FP8_MIDDLE, FP8_SHARED_MIDDLE = 200, 136, 72
+# By groups: panels that are whole and not, of the routed experts and of the shared one.
+INT4_SIZES = {32: (160, 96, 64), 64: (320, 192, 64), 128: (256, 128, 384)}
 
 
 def random_choice(tokens: int, num_experts: int = EXPERTS, top_k: int = TOP_K) -> tuple[Tensor, Tensor]:
@@ -74,17 +77,43 @@ def random_fp8(tokens: int, dtype: torch.dtype, *, shared: bool = False) -> dict
     return arguments
 
 
+def random_int4(tokens: int, dtype: torch.dtype, *, group: int = 32, shared: bool = False) -> dict[str, Any]:
+    """Arguments of :func:`qnext_kernels.experts_int4`."""
+    num_experts, (hidden, middle, shared_middle) = 4, INT4_SIZES[group]
+
+    def weight(*shape: int) -> tuple[Tensor, Tensor]:
+        return random_int4_weight(*shape, group=group, dtype=dtype)
+
+    w13, w13_scale = weight(num_experts, 2 * middle, hidden)
+    w2, w2_scale = weight(num_experts, hidden, middle)
+    weights, ids = random_choice(tokens, num_experts, 2)
+    arguments: dict[str, Any] = {
+        "x": torch.randn(tokens, hidden).to(dtype),
+        "w13": w13,
+        "w13_scale": w13_scale,
+        "w2": w2,
+        "w2_scale": w2_scale,
+        "topk_weights": weights,
+        "topk_ids": ids,
+    }
+    if shared:
+        gate = (torch.randn(hidden) * hidden**-0.5).to(dtype)
+        arguments["shared"] = *weight(2 * shared_middle, hidden), *weight(hidden, shared_middle), gate
+    return arguments
+
+
 def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments with everything that is no quantized weight, scale, index or routing weight in float64."""
+    """The same arguments with all in float64 that is no quantized weight, scale of FP8, index or routing weight."""
 
     def exact(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(exact(part) for part in value)
         return value.double() if value.dtype in (torch.float32, torch.bfloat16, torch.float16) else value
 
-    scales = {"topk_weights", "w13_scale", "w2_scale"}
-    converted = {name: value if name in scales else exact(value) for name, value in arguments.items()}
-    if len(arguments.get("shared", ())) == 5:
+    fp8 = arguments["w13"].dtype == FP8
+    kept = {"topk_weights", "w13_scale", "w2_scale"} if fp8 else {"topk_weights"}
+    converted = {name: value if name in kept else exact(value) for name, value in arguments.items()}
+    if fp8 and "shared" in arguments:
         up, up_scale, down, down_scale, gate = arguments["shared"]
         converted["shared"] = up, up_scale, down, down_scale, gate.double()
     return converted

@@ -14,6 +14,7 @@ from qnext_kernels import (
     LinearWeight,
     experts,
     experts_fp8,
+    experts_int4,
     force_backend,
     linear,
     linear_norm_experts,
@@ -21,6 +22,7 @@ from qnext_kernels import (
     norm_linears,
     pack_experts_,
     pack_experts_fp8_,
+    pack_experts_int4_,
     pack_weight_,
     qk_norm_rope_gate,
     rms_norm,
@@ -29,11 +31,14 @@ from qnext_kernels import (
 )
 from qnext_kernels.decoder_layer import native
 from qnext_kernels.fp8 import FP8
+from qnext_kernels.int4 import INT4
 from tests.kernels.fp8_inputs import experts_in_fp8, linear_in_fp8
+from tests.kernels.int4_inputs import experts_in_int4, linear_in_int4
 from tests.kernels.kernel_inputs import DTYPES, assert_close, same_bits
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, ROTARY, POSITIONS = 72, 4, 2, 16, 8, 50
-EXPERTS, TOP_K, MIDDLE, SHARED_MIDDLE, EPS = 9, 3, 24, 20, 1e-6
+# All columns are whole groups of int4.
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, ROTARY, POSITIONS = 96, 4, 2, 16, 8, 50
+EXPERTS, TOP_K, MIDDLE, SHARED_MIDDLE, EPS = 9, 3, 32, 64, 1e-6
 QKV = 2 * (HEADS + KV_HEADS) * HEAD_DIM
 TOKENS = [0, 1, 3, 17]
 NAMES = ("norm_linears", "norm_heads", "linear_norm_experts")
@@ -110,6 +115,8 @@ def one_by_one(name: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         choice = topk_softmax(linear(normed, *given["router"]), given["top_k"], given["renormalize"])
         if moe.scales is not None:
             weights = moe.w13, moe.scales[0], moe.w2, moe.scales[1]
+            if moe.w13.dtype == INT4:
+                return experts_int4(normed, *weights, *choice, moe.packed, moe.shared), total
             return experts_fp8(normed, *weights, *choice, moe.packed, moe.shared, quantize_activations=False), total
         return experts(normed, moe.w13, moe.w2, *choice, moe.packed, moe.shared), total
     normed, total = rms_norm(given.pop("x"), given.pop("norm_weight"), given.pop("eps"), given.pop("residual"))
@@ -123,23 +130,37 @@ def packed(arguments: dict[str, Any]) -> dict[str, Any]:
     given = dict(arguments)
     for name, value in given.items():
         if isinstance(value, LinearWeight):
-            given[name] = value._replace(packed=pack_weight_(value.weight))
+            scale = value.scale if value.weight.dtype == INT4 else None
+            given[name] = value._replace(packed=pack_weight_(value.weight, scale))
             assert given[name].packed
         elif isinstance(value, ExpertsWeights):
-            scaled = value.scales is not None
-            shared = None if value.shared is None else value.shared[: -1 : 1 + scaled]
-            if scaled:
-                done = pack_experts_fp8_(value.w13, value.scales[0], value.w2, value.scales[1], shared)
-            else:
-                done = pack_experts_(value.w13, value.w2, shared)
-            given[name] = value._replace(packed=done)
+            given[name] = value._replace(packed=pack(value))
             assert given[name].packed
     return given
 
 
-def in_fp8(arguments: dict[str, Any]) -> dict[str, Any]:
-    """With those weights in FP8 that checkpoints have so: all but the router and the small projection."""
-    convert = {"first": linear_in_fp8, "qkv": linear_in_fp8, "out_proj": linear_in_fp8, "moe": experts_in_fp8}
+def pack(moe: ExpertsWeights) -> bool:
+    shared = None if moe.shared is None else moe.shared[:-1]
+    if moe.scales is None:
+        return pack_experts_(moe.w13, moe.w2, shared)
+    weights = moe.w13, moe.scales[0], moe.w2, moe.scales[1]
+    if moe.w13.dtype == INT4:
+        return pack_experts_int4_(*weights, shared)
+    return pack_experts_fp8_(*weights, None if shared is None else shared[::2])
+
+
+STORED: dict[str, tuple[Callable[[LinearWeight], LinearWeight], Callable[[ExpertsWeights], ExpertsWeights]]] = {
+    "plain": (lambda linear: linear, lambda moe: moe),
+    "fp8": (linear_in_fp8, experts_in_fp8),
+    "int4": (linear_in_int4, experts_in_int4),
+}
+"""How weights are stored, and what turns linears and experts into that."""
+
+
+def stored_as(stored: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """With those weights quantized that checkpoints have so: all but the router and the small projection."""
+    of_linear, of_experts = STORED[stored]
+    convert = {"first": of_linear, "qkv": of_linear, "out_proj": of_linear, "moe": of_experts}
     return {name: convert[name](value) if name in convert else value for name, value in arguments.items()}
 
 
@@ -155,31 +176,28 @@ def refuse(*_: object) -> None:
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("name", NAMES)
 def test_one_call_has_the_bits_of_its_parts(
-    name: str, fp8: bool, tokens: int, dtype: torch.dtype, residual: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, stored: str, tokens: int, dtype: torch.dtype, residual: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call, inputs = CALLS[name]
-    arguments = inputs(tokens, dtype, residual=residual, bias=bias)
-    if fp8:
-        arguments = in_fp8(arguments)
+    arguments = stored_as(stored, inputs(tokens, dtype, residual=residual, bias=bias))
     theirs = one_by_one(name, arguments)
-    for part in ("linear", "rms_norm", "experts", "experts_fp8", "qk_norm_rope_gate"):
+    for part in ("linear", "rms_norm", "experts", "experts_fp8", "experts_int4", "qk_norm_rope_gate"):
         monkeypatch.setattr(f"qnext_kernels.decoder_layer.{part}", refuse)
     assert all_same(call(**arguments), theirs)
     assert all_same(call(**packed(arguments)), theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("name", NAMES)
-def test_calls_agree_with_float64(name: str, fp8: bool, dtype: torch.dtype) -> None:
+def test_calls_agree_with_float64(name: str, stored: str, dtype: torch.dtype) -> None:
     call, inputs = CALLS[name]
     # Every expert is chosen: which one a rounding would change is not asked here.
     arguments = inputs(5, dtype) | ({"top_k": EXPERTS} if name == "linear_norm_experts" else {})
-    if fp8:
-        arguments = in_fp8(arguments)
+    arguments = stored_as(stored, arguments)
     with force_backend("reference"):
         truth = call(**in_float64(arguments))
     # Sums of HIDDEN in each of up to three products behind each other, and up to six results that are rounded between.
@@ -193,13 +211,13 @@ def in_float64(value: Any) -> Any:
         return value.double() if value.is_floating_point() and value.dtype != FP8 else value
     if isinstance(value, dict):
         return {name: in_float64(each) for name, each in value.items()}
-    if isinstance(value, LinearWeight):
-        return LinearWeight(*map(in_float64, value[:3]), value.scale)
-    if isinstance(value, ExpertsWeights):
+    if isinstance(value, LinearWeight) and value.weight.dtype == FP8:
+        return value._replace(bias=in_float64(value.bias))
+    if isinstance(value, ExpertsWeights) and value.w13.dtype == FP8:
         shared = value.shared
-        if shared is not None and value.scales is not None:
-            return value._replace(shared=(*shared[:-1], in_float64(shared[-1])))
-        return ExpertsWeights(*map(in_float64, value[:4]), value.scales)
+        return value if shared is None else value._replace(shared=(*shared[:-1], in_float64(shared[-1])))
+    if isinstance(value, LinearWeight | ExpertsWeights):
+        return type(value)(*map(in_float64, value))
     return tuple(map(in_float64, value)) if isinstance(value, tuple) else value
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qnext_kernels import (
-    LinearWeight,
+    ExpertsWeights,
     force_backend,
     gated_delta_net_decode,
     gated_delta_net_verify,
@@ -30,6 +30,7 @@ from qnext_kernels.decoder_layer.stack import (
     stackable,
 )
 from tests.kernels.fp8_inputs import linear_in_fp8
+from tests.kernels.int4_inputs import experts_in_int4, linear_in_int4
 from tests.kernels.kernel_inputs import DTYPES, Bad, same_bits
 from tests.kernels.test_decoder_layer import (
     EPS,
@@ -41,11 +42,12 @@ from tests.kernels.test_decoder_layer import (
     POSITIONS,
     QKV,
     ROTARY,
+    STORED,
     TOP_K,
-    in_fp8,
     of_experts,
     packed,
     projection,
+    stored_as,
 )
 
 KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM, WIDTH = 2, 4, 16, 16, 4
@@ -73,16 +75,14 @@ def attention(dtype: torch.dtype) -> AttentionMixer:
     return AttentionMixer(projection(QKV, HIDDEN, dtype, bias=True), *tables, both[:, :, 0], both[:, :, 1], 0.25)
 
 
-def layers_of(dtype: torch.dtype, kinds: Sequence[bool] = KINDS, *, fp8: bool = False) -> list[StackedLayer]:
+def layers_of(dtype: torch.dtype, kinds: Sequence[bool] = KINDS, stored: str = "plain") -> list[StackedLayer]:
     layers = []
     for n, attends in enumerate(kinds):
-        given = of_experts(0, dtype, residual=n != 1)
-        given = packed(in_fp8(given) if fp8 else given)
+        given = packed(stored_as(stored, of_experts(0, dtype, residual=n != 1)))
         parts = [given[name] for name in ("out_proj", "norm_weight", "router", "moe", "top_k", "renormalize")]
         # Layers of one kind lie in two groups.
         mixer, group = (attention(dtype), 0) if attends else (delta_net(dtype), int(n > 1))
-        if fp8:
-            mixer = mixer._replace(**{mixer._fields[0]: linear_in_fp8(mixer[0])})
+        mixer = mixer._replace(**{mixer._fields[0]: STORED[stored][0](mixer[0])})
         layers.append(StackedLayer(torch.randn(HIDDEN) * 0.1, mixer, group, *parts))
     return layers
 
@@ -142,15 +142,15 @@ def one_by_one(layers: Sequence[StackedLayer], hidden: Tensor, residual: Tensor 
     return hidden, residual
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("kinds", [KINDS, (True,), (False, False, False)])
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize(("tokens", "verify"), [(1, False), (1, True), (3, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_call_has_the_bits_of_its_layers(
-    dtype: torch.dtype, tokens: int, verify: bool, residual: bool, kinds: tuple[bool, ...], fp8: bool
+    dtype: torch.dtype, tokens: int, verify: bool, residual: bool, kinds: tuple[bool, ...], stored: str
 ) -> None:
-    layers, steps = layers_of(dtype, kinds, fp8=fp8), Steps(tokens, verify=verify)
+    layers, steps = layers_of(dtype, kinds, stored), Steps(tokens, verify=verify)
     hidden = torch.randn(2 * tokens, HIDDEN + 8).to(dtype)[:, :HIDDEN]
     before = torch.randn(2 * tokens, HIDDEN).to(dtype) if residual else None
     untouched = hidden.clone(), None if before is None else before.clone()
@@ -200,8 +200,9 @@ def test_bad_arguments_are_named_before_anything_is_written(bad: Bad) -> None:
     assert all(map(same_bits, pools_of(layers), saved))
 
 
-def in_fp8_without_a_scale(linear: LinearWeight) -> LinearWeight:
-    return linear_in_fp8(linear)._replace(scale=None)
+def with_a_shared_expert_in_other_groups(moe: ExpertsWeights) -> ExpertsWeights:
+    w13, w13_scale, w2, w2_scale, gate = moe.shared
+    return moe._replace(shared=(w13, w13_scale, w2, w2_scale[:, ::2].contiguous(), gate))
 
 
 def test_layers_that_the_kernel_does_not_read_are_not_stacked() -> None:
@@ -209,14 +210,18 @@ def test_layers_that_the_kernel_does_not_read_are_not_stacked() -> None:
     assert stackable(layers, EPS)
     with force_backend("native,moe=cpu"):
         assert not stackable(layers, EPS)
+    out_proj, moe = layers[0].out_proj, layers[0].moe
     strided = torch.zeros(BLOCKS, BLOCK_SIZE, KV_HEADS, 2 * HEAD_DIM)[..., ::2]
     for change in (
         {"norm": layers[0].norm.double()},
         {"mixer": delta_net(torch.float32, torch.float16)},
         {"mixer": attention(torch.float32)._replace(key_cache=strided)},
         {"out_proj": projection(HIDDEN, 8, torch.float32)},
-        {"out_proj": in_fp8_without_a_scale(layers[0].out_proj)},
-        {"moe": layers[0].moe._replace(scales=(torch.ones(EXPERTS, 2, 1), torch.ones(EXPERTS, 1, 1)))},
+        {"out_proj": linear_in_fp8(out_proj)._replace(scale=None)},
+        {"out_proj": linear_in_int4(out_proj)._replace(scale=None)},
+        {"out_proj": linear_in_int4(out_proj)._replace(scale=torch.ones(HIDDEN, 2, dtype=torch.bfloat16))},
+        {"moe": with_a_shared_expert_in_other_groups(experts_in_int4(moe))},
+        {"moe": moe._replace(scales=(torch.ones(EXPERTS, 2, 1), torch.ones(EXPERTS, 1, 1)))},
         {"router": projection(EXPERTS + 1, HIDDEN, torch.float32)},
         {"top_k": EXPERTS + TOP_K},
     ):

@@ -68,9 +68,11 @@ def test_kernels_of_another_instruction_set_pass_their_tests(isa: str) -> None:
     names = (
         "linear",
         "linear_fp8",
+        "linear_int4",
         "moe",
         "moe_shared",
         "experts_w8a16",
+        "experts_int4",
         "gated_norm",
         "rms_norm",
         "gated_attention",

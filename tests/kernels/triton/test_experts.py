@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMoeBlock
 
-from qnext_kernels import experts, experts_fp8, force_backend, topk_softmax, triton_support
-from qnext_kernels.dispatch import deterministic
+from qnext_kernels import experts, experts_fp8, experts_int4, force_backend, topk_softmax, triton_support
+from qnext_kernels.dispatch import BackendError, deterministic
 from qnext_kernels.fp8 import quantize_groups
 from qnext_kernels.moe import triton as moe_triton
 from qnext_kernels.moe import triton_experts, triton_fp8
@@ -29,6 +29,7 @@ from tests.kernels.moe_inputs import (
     in_float64,
     random_experts,
     random_fp8,
+    random_int4,
     rows_of,
 )
 from tests.kernels.test_moe import randomize, transformers_config
@@ -320,3 +321,8 @@ def test_some_of_the_experts_of_a_larger_tensor_are_read_where_they_lie() -> Non
     assert sliced["w13"].stride(0) == 2 * arguments["w13"].stride(0)
     assert same_bits(ours(arguments | sliced), ours(arguments))
     assert len(arguments["w13"]) == EXPERTS
+
+
+def test_weights_in_int4_are_refused_by_name() -> None:
+    with pytest.raises(BackendError, match=r"^w13: backend triton does not read int4$"):
+        experts_int4(**random_int4(3, torch.bfloat16))
