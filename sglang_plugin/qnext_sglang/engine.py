@@ -18,7 +18,7 @@ from qnext_plugins.model.sharding import sharded_parameter
 from qnext_plugins.packed_methods import experts_weights, linear_weight
 from qnext_sglang import serving
 from qnext_sglang import sglang_api as api
-from qnext_sglang.experts import SparseExperts
+from qnext_sglang.experts import QnextFusedMoE
 from qnext_sglang.linear import on_our_kernel
 from qnext_sglang.loading import rope_parameters
 
@@ -153,7 +153,7 @@ class SglangEngine:
 
     def experts(self, config: Qwen3NextConfig, shared_expert: MLP | None, *, prefix: str) -> nn.Module:
         options = {"layer_id": layer_id(prefix), "quant_config": self.quant_config, "prefix": prefix}
-        return SparseExperts(config, shared_expert, reduce=not self._norms_sum, **options)
+        return QnextFusedMoE(config, shared_expert, reduce=not self._norms_sum, **options)
 
     def linear_weight(self, linear: nn.Module) -> LinearWeight | None:
         # The kernels that take weights along do not sum.

@@ -75,8 +75,10 @@ READ_ALONG: dict[type, tuple[type, ...]] = {
 """For each of our methods of experts, the methods of a shared expert's linears that its kernel reads with them."""
 
 
-class SparseExperts(api.FusedMoE):
+class QnextFusedMoE(api.FusedMoE):
     """:class:`qnext_plugins.model.port.Experts`: routes, runs the experts, adds the shared one.
+
+    SGLang knows experts by what the class is called, in checkpoints of compressed-tensors.
 
     ``reduce``: sum over the ranks.
     """

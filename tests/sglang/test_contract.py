@@ -19,10 +19,10 @@ from qnext_sglang.cpu import attention, defaults, gated_delta_net, platform, spe
 from qnext_sglang.cpu import hooks as cpu_hooks
 from qnext_sglang.experts import (
     QnextFp8MoEMethod,
+    QnextFusedMoE,
     QnextInt4MoEMethod,
     QnextMoEMethod,
     SharedFp8LinearMethod,
-    SparseExperts,
 )
 from qnext_sglang.gated_delta_net import GatedDeltaNetBackend
 from qnext_sglang.linear import QnextFp8LinearMethod, QnextInt4LinearMethod
@@ -220,10 +220,10 @@ CLASSES: dict[type, set[str]] = {
     CpuFp8Config: set(),
     CpuInt4Config: {"left_out"},
     Int4Scheme: set(),
-    SparseExperts: {"_route"},
+    QnextFusedMoE: {"_route"},
 }
 # Overridden methods whose arguments are ours to choose, because we call them ourselves.
-OWN_ARGUMENTS = {"SparseExperts.forward"}
+OWN_ARGUMENTS = {"QnextFusedMoE.forward"}
 
 ALL_HOOKS = hooks.HOOKS + determinism.HOOKS + cpu_hooks.HOOKS
 

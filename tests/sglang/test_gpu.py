@@ -15,6 +15,10 @@ import torch
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.moe.topk import TopKOutputFormat
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
+from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+    CompressedTensorsFusedMoEMethod,
+)
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
@@ -30,6 +34,7 @@ from qnext_kernels import experts as our_experts
 from qnext_kernels import experts_fp8, force_backend, layouts, rms_norm, topk_softmax, triton_support
 from qnext_kernels.dispatch import OPERATIONS, deterministic
 from qnext_plugins import gpus
+from qnext_plugins.cli.checkpoint.tensors import describe_int4
 from qnext_plugins.model import ConfigError, Qwen3NextConfig, RMSNorm, SparseMoe
 from qnext_plugins.packed_methods import unpacked_weights
 from qnext_sglang import UnsupportedEngineError, determinism, engine, experts, gpu_refusal, serving
@@ -220,9 +225,14 @@ class TestExpertsLayer:
             yield
 
     @staticmethod
-    def build(quant_config: Fp8Config | None = None) -> experts.SparseExperts:
+    def build(quant_config: Any = None) -> experts.QnextFusedMoE:
         config = Qwen3NextConfig.from_hf(random_config(hidden_size=128, moe_intermediate_size=128, num_experts=4))
-        return experts.SparseExperts(config, None, reduce=True, layer_id=0, quant_config=quant_config, prefix=PREFIX)
+        return experts.QnextFusedMoE(config, None, reduce=True, layer_id=0, quant_config=quant_config, prefix=PREFIX)
+
+    def test_in_a_checkpoint_of_compressed_tensors_sglang_knows_what_is_targeted(self) -> None:
+        layer = self.build(CompressedTensorsConfig.from_config(describe_int4([], 32)))
+        assert type(layer.quant_method) is CompressedTensorsFusedMoEMethod
+        assert layer.w13_weight_packed.dtype == torch.int32
 
     @pytest.mark.parametrize(
         ("runner", "output"),

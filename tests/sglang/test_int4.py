@@ -83,15 +83,18 @@ def test_tokens_equal_transformers_batched_alone_and_cached_and_follow_the_weigh
 
 
 @pytest.mark.sglang
-def test_what_a_checkpoint_leaves_out_runs_beside_what_is_quantized(mixed: Checkpoints) -> None:
+def test_what_a_checkpoint_leaves_out_runs_beside_what_is_quantized(
+    mixed: Checkpoints, capfd: pytest.CaptureFixture[str]
+) -> None:
     updated = [
         "model.layers.3.self_attn.k_proj.weight_scale",
         "model.layers.1.mlp.experts.2.up_proj.weight_packed",
         "model.layers.2.mlp.shared_expert.down_proj.weight",
         "model.layers.0.linear_attn.in_proj_qkvz.weight",
     ]
-    with engine(mixed.quantized) as running:
+    with engine(mixed.quantized, log_level="info") as running:
         mixed.expect_tokens_of_transformers(running)
+        assert "4 decoder layers are one call" in "".join(capfd.readouterr())
         mixed.expect_answers_follow(running, updated)
 
 

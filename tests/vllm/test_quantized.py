@@ -120,26 +120,26 @@ def test_two_ranks_of_whole_blocks_give_the_tokens_of_one(checkpoints: Checkpoin
     assert first_difference(chosen, answers) is None
 
 
-@pytest.mark.parametrize(
-    "ignore",
-    [
-        ("re:.*linear_attn.*", "re:.*shared_expert.*", "re:mtp.*"),
-        (
-            "re:.*self_attn.*",
-            *(
-                f"model.layers.{n}.mlp.experts.{e}.{name}_proj"
-                for n in (0, 3)
-                for e in range(8)
-                for name in ("gate", "up", "down")
-            ),
-        ),
-    ],
-    ids=["experts and attention", "some experts"],
+EXPERTS_OF_TWO_LAYERS = tuple(
+    f"model.layers.{n}.mlp.experts.{e}.{name}_proj" for n in (0, 3) for e in range(8) for name in ("gate", "up", "down")
 )
-def test_what_an_int4_checkpoint_leaves_out_is_multiplied_as_it_is(tmp_path: Path, ignore: tuple[str, ...]) -> None:
+
+
+@pytest.mark.parametrize(
+    ("ignore", "one_call"),
+    [
+        (("re:.*linear_attn.*", r"re:.*\.shared_expert\..*", "re:mtp.*"), True),
+        (("re:.*self_attn.*", *EXPERTS_OF_TWO_LAYERS), False),
+    ],
+    ids=["as published ones do", "experts alone"],
+)
+def test_what_an_int4_checkpoint_leaves_out_is_multiplied_as_it_is(
+    tmp_path: Path, ignore: tuple[str, ...], one_call: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_int4_checkpoint(tmp_path / "int4", tmp_path / "float32", 64, ignore=ignore)
     prompts = reference.prompts(tmp_path / "float32")[6::12]
     with engine(tmp_path / "int4", drafts=2) as running:
         answers = running.greedy(prompts, MAX_TOKENS)
     chosen = [prefers(tmp_path / "float32", *pair) for pair in zip(prompts, answers, strict=True)]
     assert first_difference(chosen, answers) is None
+    assert (ONE_CALL in "".join(capfd.readouterr())) == one_call

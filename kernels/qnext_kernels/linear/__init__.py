@@ -103,6 +103,7 @@ def expect_scale_of_int4(weight: Tensor, scale: Tensor | None) -> None:
         expected = "its scale beside a weight in int4" if scale is None else "None unless the weight is in int4"
         raise ValueError(f"scale: expected {expected}, got {None if scale is None else list(scale.shape)}")
     if scale is not None:
+        expect_floating("scale", scale)
         expect_scale("scale", scale, weight, scale.dtype)
 
 

@@ -200,6 +200,7 @@ def pack_experts_(w13: Tensor, w2: Tensor, shared: tuple[Tensor, Tensor] | None 
     Raises:
         BackendError: a backend that ``QNEXT_BACKEND`` forces does not serve them.
     """
+    expect_floating("w13", w13)
     return _pack(w13.dtype, "experts", w13, w2, shared=shared)
 
 
@@ -215,6 +216,8 @@ def pack_experts_fp8_(
 
     FlashInfer's are for activations in bfloat16 that are quantized, those of C++ for any that are not.
     """
+    for name, weight in (("w13", w13), ("w2", w2)):
+        expect_dtype(name, weight, (FP8,))
     return _pack(torch.bfloat16, "experts_fp8", w13, w13_scale, w2, w2_scale, shared=shared)
 
 
@@ -237,7 +240,16 @@ def pack_experts_int4_(
 
     Args:
         shared: w13, w13_scale, w2 and w2_scale of the shared expert, or w13 and w2 that are not in int4, or None.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; nothing has been written.
     """
+    expect_floating("w13_scale", w13_scale)
+    for prefix, stored in (("", (w13, w13_scale, w2, w2_scale)), ("shared_", shared or ())):
+        if len(stored) == 4:
+            for name, weight in (("w13", stored[0]), ("w2", stored[2])):
+                expect_dtype(f"{prefix}{name}", weight, (INT4,))
+            _expect_scales(*stored, w13_scale.dtype, prefix)
     return _pack(w13_scale.dtype, "experts_int4", w13, w13_scale, w2, w2_scale, shared=shared)
 
 
