@@ -138,8 +138,8 @@ def expect_served(quant_config: Any) -> None:
         return
     block = getattr(quant_config, "weight_block_size", None)
     found = quant_config.get_name() if block is None else f"{quant_config.get_name()} in blocks of {block}"
-    if isinstance(quant_config, api.CompressedTensorsConfig):
-        found += f": {int4_obstacle(quant_config.config)}"
+    if isinstance(compressed := quant_config, api.CompressedTensorsConfig):
+        found += f": {int4_obstacle(compressed.config)}"
     raise UnsupportedEngineError(
         f"qnext-plugins on a CPU: the weights are quantized ({found}), and it serves FP8 in blocks of "
         f"{[FP8_GROUP] * 2}, int4 in groups of {', '.join(map(str, INT4_GROUPS))} (compressed-tensors, symmetric) or "

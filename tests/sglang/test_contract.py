@@ -191,6 +191,11 @@ OBJECTS: list[tuple[str, str, set[str] | None]] = [
     ("dispatch_output", "layers.moe.token_dispatcher.StandardDispatchOutput", None),
     ("moe_runner", "layers.moe.utils.MoeRunnerBackend", None),
     ("quant_config", "layers.quantization.fp8.Fp8Config", {"experts.py", "quantization.py"}),
+    (
+        "compressed",
+        "layers.quantization.compressed_tensors.compressed_tensors.CompressedTensorsConfig",
+        {"quantization.py"},
+    ),
     ("RoutingMethodType", "layers.moe.utils.RoutingMethodType", None),
     ("platform", "platforms.interface.SRTPlatform", {"__init__.py"}),
     ("sampling_info", "sampling.sampling_batch_info.SamplingBatchInfo", None),

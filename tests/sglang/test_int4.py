@@ -141,7 +141,7 @@ def test_the_platform_serves_int4_in_float32_too_and_what_else_the_format_has_st
 def test_int4_is_served_in_the_deterministic_mode_too_and_other_schemes_end_the_start_with_their_name() -> None:
     expect_served(int4())
     assert not obstacles(ServerArgs(model_path="checkpoint"), None, int4())
-    with pytest.raises(UnsupportedEngineError, match=r"quantized \(compressed_tensors\), and it serves FP8 in blocks"):
+    with pytest.raises(UnsupportedEngineError, match=r"quantized \(compressed_tensors: symmetric is False\), and it"):
         expect_served(int4(symmetric=False))
 
 
@@ -208,7 +208,7 @@ class TestLayers:
         prefix = "model.layers.0.mlp"
         block = SparseMoe(Qwen3NextConfig.from_hf(hf_config), SglangEngine(hf_config, int4(32, ignore)), prefix=prefix)
         layer = block.experts
-        assert layer.shared_expert == (None if ignore else block.shared_expert,)
+        assert layer.shared_expert == (block.shared_expert,)
         model = torch.nn.ModuleDict({"layer": torch.nn.ModuleDict({"mlp": block})})
         names = [f"layer.mlp.{name}" for name in ("experts.0", "experts.1", "experts.2", "experts.3", "shared_expert")]
         sizes = [128] * 4 + [64]
@@ -224,7 +224,8 @@ class TestLayers:
             stored, read = random_int4(shapes, random)
             stored["layer.mlp.shared_expert_gate.weight"] = gate = torch.randn(1, 64, generator=random)
             if ignore:
-                stored = {name: weight for name, weight in stored.items() if "shared" not in name}
+                of_shared = {f"{name}.weight": weight for name, weight in read.items() if ".shared_expert." in name}
+                stored = {name: weight for name, weight in stored.items() if ".shared_expert." not in name} | of_shared
             with unpacked_weights(model):
                 load_parameters(model, stored.items(), 4)
             for module in block.modules():
@@ -238,7 +239,7 @@ class TestLayers:
             w2 = [read[f"{name}.down_proj"].chunk(2, dim=1)[1] for name in names]
             with force_backend("moe=reference"):
                 routed = topk_softmax(logits, layer.top_k, True)
-                shared = None if ignore else (w13[4], w2[4], gate[0])
+                shared = (w13[4], w2[4], gate[0])
                 expected = our_experts(x, torch.stack(w13[:4]), torch.stack(w2[:4]), *routed, shared=shared)
             out = layer.quant_method.apply(layer, StandardDispatchOutput(x, None, layer._route(x, logits)))
             assert (out.hidden_states - expected).norm() <= 1e-4 * expected.norm()
