@@ -378,7 +378,7 @@ struct Fetch {
 
 // Steps of a panel, all or a part of one chain.
 struct Piece {
-    static constexpr bool scaled = false, decodes = false;
+    static constexpr bool scaled = false, decodes = false, short_chains = false;
     int64_t first, steps;
     bool begins_chain, ends_chain;
     int64_t at;  // its first step in the memory of a panel
@@ -387,17 +387,21 @@ struct Piece {
 
 // What the rows of two panels are multiplied with behind a chain: all of a panel in e4m3 with the same.
 struct OfBlocks {
+    static constexpr bool short_chains = false;
     float of[2];
     Vec get(int p, int) const { return Vec::fill(of[p]); }
     OfBlocks part(int p, int) const { return {{of[p]}}; }
+    OfBlocks behind(int64_t) const { return *this; }
 };
 
 // Each of a panel in int4 with its own.
 template <class S>
 struct OfRows {
+    static constexpr bool short_chains = true;
     const S* of[2];
     Vec get(int p, int v) const { return Vec::load(of[p] + v * Vec::size); }
     OfRows part(int p, int v) const { return {{of[p] + v * Vec::size}}; }
+    OfRows behind(int64_t chains) const { return {{of[0] + chains * kPanel}}; }
 };
 
 inline OfBlocks scales_of(const Panel<float8>* panels, int64_t num_panels, int64_t chain) {
@@ -417,10 +421,15 @@ OfRows<S> scales_of(const Panel<int4<S>>* panels, int64_t num_panels, int64_t ch
 template <class Scales>
 struct ScaledChain {
     static constexpr bool scaled = true, decodes = false, begins_chain = true, ends_chain = true;
+    static constexpr bool short_chains = Scales::short_chains;  // of which a block may have several
     int64_t first, steps, at;
     Scales scales;
     // Of panel `p`, its vectors from `v` on.
     ScaledChain part(int p, int v) const { return {first, steps, at, scales.part(p, v)}; }
+    // So many chains further on, in the first panel.
+    ScaledChain behind(int64_t chains) const {
+        return {first + chains * steps, steps, at + chains * steps, scales.behind(chains)};
+    }
 };
 
 // The same of one panel, whose weights are kept, decoded, for the tiles that meet them next.
@@ -530,14 +539,23 @@ __attribute__((noinline)) void multiply_tile(const typename D::Packed* const* x,
     add_tile<D, A, V, P, Lines>(x, panels, piece, fetch, c, open);
 }
 
-// As multiply_tile of one panel and a whole chain, for tiles of A activations one after the other: a processor begins with
-// a tile before the last is stored.
+// As multiply_tile of one panel and some whole chains in a row, for tiles of A activations one after the other: a processor
+// begins with a tile before the last is stored. `fetch` is from the first chain on.
 template <class D, int A, int V, class Piece>
 __attribute__((noinline)) void multiply_tiles(const typename D::Packed* const* x, int64_t tiles,
-                                              const typename D::Weight* panel, Piece piece, Fetch fetch, float* c) {
+                                              const typename D::Weight* panel, Piece piece, int64_t chains, Fetch fetch,
+                                              float* c) {
+    const int64_t chain = piece.steps * kPanel * D::stored * int64_t(sizeof(*panel));
     for (int64_t tile = 0; tile < tiles; ++tile, x += A, c += A * kPanel) {
-        add_tile<D, A, V, 1, 1>(x, &panel, piece, fetch, &c, nullptr);
-        fetch.from += piece.steps * fetch.step;
+        if constexpr (Piece::short_chains) {
+            for (int64_t n = 0; n < chains; ++n) {
+                add_tile<D, A, V, 1, 1>(x, &panel, piece.behind(n), {fetch.from - n * chain, fetch.step}, &c, nullptr);
+                fetch.from += piece.steps * fetch.step;
+            }
+        } else {
+            add_tile<D, A, V, 1, 1>(x, &panel, piece, fetch, &c, nullptr);
+            fetch.from += piece.steps * fetch.step;
+        }
     }
 }
 
@@ -574,20 +592,21 @@ QNEXT_INLINE inline void multiply_panels(const typename D::Packed* const* x, int
     });
 }
 
-// To c [count, kPanel] a chain of one panel for tiles, none of few activations, which share in fetching.
+// To c [count, kPanel] chains of one panel in a row for tiles, none of few activations, which share in fetching.
 template <class D, class Piece>
-QNEXT_INLINE inline void multiply_chain(const typename D::Packed* const* x, int64_t count, const typename D::Weight* panel,
-                                        Piece piece, Fetch fetch, float* c) {
+QNEXT_INLINE inline void multiply_chains(const typename D::Packed* const* x, int64_t count, const typename D::Weight* panel,
+                                         Piece piece, int64_t chains, Fetch fetch, float* c) {
     const int64_t tiles = (count + kTogether - 1) / kTogether;
     // Tiles of one activation more come behind the others.
     const int64_t size = count / tiles, larger = count % tiles;
     const auto run = [&](int64_t tile, int64_t num_tiles, int64_t begin, int64_t together) {
-        const Fetch share{fetch.from + piece.steps * fetch.step * tile, fetch.step};
+        const Fetch share{fetch.from + chains * piece.steps * fetch.step * tile, fetch.step};
         with_count<kTogether>(together, [&](auto a) {
             if constexpr (a > kFew) {
                 for (int v = 0; v < kPanelVectors; v += kVectorsTogether)
                     multiply_tiles<D, a, kVectorsTogether>(x + begin, num_tiles, panel + v * Vec::size * D::stored,
-                                                           piece.part(0, v), share, c + begin * kPanel + v * Vec::size);
+                                                           piece.part(0, v), chains, share,
+                                                           c + begin * kPanel + v * Vec::size);
             }
         });
     };
@@ -603,7 +622,7 @@ void multiply_many(const Packed<T>* const* x, int64_t count, const T* panel, int
     const int64_t steps = steps_of<T>(k), tiles = (count + kTogether - 1) / kTogether;
     for (int64_t first = 0; first == 0 || first < steps; first += kChain) {
         const Piece chain{first, std::min(kChain, steps - first), true, true, first};
-        multiply_chain<Dot<T>>(x, count, panel, chain, {kChain * row, row / tiles}, c);
+        multiply_chains<Dot<T>>(x, count, panel, chain, 1, {kChain * row, row / tiles}, c);
     }
 }
 
@@ -650,7 +669,8 @@ __attribute__((noinline)) void multiply(const Packed<T>* const* x, int64_t count
     }
 }
 
-// The same with weights that have scales. The first of several tiles decodes a chain of a panel for all of them.
+// The same with weights that have scales. The first of several tiles decodes a block of a panel, one chain or some short
+// ones, for all of them: of short ones alone each would read a line of memory of each activation.
 template <class T, class W, class = std::enable_if_t<!std::is_same_v<T, W>>>
 __attribute__((noinline)) void multiply(const Packed<T, W>* const* x, int64_t count, const Panel<W>* panels,
                                         int64_t num_panels, int64_t k, float* const* c) {
@@ -666,29 +686,40 @@ __attribute__((noinline)) void multiply(const Packed<T, W>* const* x, int64_t co
         for (int p = 0; p < 2; ++p) multiply<T>(x, count, panels + p, 1, k, c + p);
         return;
     }
+    if (steps == 0) {
+        for (int64_t p = 0; p < num_panels; ++p) std::fill_n(c[p], count * kPanel, 0.0f);
+        return;
+    }
     const W* const weights[] = {panels[0].data, num_panels == 2 ? panels[1].data : nullptr};
-    alignas(64) typename Decoded::Weight decoded[kScaleBlock * kPanel];
-    for (int64_t first = 0; first == 0 || first < steps; first += length) {
-        const int64_t some = std::min(length, steps - first);
-        const Scales scales = some ? scales_of(panels, num_panels, first / length) : Scales{};
-        if (tiles == 1) {
-            const ScaledChain<Scales> piece{first, some, first, scales};
+    if (tiles == 1) {
+        for (int64_t first = 0; first < steps; first += length) {
+            const Scales scales = scales_of(panels, num_panels, first / length);
+            const ScaledChain<Scales> chain{first, std::min(length, steps - first), first, scales};
             const Fetch fetch{kAheadScaled, row};
             if (num_panels == 1)
-                multiply_panels<D, 1, lines>(x, count, weights, piece, fetch, c, c[0]);
+                multiply_panels<D, 1, lines>(x, count, weights, chain, fetch, c, c[0]);
             else
-                multiply_panels<D, 2, lines>(x, count, weights, piece, fetch, c, c[0]);
-            continue;
+                multiply_panels<D, 2, lines>(x, count, weights, chain, fetch, c, c[0]);
         }
+        return;
+    }
+    alignas(64) typename Decoded::Weight decoded[kScaleBlock * kPanel];
+    const int64_t together = count / tiles, share = row / tiles, block = kScaleBlock / D::step;
+    for (int64_t begin = 0; begin < steps; begin += block) {
+        const int64_t end = std::min(begin + block, steps), chain_steps = std::min(length, end - begin);
+        const ScaledChain<Scales> encoded{begin, chain_steps, begin, scales_of(panels, 1, begin / length)};
         // All tiles share in fetching what is decoded next.
-        const int64_t together = count / tiles, share = row / tiles, next = length * row;
-        const DecodedChain<D, Scales> chain{{first, some, first, scales}, decoded};
-        multiply_panels<D, 1, 1>(x, together, weights, chain, {next, share}, c, c[0]);
-        const ScaledChain<Scales> piece{first * factor, some * factor, 0, scales};
+        const int64_t chains = (end - begin) / chain_steps, next = block * row;
+        for (int64_t n = 0; n < chains; ++n) {
+            const DecodedChain<D, Scales> chain{encoded.behind(n),
+                                                decoded + n * chain_steps * factor * kPanel * Decoded::stored};
+            multiply_panels<D, 1, 1>(x, together, weights, chain, {next, share}, c, c[0]);
+        }
+        const ScaledChain<Scales> chain{begin * factor, chain_steps * factor, 0, encoded.scales};
         const typename Decoded::Weight* const panel = decoded;
-        const int64_t ahead = reinterpret_cast<intptr_t>(weights[0] + first * row) - reinterpret_cast<intptr_t>(panel);
-        multiply_chain<Decoded>(x + together, count - together, panel, piece, {ahead + next + some * share, share / factor},
-                                c[0] + together * kPanel);
+        const int64_t ahead = reinterpret_cast<intptr_t>(weights[0] + begin * row) - reinterpret_cast<intptr_t>(panel);
+        const Fetch fetch{ahead + next + (end - begin) * share, share / factor};
+        multiply_chains<Decoded>(x + together, count - together, panel, chain, chains, fetch, c[0] + together * kPanel);
     }
 }
 
