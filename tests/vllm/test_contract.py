@@ -69,6 +69,9 @@ PARAMETERS: dict[str, set[str]] = {
         "fused_mapping",
         "match_mode",
     },
+    "vllm.model_executor.parameter.PackedvLLMParameter.__init__": {"packed_factor", "packed_dim"},
+    "vllm.model_executor.parameter.BasevLLMParameter.__init__": {"data", "weight_loader"},
+    "vllm.model_executor.utils.set_weight_attrs": {"weight", "weight_attrs"},
     "vllm.model_executor.layers.quantization.utils.fp8_utils.create_fp8_weight_parameter": {
         "output_size_per_partition",
         "input_size_per_partition",
@@ -181,6 +184,10 @@ ATTRIBUTES: dict[str, set[str]] = {
         "from_config",
         "get_quant_method",
         "get_supported_act_dtypes",
+    },
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors.CompressedTensorsConfig": {
+        "from_config",
+        "get_quant_method",
     },
     "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP", "VerifyAndUpdateConfig"},
     "vllm.model_executor.models.config.VerifyAndUpdateConfig": {"verify_and_update_config"},
@@ -366,3 +373,24 @@ def test_fp8_weights_and_scales_have_the_names_that_we_read() -> None:
     config = resolve("vllm.model_executor.layers.quantization.fp8.Fp8Config")()
     for name in ("ignored_layers", "ignored_layers_match_mode", "packed_modules_mapping", "weight_block_size"):
         assert hasattr(config, name)
+
+
+def test_experts_in_int4_are_loaded_by_the_names_and_attributes_that_we_give() -> None:
+    package = "vllm.model_executor.layers.quantization.compressed_tensors"
+    config = resolve(f"{package}.compressed_tensors.CompressedTensorsConfig")
+    assert "config" in inspect.signature(config).parameters
+    method = resolve(f"{package}.compressed_tensors_moe.compressed_tensors_moe_wna16.CompressedTensorsWNA16MoEMethod")
+    create = inspect.getsource(method.create_weights)
+    for matrix in ("w13", "w2"):
+        for kind in ("packed", "scale", "shape"):
+            assert f'layer.register_parameter("{matrix}_weight_{kind}", ' in create
+    loader = inspect.getsource(
+        resolve("vllm.model_executor.layers.fused_moe.routed_experts.RoutedExperts.weight_loader")
+    )
+    for read in ('getattr(param, "is_transposed", False)', 'getattr(param, "quant_method", None)', '"weight_shape"'):
+        assert read in loader
+    for name in ("PackedvLLMParameter", "GroupQuantScaleParameter"):
+        parameter = resolve(f"vllm.model_executor.parameter.{name}")
+        assert {"input_dim", "output_dim"} <= set(dir(parameter)), name
+    supported = resolve("vllm.model_executor.layers.fused_moe.FusedMoeWeightScaleSupported")
+    assert supported.GROUP.value == "group"
