@@ -219,27 +219,35 @@ class Int4Experts(ScaledExperts):
         super().__init__(*args)
         self.group = group
 
-    def register(
-        self, layer: Any, num_experts: int, hidden: int, middle: int, dtype: torch.dtype
-    ) -> list[nn.Parameter]:
-        """Give a layer the parameters of so many experts, as a checkpoint has them; return all for their loaders.
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Give a layer the parameters of so many experts, as a checkpoint has them, with attributes for a loader.
 
         Raises:
             ValueError: a row of a rank's weights is not whole groups.
         """
-        parameters = []
+        attributes["quant_method"] = "group"  # how the loaders of both engines take scales
+        hidden, middle = hidden_size, intermediate_size_per_partition
         for name, rows, columns in (("w13", 2 * middle, hidden), ("w2", hidden, middle)):
             expect_whole_groups(f"{name} of the experts", columns, self.group)
             tensors = {
                 "packed": torch.empty(num_experts, rows, columns // INT4_PER_WORD, dtype=INT4),
-                "scale": torch.empty(num_experts, rows, columns // self.group, dtype=dtype),
+                "scale": torch.empty(num_experts, rows, columns // self.group, dtype=params_dtype),
                 "shape": torch.empty(num_experts, 2),
             }
             for kind, tensor in tensors.items():
-                parameters.append(nn.Parameter(tensor, requires_grad=False))
-                layer.register_parameter(f"{name}_weight_{kind}", parameters[-1])
+                parameter = nn.Parameter(tensor, requires_grad=False)
+                for attribute, value in attributes.items():
+                    setattr(parameter, attribute, value)
+                layer.register_parameter(f"{name}_weight_{kind}", parameter)
         self.prepare(layer)
-        return parameters
 
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """As that of :class:`PackedExperts`; a shared expert is in int4 too, or not quantized."""

@@ -48,20 +48,6 @@ class QnextFp8MoEMethod(_OurKernel, Fp8Experts, api.Fp8MoEMethod):
 class QnextInt4MoEMethod(_OurKernel, Int4Experts, api.FusedMoEMethodBase):
     """Experts in group-wise int4 on our kernel, on a CPU; for SGLang's own they would lie transposed."""
 
-    def create_weights(
-        self,
-        layer: Any,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        # How SGLang's loader takes scales.
-        attributes = extra_weight_attrs | {"quant_method": "group"}
-        for parameter in self.register(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype):
-            api.set_weight_attrs(parameter, attributes)
-
 
 class SharedFp8LinearMethod(LeftAsLoaded, api.LinearMethodBase):
     """Of the shared expert's projections in block-wise FP8, where on a GPU our kernel for experts reads them."""

@@ -44,7 +44,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_exec, get_parallel, get_server_args
-from sglang.srt.utils import add_prefix, get_bool_env_var, set_weight_attrs
+from sglang.srt.utils import add_prefix, get_bool_env_var
 
 __all__ = [
     "ColumnParallelLinear",
@@ -90,6 +90,5 @@ __all__ = [
     "get_server_args",
     "hybrid_gdn_config",
     "is_layer_skipped",
-    "set_weight_attrs",
     "tensor_model_parallel_all_reduce",
 ]

@@ -164,7 +164,6 @@ CALLS: dict[str, tuple[list[str], set[str]]] = {
     "utils.add_prefix": (["name", "prefix"], set()),
     "utils.get_bool_env_var": (["name"], set()),
     "utils.get_cpu_ids_by_node": ([], set()),
-    "utils.set_weight_attrs": (["weight", "weight_attrs"], set()),
 }
 
 # Whose attributes our modules use: what they call such an object, its class, and the modules (all where None).

@@ -71,7 +71,6 @@ PARAMETERS: dict[str, set[str]] = {
     },
     "vllm.model_executor.parameter.PackedvLLMParameter.__init__": {"packed_factor", "packed_dim"},
     "vllm.model_executor.parameter.BasevLLMParameter.__init__": {"data", "weight_loader"},
-    "vllm.model_executor.utils.set_weight_attrs": {"weight", "weight_attrs"},
     "vllm.model_executor.layers.quantization.utils.fp8_utils.create_fp8_weight_parameter": {
         "output_size_per_partition",
         "input_size_per_partition",

@@ -81,20 +81,6 @@ class QnextFp8MoEMethod(_OurKernel, Fp8Experts, api.Fp8MoEMethod):
 class QnextInt4MoEMethod(_OurKernel, Int4Experts, api.FusedMoEMethodBase):
     """Experts in group-wise int4 on our kernel, on a CPU."""
 
-    def create_weights(
-        self,
-        layer: Any,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **attributes: Any,
-    ) -> None:
-        # How vLLM's loader takes scales, which lie as the checkpoint's.
-        attributes |= {"quant_method": "group", "is_transposed": False}
-        for parameter in self.register(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype):
-            api.set_weight_attrs(parameter, attributes)
-
 
 class SharedFp8LinearMethod(LeftAsLoaded, api.LinearMethodBase):
     """Of the shared expert's projections in block-wise FP8, where our kernel for experts reads them."""
@@ -164,9 +150,8 @@ def computes_shared(vllm_config: api.VllmConfig, shared_expert: MLP, prefix: str
     """Whether the calls of our routed experts compute the shared one along.
 
     They do where both are stored alike: without quantization, in block-wise FP8 or in int4, beside which the shared one
-    may also be not quantized. In C++ not with LoRA
-    adapters on its linears, nor with data parallelism, where every rank would add it to the tokens of all; in Triton
-    where a rank's parts of both are of one size.
+    may also be not quantized. In C++ not with LoRA adapters on its linears, nor with data parallelism, where every rank
+    would add it to the tokens of all; in Triton where a rank's parts of both are of one size.
     """
     device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
     backend, parallel = OPERATIONS["moe"].select(device, dtype).name, vllm_config.parallel_config

@@ -79,7 +79,6 @@ from vllm.model_executor.parameter import (
     GroupQuantScaleParameter,
     PackedvLLMParameter,
 )
-from vllm.model_executor.utils import set_weight_attrs
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionBackend, GDNAttentionMetadata
@@ -154,6 +153,5 @@ __all__ = [
     "maybe_prefix",
     "register_weight_loader_v2_supported_method",
     "rms_norm",
-    "set_weight_attrs",
     "support_torch_compile",
 ]

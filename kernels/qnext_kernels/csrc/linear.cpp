@@ -31,7 +31,8 @@ void store(const float* products, int64_t count, const T* bias, T* out, int64_t 
 
 template <class T, class W>
 void linear(const Linear& p) {
-    const Matrix<W> weight{static_cast<const W*>(p.weight), p.rows, p.k, p.packed != 0, static_cast<const Scale<W>*>(p.scale), p.group};
+    const auto* scales = static_cast<const Scale<W>*>(p.scale);
+    const Matrix<W> weight{static_cast<const W*>(p.weight), p.rows, p.k, p.packed != 0, scales, p.group};
     const T *x = static_cast<const T*>(p.x), *bias = static_cast<const T*>(p.bias);
     T* out = static_cast<T*>(p.out);
     // Two panels are two streams for a few tokens; for many, one stays in the second-level cache.

@@ -116,15 +116,10 @@ using DotFloat8Pairs = DotFloat8;
 
 // The same of weights in int4.
 template <class S>
-struct DotInt4 {
-    using Packed = float;
+struct DotInt4 : DotFloat8 {
     using Weight = int4<S>;
-    using Decoded = DotFloat;
-    static constexpr int64_t step = 2, stored = 1;
-    static constexpr int parts = 2;
+    static constexpr int64_t stored = 1;
     static Vec weights(const Weight* w, int v, int part) { return int4_column(w, v, part); }
-    static Vec activation(const float* x, int part) { return Vec::fill(x[part]); }
-    static Vec add(Vec total, Vec x, Vec w) { return fma(x, w, total); }
 };
 
 #if defined(__AVX512BF16__)
@@ -145,34 +140,14 @@ using DotInt4Pairs = DotInt4<S>;
 #endif
 
 // Of activations T with weights W: of the same type, or with scales.
-template <class T, class W>
-struct DotOf;
-template <>
-struct DotOf<float, float> {
-    using type = DotFloat;
-};
-template <>
-struct DotOf<bfloat16, bfloat16> {
-    using type = DotBFloat16;
-};
-template <>
-struct DotOf<float, float8> {
-    using type = DotFloat8;
-};
-template <>
-struct DotOf<bfloat16, float8> {
-    using type = DotFloat8Pairs;
-};
-template <>
-struct DotOf<float, int4<float>> {
-    using type = DotInt4<float>;
-};
-template <>
-struct DotOf<bfloat16, int4<bfloat16>> {
-    using type = DotInt4Pairs<bfloat16>;
-};
+DotFloat dot_of(float, float);
+DotBFloat16 dot_of(bfloat16, bfloat16);
+DotFloat8 dot_of(float, float8);
+DotFloat8Pairs dot_of(bfloat16, float8);
+DotInt4<float> dot_of(float, int4<float>);
+DotInt4Pairs<bfloat16> dot_of(bfloat16, int4<bfloat16>);
 template <class T, class W = T>
-using Dot = typename DotOf<T, W>::type;
+using Dot = decltype(dot_of(T(), W()));
 template <class T, class W = T>
 using Packed = typename Dot<T, W>::Packed;
 

@@ -126,7 +126,7 @@ def _reads_shared(
     double = w13.shape[0]
     return (
         w13.dim() == w2.dim() == 2
-        and (double, columns_of(w13)) == (w13.shape[0], hidden)
+        and columns_of(w13) == hidden
         and double % 2 == 0
         and (w2.shape[0], columns_of(w2)) == (hidden, double // 2)
         and _reads_matrix(w13, w13_scale, dtype, halves=2)
