@@ -4,14 +4,15 @@
     python benchmarks/cpu_slice.py [--quick] [--layers 4 --experts 256] [--threads 1,2] [--csv FILE] [--plot FILE]
     python benchmarks/cpu_slice.py --fp8 --peer bfloat16,vllm [...]
     python benchmarks/cpu_slice.py --int4 32 --peer bfloat16,fp8,vllm [...]
-    python benchmarks/cpu_slice.py --peer llama.cpp --llama-python PYTHON [...]
+    python benchmarks/cpu_slice.py [--fp8 | --int4 32] --peer llama.cpp --llama-python PYTHON [...]
 
 Two engines with random bfloat16 weights are held in memory at once and run in turns: a prefill each, then some decode
 steps each, and so on; medians count. A decode step is timed as a whole: scheduling, every layer, head, sampling. The
 verify step is timed with n-gram drafts that are all accepted, so that a step is one of 1 + drafts tokens and no draft
-model; not against llama.cpp. Times are wall times: they need a machine that does nothing else. roof_pct is the least
-time over ours: what memory bandwidth (a read loop) or the better of two matrix products allows for the weights, caches
-and states that the step must move, or for its FLOP.
+model; not against llama.cpp. Beside ours in FP8 llama.cpp's linears and experts are in Q8_0, beside int4 in Q4_0. Times
+are wall times: they need a machine that does nothing else. roof_pct is the least time over ours: what memory bandwidth
+(a read loop) or the better of two matrix products allows for the weights, caches and states that the step must move, or
+for its FLOP.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ IN_TREE = "vLLM in-tree"
 OURS = {"bfloat16": "plugin, bfloat16", "fp8": "plugin, block-wise FP8"}
 """Our own, in other numbers, as peers."""
 PEERS = ("vllm", "llama.cpp", *OURS)
+LLAMA_TYPES = {"bfloat16": "BF16", "fp8": "Q8_0", "int4": "Q4_0"}
+"""What llama.cpp's linears and experts are in beside ours: as many bits a number, scales of 16 bits in groups of 32."""
 STEPS = 8
 """Decode steps of one engine before it is the other's turn."""
 DRAFTS = 2
@@ -244,7 +247,7 @@ def main() -> int:
             args.peers.append(side)
             continue
         try:
-            llama, package = find_llama(args.llama_python)
+            llama, package = find_llama(args.llama_python, LLAMA_TYPES["int4" if args.int4 else "fp8" if args.fp8 else "bfloat16"])
         except ValueError as error:
             parser.error(f"--llama-python: {error}")
         args.peers.append(llama)

@@ -1,12 +1,13 @@
 """A GGUF file of Qwen3-Next layers, as llama.cpp's ``convert_hf_to_gguf.py --outtype bf16`` writes it of a checkpoint.
 
-Runs in llama.cpp's environment: needs NumPy and gguf alone. bfloat16 arrays are their bits in uint16.
+Linears and experts may be in blocks of 32 columns instead, Q8_0 or Q4_0. Runs in llama.cpp's environment: needs NumPy
+and gguf alone. bfloat16 arrays are their bits in uint16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class Tensor:
     """uint16 holds bfloat16."""
     read: Callable[[Source], NDArray]
     """Makes it of tensors of the checkpoint."""
+    quantized: bool = False
+    """Whether it is in another type where the file's linears and experts are."""
 
 
 def random_weights(seed: int = 0) -> Source:
@@ -44,14 +47,20 @@ def random_weights(seed: int = 0) -> Source:
     return draw
 
 
-def write(path: Path, config: dict[str, Any], source: Source) -> None:
-    """Write the model of ``config``, a ``config.json`` without dense layers, draft layer and RoPE scaling."""
+def write(path: Path, config: dict[str, Any], source: Source, stored: str = "BF16") -> None:
+    """Write the model of ``config``, a ``config.json`` without dense layers, draft layer and RoPE scaling.
+
+    ``stored`` is the type of linears and experts: BF16, Q8_0 or Q4_0.
+    """
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN3NEXT])
-    _add_metadata(writer, config)
+    _add_metadata(writer, config, stored)
     tensors = list(_Layout(config).tensors())
+    kinds = {}
     for tensor in tensors:
         kind = gguf.GGMLQuantizationType.BF16 if tensor.dtype is np.uint16 else gguf.GGMLQuantizationType.F32
-        size = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
+        kinds[tensor.name] = kind = gguf.GGMLQuantizationType[stored] if tensor.quantized else kind
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        size = int(np.prod(tensor.shape)) // block * block_bytes
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(tensor.dtype), size, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -62,12 +71,20 @@ def write(path: Path, config: dict[str, Any], source: Source) -> None:
         if values.shape != tensor.shape or values.dtype != tensor.dtype:
             expected = f"{tensor.shape} of {np.dtype(tensor.dtype)}"
             raise ValueError(f"{tensor.name}: expected {expected}, got {values.shape} of {values.dtype}")
+        kind = kinds[tensor.name]
+        if tensor.quantized and kind != gguf.GGMLQuantizationType.BF16:
+            values = gguf.quantize(_widen(values), kind)
         writer.write_tensor_data(values)
     writer.close()
 
 
-def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+def _widen(bits: NDArray) -> NDArray:
+    """bfloat16 in float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], stored: str) -> None:
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{stored}"])
     # Token numbers alone go in and out.
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(config["vocab_size"])
@@ -120,10 +137,10 @@ class _Layout:
     def _attention(self, layer: str) -> Iterator[Tensor]:
         size = self.config["head_dim"]
         queries, keys = self.config["num_attention_heads"] * size, self.config["num_key_value_heads"] * size
-        yield self._matrix(f"{layer}.q_proj.weight", 2 * queries, self.hidden)
-        yield self._matrix(f"{layer}.k_proj.weight", keys, self.hidden)
-        yield self._matrix(f"{layer}.v_proj.weight", keys, self.hidden)
-        yield self._matrix(f"{layer}.o_proj.weight", self.hidden, queries)
+        yield self._linear_weight(f"{layer}.q_proj.weight", 2 * queries, self.hidden)
+        yield self._linear_weight(f"{layer}.k_proj.weight", keys, self.hidden)
+        yield self._linear_weight(f"{layer}.v_proj.weight", keys, self.hidden)
+        yield self._linear_weight(f"{layer}.o_proj.weight", self.hidden, queries)
         yield self._norm(f"{layer}.q_norm.weight", size)
         yield self._norm(f"{layer}.k_norm.weight", size)
 
@@ -146,10 +163,10 @@ class _Layout:
         def gate(source: Source) -> NDArray:
             return np.ascontiguousarray(parts(source)[3])
 
-        yield Tensor(f"blk.{number}.attn_qkv.weight", (channels, self.hidden), np.uint16, mixed)
-        yield Tensor(f"blk.{number}.attn_gate.weight", (values, self.hidden), np.uint16, gate)
+        yield Tensor(f"blk.{number}.attn_qkv.weight", (channels, self.hidden), np.uint16, mixed, quantized=True)
+        yield Tensor(f"blk.{number}.attn_gate.weight", (values, self.hidden), np.uint16, gate, quantized=True)
         yield self._matrix(f"{layer}.in_proj_ba.weight", 2 * heads, self.hidden)
-        yield self._matrix(f"{layer}.out_proj.weight", self.hidden, values)
+        yield self._linear_weight(f"{layer}.out_proj.weight", self.hidden, values)
         # The kernel's middle dimension, of size 1, goes.
         stored_kernel = (channels, 1, kernel)
         yield self._wide(f"{layer}.conv1d.weight", stored_kernel, lambda weight: weight[:, 0], (channels, kernel))
@@ -166,7 +183,7 @@ class _Layout:
             shape, shape_shared = (width, self.hidden), (shared, self.hidden)
             if name == "down_proj":
                 shape, shape_shared = shape[::-1], shape_shared[::-1]
-            yield self._matrix(f"{layer}.shared_expert.{name}.weight", *shape_shared)
+            yield self._linear_weight(f"{layer}.shared_expert.{name}.weight", *shape_shared)
 
             def stack(source: Source, name: str = name, shape: tuple[int, int] = shape) -> NDArray:
                 whole = np.empty((count, *shape), np.uint16)
@@ -174,10 +191,14 @@ class _Layout:
                     whole[expert] = source(f"{layer}.experts.{expert}.{name}.weight", shape)
                 return whole
 
-            yield Tensor(self._name(f"{layer}.experts.{name}.weight"), (count, *shape), np.uint16, stack)
+            named = self._name(f"{layer}.experts.{name}.weight")
+            yield Tensor(named, (count, *shape), np.uint16, stack, quantized=True)
 
     def _matrix(self, name: str, rows: int, columns: int) -> Tensor:
         return Tensor(self._name(name), (rows, columns), np.uint16, lambda source: source(name, (rows, columns)))
+
+    def _linear_weight(self, name: str, rows: int, columns: int) -> Tensor:
+        return replace(self._matrix(name, rows, columns), quantized=True)
 
     def _norm(self, name: str, size: int) -> Tensor:
         """A zero-centred norm: llama.cpp's multiply by the weight itself."""
@@ -194,8 +215,7 @@ class _Layout:
         """One that the file has in float32."""
 
         def read(source: Source) -> NDArray:
-            weight = (source(name, stored).astype(np.uint32) << 16).view(np.float32)
-            return np.ascontiguousarray(change(weight))
+            return np.ascontiguousarray(change(_widen(source(name, stored))))
 
         return Tensor(self._name(as_name or name), shape or stored, np.float32, read)
 

@@ -29,9 +29,11 @@ class LlamaSide(Side):
     """How llama.cpp is started: by the Python of its environment."""
 
     python: str = ""
+    stored: str = "BF16"
+    """The type of linears and experts, of ``cpu_slice_gguf.write``."""
 
 
-def find_llama(python: str | None) -> tuple[LlamaSide, str]:
+def find_llama(python: str | None, stored: str) -> tuple[LlamaSide, str]:
     """The side, named with llama.cpp's version, and the package that it is of; raises ValueError."""
     expected = "expected the Python of an environment with llama-cpp-python and gguf"
     if not python:
@@ -44,7 +46,8 @@ def find_llama(python: str | None) -> tuple[LlamaSide, str]:
     except subprocess.CalledProcessError as error:
         raise ValueError(f"{expected}, got {python}: {error.stderr.strip().splitlines()[-1]}") from None
     version, package = done.stdout.split()[-2:]
-    return LlamaSide(f"llama.cpp {version}", plugin=False, python=python), f"llama-cpp-python {package}"
+    name = f"llama.cpp {version}, {stored}"
+    return LlamaSide(name, plugin=False, python=python, stored=stored), f"llama-cpp-python {package}"
 
 
 class LlamaEngine(Engine):
@@ -141,7 +144,7 @@ def _start(side: dict[str, Any], config: dict[str, Any], threads: int) -> Runnin
 
     with tempfile.TemporaryDirectory(prefix="cpu-slice-") as folder:
         path = Path(folder) / "slice.gguf"
-        write(path, config, random_weights())
+        write(path, config, random_weights(), side["stored"])
         return RunningLlama(path, LlamaSide(**side), threads)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qnext_plugins.cli.checkpoint.tensors import describe_fp8, describe_int4
-
 BF16_BYTES = 2
 
 
@@ -62,6 +60,9 @@ class Slice:
         }
 
     def _quantization(self) -> dict[str, Any]:
+        # Here, since llama.cpp's environment, where this module is imported too, has neither PyTorch nor pydantic.
+        from qnext_plugins.cli.checkpoint.tensors import describe_fp8, describe_int4
+
         modules = ("linear_attn.in_proj_ba", "linear_attn.conv1d", "mlp.gate", "mlp.shared_expert_gate")
         left_out = ["lm_head", *(f"model.layers.{n}.{module}" for n in range(self.layers) for module in modules)]
         return describe_int4(left_out, self.int4) if self.int4 else describe_fp8(left_out)

@@ -116,7 +116,7 @@ class EngineProcess:
                 raise EngineError(f"{self.name}: the engine ended or hangs; see {self.log}")
         try:
             kind, value = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             raise EngineError(f"{self.name}: the engine ended; see {self.log}") from None
         if kind == "error":
             raise EngineError(f"{self.name}: {value}; see {self.log}")
