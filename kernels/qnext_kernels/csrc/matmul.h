@@ -534,6 +534,58 @@ __attribute__((noinline)) void multiply_tiles(const typename D::Packed* const* x
     }
 }
 
+// To c [A, kPanel] the products of few activations with one panel of weights that have scales. All sums stay in registers,
+// those of a chain and those of the chains.
+template <class D, int A, class W>
+__attribute__((noinline)) void multiply_few(const typename D::Packed* const* x, const Panel<W>& panel, int64_t steps,
+                                            float* c) {
+    constexpr int V = kPanelVectors;
+    constexpr int64_t row = kPanel * D::stored;
+    const int64_t length = panel.group / D::step;
+    const W* w = panel.data;
+    Vec result[A][V];
+#pragma GCC unroll 8
+    for (int a = 0; a < A; ++a)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) result[a][v] = Vec::fill(-0.0f);  // to which what is added stays as it is
+    for (int64_t first = 0; first < steps; first += length) {
+        const int64_t end = std::min(first + length, steps);
+        Vec total[A][V];
+#pragma GCC unroll 8
+        for (int a = 0; a < A; ++a)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) total[a][v] = Vec::zero();
+        for (int64_t s = first; s < end; ++s, w += row) {
+#pragma GCC unroll 8
+            for (int64_t line = 0; line < row; line += 64)
+                _mm_prefetch(reinterpret_cast<const char*>(w) + kAheadScaled + line, _MM_HINT_T0);
+#pragma GCC unroll 2
+            for (int part = 0; part < D::parts; ++part) {
+                Vec activations[A];
+#pragma GCC unroll 8
+                for (int a = 0; a < A; ++a) activations[a] = D::activation(x[a] + s * D::step, part);
+#pragma GCC unroll 8
+                for (int v = 0; v < V; ++v) {
+                    const Vec weights = D::weights(w, v, part);
+#pragma GCC unroll 8
+                    for (int a = 0; a < A; ++a) total[a][v] = D::add(total[a][v], activations[a], weights);
+                }
+            }
+        }
+        const auto scales = scales_of(&panel, 1, first / length);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+            const Vec scale = scales.get(0, v);
+#pragma GCC unroll 8
+            for (int a = 0; a < A; ++a) result[a][v] = fma(scale, total[a][v], result[a][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int a = 0; a < A; ++a)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) result[a][v].store(c + a * kPanel + v * Vec::size);
+}
+
 // Calls f with `count`, 1 to N, as a constant.
 template <int N, class F>
 QNEXT_INLINE inline void with_count(int64_t count, F f) {
@@ -666,6 +718,11 @@ __attribute__((noinline)) void multiply(const Packed<T, W>* const* x, int64_t co
         return;
     }
     const W* const weights[] = {panels[0].data, num_panels == 2 ? panels[1].data : nullptr};
+    if (count <= kFew) {
+        for (int64_t p = 0; p < num_panels; ++p)
+            with_count<kFew>(count, [&](auto a) { multiply_few<D, a>(x, panels[p], steps, c[p]); });
+        return;
+    }
     if (tiles == 1) {
         for (int64_t first = 0; first < steps; first += length) {
             const Scales scales = scales_of(panels, num_panels, first / length);
