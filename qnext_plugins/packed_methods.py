@@ -158,7 +158,7 @@ class ScaledExperts:
 
     def prepare(self, layer: Any) -> None:
         layer.packed = False
-        use_huge_pages(*self.weights(layer)[::2])
+        use_huge_pages(*self.weights(layer))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         _version.rise()
@@ -335,7 +335,7 @@ def leave_to_experts(shared_expert: MLP, as_loaded: Mapping[type, type[LeftAsLoa
 def prepare(layer: Any, packable: bool) -> None:
     """Have a linear's weight packed behind loading where ``packable``, on huge pages."""
     layer.packable, layer.packed = packable, False
-    use_huge_pages(packed_tensors(layer)[0])
+    use_huge_pages(*packed_tensors(layer))
 
 
 def replace_method(layer: Any, ours: Mapping[type, type[PackedLinear]], packable: bool) -> Any:

@@ -15,30 +15,33 @@ HUGE_PAGE = 2 << 20
 AT_ONCE = 64 * HUGE_PAGE
 SECONDS_FOR_HUGE_PAGES = 5.0
 """Of an engine's start, at most, for moving its pools."""
+SMALLEST = 128 << 10
+"""Bytes of a tensor that the C library gives memory of its own, at least."""
 MADV_COLLAPSE = 25  # of <linux/mman.h>, since Linux 6.1
 
 
 def use_huge_pages(*tensors: Tensor, seconds: float = math.inf) -> None:
     """Ask Linux to back the memory of CPU tensors with huge pages: what is not written yet at once, the rest by a copy.
 
-    Only whole huge pages inside a tensor's memory are asked for. Where the system does not have them, nothing changes.
+    The huge pages in which a tensor begins and ends are asked for too, with what else lies in them: as a rule other tensors
+    of the model. Where the system does not have them, nothing changes.
 
     Args:
-        tensors: any; those of other devices and those smaller than a huge page are left alone.
+        tensors: any; those of other devices and those of less than 128 KiB are left alone.
         seconds: after which nothing more is copied; Linux may do so later.
     """
     last = time.monotonic() + seconds
     for tensor in tensors:
-        if tensor.device.type == "cpu":
-            storage = tensor.untyped_storage()
-            begin = -(-storage.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-            size = (storage.data_ptr() + storage.nbytes() - begin) // HUGE_PAGE * HUGE_PAGE
-            if size > 0 and (madvise := _madvise()) is not None:
-                madvise(begin, size, mmap.MADV_HUGEPAGE)
-                for part in range(begin, begin + size, AT_ONCE):
-                    if time.monotonic() > last:
-                        return
-                    madvise(part, min(AT_ONCE, begin + size - part), MADV_COLLAPSE)
+        if tensor.device.type != "cpu" or (memory := tensor.untyped_storage()).nbytes() < SMALLEST:
+            continue
+        begin = memory.data_ptr() // HUGE_PAGE * HUGE_PAGE
+        end = -(-(memory.data_ptr() + memory.nbytes()) // HUGE_PAGE) * HUGE_PAGE
+        if (madvise := _madvise()) is not None:
+            madvise(begin, end - begin, mmap.MADV_HUGEPAGE)
+            for part in range(begin, end, AT_ONCE):
+                if time.monotonic() > last:
+                    return
+                madvise(part, min(AT_ONCE, end - part), MADV_COLLAPSE)
 
 
 @cache

@@ -23,7 +23,7 @@ constexpr int64_t kPanel = 64;
 constexpr int kPanelVectors = kPanel / Vec::size;
 // Activations that meet a panel at once: their sums, some weights and an activation fill the registers.
 constexpr int kTogether = Vec::size == 16 ? 6 : 5;
-// So few meet two panels at once: a processor fetches two streams faster than one.
+// So few meet two panels at once, where these have no scales: a processor fetches two streams faster than one.
 constexpr int kFew = Vec::size == 16 ? 3 : 1;
 // Activations whose products are kept together, and that are converted together where they have to be.
 constexpr int64_t kTokens = 48 * kTogether;
@@ -357,63 +357,59 @@ struct Piece {
     int64_t first, steps;
     bool begins_chain, ends_chain;
     int64_t at;  // its first step in the memory of a panel
-    Piece part(int, int) const { return *this; }
+    Piece part(int) const { return *this; }
 };
 
-// What the rows of two panels are multiplied with behind a chain: all of a panel in e4m3 with the same.
-struct OfBlocks {
+// What the rows of a panel are multiplied with behind a chain: all of one in e4m3 with the same.
+struct OfBlock {
     static constexpr bool short_chains = false;
-    float of[2];
-    Vec get(int p, int) const { return Vec::fill(of[p]); }
-    OfBlocks part(int p, int) const { return {{of[p]}}; }
-    OfBlocks behind(int64_t) const { return *this; }
+    float scale;
+    Vec get(int) const { return Vec::fill(scale); }
+    OfBlock part(int) const { return *this; }
+    OfBlock behind(int64_t) const { return *this; }
 };
 
-// Each of a panel in int4 with its own.
+// Each of one in int4 with its own.
 template <class S>
 struct OfRows {
     static constexpr bool short_chains = true;
-    const S* of[2];
-    Vec get(int p, int v) const { return Vec::load(of[p] + v * Vec::size); }
-    OfRows part(int p, int v) const { return {{of[p] + v * Vec::size}}; }
-    OfRows behind(int64_t chains) const { return {{of[0] + chains * kPanel}}; }
+    const S* scales;
+    Vec get(int v) const { return Vec::load(scales + v * Vec::size); }
+    OfRows part(int v) const { return {scales + v * Vec::size}; }
+    OfRows behind(int64_t chains) const { return {scales + chains * kPanel}; }
 };
 
-inline OfBlocks scales_of(const Panel<float8>* panels, int64_t num_panels, int64_t chain) {
-    OfBlocks scales{};
-    for (int64_t p = 0; p < num_panels; ++p) scales.of[p] = panels[p].scales[chain] * kFloat8Unit;
-    return scales;
-}
+inline OfBlock scales_of(const Panel<float8>& panel, int64_t chain) { return {panel.scales[chain] * kFloat8Unit}; }
 
 template <class S>
-OfRows<S> scales_of(const Panel<int4<S>>* panels, int64_t num_panels, int64_t chain) {
-    OfRows<S> scales{};
-    for (int64_t p = 0; p < num_panels; ++p) scales.of[p] = panels[p].scales + chain * kPanel;
-    return scales;
+OfRows<S> scales_of(const Panel<int4<S>>& panel, int64_t chain) {
+    return {panel.scales + chain * kPanel};
 }
 
-// A whole chain, which is multiplied with the scales of each panel.
+// A whole chain of a panel, which is multiplied with scales.
 template <class Scales>
 struct ScaledChain {
     static constexpr bool scaled = true, decodes = false, begins_chain = true, ends_chain = true;
     static constexpr bool short_chains = Scales::short_chains;  // of which a block may have several
     int64_t first, steps, at;
     Scales scales;
-    // Of panel `p`, its vectors from `v` on.
-    ScaledChain part(int p, int v) const { return {first, steps, at, scales.part(p, v)}; }
-    // So many chains further on, in the first panel.
+    // Of the panel's vectors those from `v` on.
+    ScaledChain part(int v) const { return {first, steps, at, scales.part(v)}; }
+    // So many chains further on.
     ScaledChain behind(int64_t chains) const {
         return {first + chains * steps, steps, at + chains * steps, scales.behind(chains)};
     }
 };
 
-// The same of one panel, whose weights are kept, decoded, for the tiles that meet them next.
+// The same, whose weights are kept, decoded, for the tiles that meet them next.
 template <class D, class Scales>
 struct DecodedChain : ScaledChain<Scales> {
+    using Chain = ScaledChain<Scales>;
     static constexpr bool decodes = true;
     typename D::Decoded::Weight* decoded;
-    DecodedChain part(int p, int v) const {
-        return {ScaledChain<Scales>::part(p, v), decoded + v * int64_t(sizeof(Vec) / sizeof(*decoded))};
+    DecodedChain part(int v) const { return {Chain::part(v), decoded + v * int64_t(sizeof(Vec) / sizeof(*decoded))}; }
+    DecodedChain behind(int64_t chains) const {
+        return {Chain::behind(chains), decoded + chains * this->steps * D::step * kPanel};
     }
 };
 
@@ -490,7 +486,7 @@ QNEXT_INLINE inline void add_tile(const typename D::Packed* const* x, const type
         Vec scales[V];
         if constexpr (Piece::scaled) {
 #pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) scales[v] = piece.scales.get(p, v);
+            for (int v = 0; v < V; ++v) scales[v] = piece.scales.get(v);
         }
 #pragma GCC unroll 8
         for (int a = 0; a < A; ++a)
@@ -534,58 +530,6 @@ __attribute__((noinline)) void multiply_tiles(const typename D::Packed* const* x
     }
 }
 
-// To c [A, kPanel] the products of few activations with one panel of weights that have scales. All sums stay in registers,
-// those of a chain and those of the chains.
-template <class D, int A, class W>
-__attribute__((noinline)) void multiply_few(const typename D::Packed* const* x, const Panel<W>& panel, int64_t steps,
-                                            float* c) {
-    constexpr int V = kPanelVectors;
-    constexpr int64_t row = kPanel * D::stored;
-    const int64_t length = panel.group / D::step;
-    const W* w = panel.data;
-    Vec result[A][V];
-#pragma GCC unroll 8
-    for (int a = 0; a < A; ++a)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) result[a][v] = Vec::fill(-0.0f);  // to which what is added stays as it is
-    for (int64_t first = 0; first < steps; first += length) {
-        const int64_t end = std::min(first + length, steps);
-        Vec total[A][V];
-#pragma GCC unroll 8
-        for (int a = 0; a < A; ++a)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) total[a][v] = Vec::zero();
-        for (int64_t s = first; s < end; ++s, w += row) {
-#pragma GCC unroll 8
-            for (int64_t line = 0; line < row; line += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(w) + kAheadScaled + line, _MM_HINT_T0);
-#pragma GCC unroll 2
-            for (int part = 0; part < D::parts; ++part) {
-                Vec activations[A];
-#pragma GCC unroll 8
-                for (int a = 0; a < A; ++a) activations[a] = D::activation(x[a] + s * D::step, part);
-#pragma GCC unroll 8
-                for (int v = 0; v < V; ++v) {
-                    const Vec weights = D::weights(w, v, part);
-#pragma GCC unroll 8
-                    for (int a = 0; a < A; ++a) total[a][v] = D::add(total[a][v], activations[a], weights);
-                }
-            }
-        }
-        const auto scales = scales_of(&panel, 1, first / length);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-            const Vec scale = scales.get(0, v);
-#pragma GCC unroll 8
-            for (int a = 0; a < A; ++a) result[a][v] = fma(scale, total[a][v], result[a][v]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int a = 0; a < A; ++a)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) result[a][v].store(c + a * kPanel + v * Vec::size);
-}
-
 // Calls f with `count`, 1 to N, as a constant.
 template <int N, class F>
 QNEXT_INLINE inline void with_count(int64_t count, F f) {
@@ -611,7 +555,7 @@ QNEXT_INLINE inline void multiply_panels(const typename D::Packed* const* x, int
                     const typename D::Weight* panel = panels[p] + v * Vec::size * D::stored;
                     float* to = c[p] + v * Vec::size;
                     constexpr int lines = kVectorsTogether == kPanelVectors ? Lines : 1;
-                    multiply_tile<D, a, kVectorsTogether, 1, lines>(x, &panel, piece.part(p, v), fetch, &to,
+                    multiply_tile<D, a, kVectorsTogether, 1, lines>(x, &panel, piece.part(v), fetch, &to,
                                                                     open + v * Vec::size);
                 }
             }
@@ -632,7 +576,7 @@ QNEXT_INLINE inline void multiply_chains(const typename D::Packed* const* x, int
             if constexpr (a > kFew) {
                 for (int v = 0; v < kPanelVectors; v += kVectorsTogether)
                     multiply_tiles<D, a, kVectorsTogether>(x + begin, num_tiles, panel + v * Vec::size * D::stored,
-                                                           piece.part(0, v), chains, share,
+                                                           piece.part(v), chains, share,
                                                            c + begin * kPanel + v * Vec::size);
             }
         });
@@ -696,6 +640,58 @@ __attribute__((noinline)) void multiply(const Packed<T>* const* x, int64_t count
     }
 }
 
+// To c [A, kPanel] the products of a single tile with V vectors, from vector `from` on, of a panel of weights that
+// have scales. Chains are short: their sums meet those of the chains before without a way through memory.
+template <class D, int A, int V, class W>
+__attribute__((noinline)) void multiply_scaled(const typename D::Packed* const* x, const Panel<W>& panel, int64_t steps,
+                                               int from, float* c) {
+    constexpr int64_t row = kPanel * D::stored;
+    constexpr int64_t lines = V == kPanelVectors ? row * int64_t(sizeof(W)) / 64 : 1;
+    const int64_t length = panel.group / D::step;
+    const W* w = panel.data + from * Vec::size * D::stored;
+    Vec result[A][V];
+#pragma GCC unroll 8
+    for (int a = 0; a < A; ++a)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) result[a][v] = Vec::fill(-0.0f);  // added to it, a sum stays as it is, a zero's sign too
+    for (int64_t first = 0; first < steps; first += length) {
+        const int64_t end = std::min(first + length, steps);
+        Vec total[A][V];
+#pragma GCC unroll 8
+        for (int a = 0; a < A; ++a)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) total[a][v] = Vec::zero();
+        for (int64_t s = first; s < end; ++s, w += row) {
+#pragma GCC unroll 8
+            for (int64_t line = 0; line < lines; ++line)
+                _mm_prefetch(reinterpret_cast<const char*>(w) + kAheadScaled + line * 64, _MM_HINT_T0);
+#pragma GCC unroll 2
+            for (int part = 0; part < D::parts; ++part) {
+                Vec activations[A];
+#pragma GCC unroll 8
+                for (int a = 0; a < A; ++a) activations[a] = D::activation(x[a] + s * D::step, part);
+#pragma GCC unroll 8
+                for (int v = 0; v < V; ++v) {
+                    const Vec weights = D::weights(w, v, part);
+#pragma GCC unroll 8
+                    for (int a = 0; a < A; ++a) total[a][v] = D::add(total[a][v], activations[a], weights);
+                }
+            }
+        }
+        const auto scales = scales_of(panel, first / length).part(from);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+            const Vec scale = scales.get(v);
+#pragma GCC unroll 8
+            for (int a = 0; a < A; ++a) result[a][v] = fma(scale, total[a][v], result[a][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int a = 0; a < A; ++a)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) result[a][v].store(c + a * kPanel + (from + v) * Vec::size);
+}
+
 // The same with weights that have scales. The first of several tiles decodes a block of a panel, one chain or some short
 // ones, for all of them: of short ones alone each would read a line of memory of each activation.
 template <class T, class W, class = std::enable_if_t<!std::is_same_v<T, W>>>
@@ -703,53 +699,42 @@ __attribute__((noinline)) void multiply(const Packed<T, W>* const* x, int64_t co
                                         int64_t num_panels, int64_t k, float* const* c) {
     using D = Dot<T, W>;
     using Decoded = typename D::Decoded;
-    using Scales = decltype(scales_of(panels, num_panels, 0));
+    using Scales = decltype(scales_of(panels[0], 0));
     static_assert((kTogether + 2) / 2 > kFew, "no tile behind the first is of few activations");
     constexpr int64_t row = kPanel * D::stored, factor = D::step / Decoded::step;  // row: bytes
     static_assert(sizeof(W) == 1, "bytes");
-    constexpr int lines = row / 64;
-    const int64_t steps = steps_of<W>(k), tiles = (count + kTogether - 1) / kTogether, length = panels[0].group / D::step;
-    if (num_panels == 2 && tiles > 1) {
+    if (num_panels == 2) {
         for (int p = 0; p < 2; ++p) multiply<T>(x, count, panels + p, 1, k, c + p);
         return;
     }
+    const int64_t steps = steps_of<W>(k), tiles = (count + kTogether - 1) / kTogether, length = panels[0].group / D::step;
     if (steps == 0) {
-        for (int64_t p = 0; p < num_panels; ++p) std::fill_n(c[p], count * kPanel, 0.0f);
-        return;
-    }
-    const W* const weights[] = {panels[0].data, num_panels == 2 ? panels[1].data : nullptr};
-    if (count <= kFew) {
-        for (int64_t p = 0; p < num_panels; ++p)
-            with_count<kFew>(count, [&](auto a) { multiply_few<D, a>(x, panels[p], steps, c[p]); });
+        std::fill_n(c[0], count * kPanel, 0.0f);
         return;
     }
     if (tiles == 1) {
-        for (int64_t first = 0; first < steps; first += length) {
-            const Scales scales = scales_of(panels, num_panels, first / length);
-            const ScaledChain<Scales> chain{first, std::min(length, steps - first), first, scales};
-            const Fetch fetch{kAheadScaled, row};
-            if (num_panels == 1)
-                multiply_panels<D, 1, lines>(x, count, weights, chain, fetch, c, c[0]);
-            else
-                multiply_panels<D, 2, lines>(x, count, weights, chain, fetch, c, c[0]);
-        }
-        return;
+        return with_count<kTogether>(count, [&](auto a) {
+            constexpr int vectors = a > kFew ? kVectorsTogether : Vec::size == 16 ? kPanelVectors : kPanelVectors / 2;
+            for (int v = 0; v < kPanelVectors; v += vectors) multiply_scaled<D, a, vectors>(x, panels[0], steps, v, c[0]);
+        });
     }
     alignas(64) typename Decoded::Weight decoded[kScaleBlock * kPanel];
     const int64_t together = count / tiles, share = row / tiles, block = kScaleBlock / D::step;
     for (int64_t begin = 0; begin < steps; begin += block) {
         const int64_t end = std::min(begin + block, steps), chain_steps = std::min(length, end - begin);
-        const ScaledChain<Scales> encoded{begin, chain_steps, begin, scales_of(panels, 1, begin / length)};
+        const ScaledChain<Scales> encoded{begin, chain_steps, begin, scales_of(panels[0], begin / length)};
         // All tiles share in fetching what is decoded next.
         const int64_t chains = (end - begin) / chain_steps, next = block * row;
-        for (int64_t n = 0; n < chains; ++n) {
-            const DecodedChain<D, Scales> chain{encoded.behind(n),
-                                                decoded + n * chain_steps * factor * kPanel * Decoded::stored};
-            multiply_panels<D, 1, 1>(x, together, weights, chain, {next, share}, c, c[0]);
-        }
+        with_count<kTogether>(together, [&](auto a) {
+            constexpr int vectors = a <= kFew ? kPanelVectors : kVectorsTogether;
+            const DecodedChain<D, Scales> chain{encoded, decoded};
+            for (int v = 0; v < kPanelVectors; v += vectors)
+                multiply_tiles<D, a, vectors>(x, 1, panels[0].data + v * Vec::size * D::stored, chain.part(v), chains,
+                                              {next, share}, c[0] + v * Vec::size);
+        });
         const ScaledChain<Scales> chain{begin * factor, chain_steps * factor, 0, encoded.scales};
         const typename Decoded::Weight* const panel = decoded;
-        const int64_t ahead = reinterpret_cast<intptr_t>(weights[0] + begin * row) - reinterpret_cast<intptr_t>(panel);
+        const int64_t ahead = reinterpret_cast<intptr_t>(panels[0].data + begin * row) - reinterpret_cast<intptr_t>(panel);
         const Fetch fetch{ahead + next + (end - begin) * share, share / factor};
         multiply_chains<Decoded>(x + together, count - together, panel, chain, chains, fetch, c[0] + together * kPanel);
     }
