@@ -247,7 +247,9 @@ def main() -> int:
             args.peers.append(side)
             continue
         try:
-            llama, package = find_llama(args.llama_python, LLAMA_TYPES["int4" if args.int4 else "fp8" if args.fp8 else "bfloat16"])
+            llama, package = find_llama(
+                args.llama_python, LLAMA_TYPES["int4" if args.int4 else "fp8" if args.fp8 else "bfloat16"]
+            )
         except ValueError as error:
             parser.error(f"--llama-python: {error}")
         args.peers.append(llama)

@@ -23,8 +23,8 @@ MADV_COLLAPSE = 25  # of <linux/mman.h>, since Linux 6.1
 def use_huge_pages(*tensors: Tensor, seconds: float = math.inf) -> None:
     """Ask Linux to back the memory of CPU tensors with huge pages: what is not written yet at once, the rest by a copy.
 
-    The huge pages in which a tensor begins and ends are asked for too, with what else lies in them: as a rule other tensors
-    of the model. Where the system does not have them, nothing changes.
+    The huge pages in which a tensor begins and ends are asked for too, with what else lies in them: as a rule other
+    tensors of the model. Where the system does not have them, nothing changes.
 
     Args:
         tensors: any; those of other devices and those of less than 128 KiB are left alone.

@@ -1,6 +1,8 @@
 """Logits of llama.cpp on tensors of a checkpoint; runs in llama.cpp's environment with ``benchmarks`` in PYTHONPATH.
 
-    llama_logits.py STEPS WEIGHTS.npz CONFIG.json TOKENS.json OUT.npz
+    llama_logits.py TYPE STEPS WEIGHTS.npz CONFIG.json TOKENS.json OUT.npz
+
+TYPE is that of linears and experts in the file.
 
 All tokens but the last STEPS go in at once, those one by one, as a prompt and its continuation do.
 """
@@ -35,13 +37,13 @@ def logits_of(engine: RunningLlama, tokens: list[int], first: int, vocabulary: i
 
 
 def main() -> None:
-    steps = int(sys.argv[1])
-    weights, config_file, tokens_file, out = map(Path, sys.argv[2:])
+    stored, steps = sys.argv[1], int(sys.argv[2])
+    weights, config_file, tokens_file, out = map(Path, sys.argv[3:])
     config, tokens = json.loads(config_file.read_text()), json.loads(tokens_file.read_text())
-    stored = np.load(weights)
+    arrays = np.load(weights)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write(path, config, lambda name, shape: stored[name].reshape(shape))
+        write(path, config, lambda name, shape: arrays[name].reshape(shape), stored)
         engine = RunningLlama(path, Side("llama.cpp", plugin=False, max_tokens=512, chunk=512), threads=1)
     prompt, rest = tokens[:-steps], tokens[-steps:]
     rows = [logits_of(engine, prompt, 0, config["vocab_size"])]

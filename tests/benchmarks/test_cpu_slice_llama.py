@@ -9,6 +9,8 @@ import copy
 import json
 import os
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROMPT = 70
 """More than a chunk of the chunked delta rule."""
 STEPS = 8
+QUANTIZED = (
+    *(f"{name}_proj.weight" for name in ("q", "k", "v", "o", "out", "gate", "up", "down")),
+    *("in_proj_qkvz.weight", "experts.gate_up_proj", "experts.down_proj"),
+)
+"""How the names of the weights end that are not in bfloat16 in a file of another type."""
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +71,14 @@ def tokens(model: Qwen3NextForCausalLM) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def answer(
+def ask(
     python: str,
     config: dict[str, Any],
     model: Qwen3NextForCausalLM,
     tokens: Tensor,
     tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, np.ndarray]:
-    """llama.cpp's logits [T, V] and greedy tokens."""
+) -> Callable[[str], dict[str, np.ndarray]]:
+    """llama.cpp's logits [T, V] and greedy tokens, from linears and experts of a type."""
     folder = tmp_path_factory.mktemp("llama")
     copy.deepcopy(model).bfloat16().save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
@@ -82,11 +89,26 @@ def answer(
     files = [str(folder / name) for name in ("weights.npz", "config.json", "tokens.json", "out.npz")]
     script = str(Path(__file__).with_name("llama_logits.py"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [BENCHMARKS, BENCHMARKS.parent]))}
-    done = subprocess.run(
-        [python, script, str(STEPS), *files], capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(np.load(files[-1]))
+
+    def answer(stored: str) -> dict[str, np.ndarray]:
+        command = [python, script, stored, str(STEPS), *files]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return dict(np.load(files[-1]))
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def answer(ask: Callable[[str], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return ask("BF16")
+
+
+def test_its_process_needs_neither_pytorch_nor_pydantic() -> None:
+    """They are not in llama.cpp's environment."""
+    script = "import sys; sys.modules |= {'torch': None, 'pydantic': None}; import cpu_slice_engine"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
 @torch.no_grad()
@@ -105,3 +127,26 @@ def test_logits_of_llama_cpp_are_as_near_the_references_as_bfloat16_allows(
 @torch.no_grad()
 def test_greedy_tokens_of_llama_cpp_are_the_references(tokens: Tensor, answer: dict[str, np.ndarray]) -> None:
     assert answer["greedy"].tolist() == tokens[0, PROMPT:].tolist()
+
+
+@torch.no_grad()
+def test_blocks_of_four_and_eight_bits_are_linears_and_experts_alone(
+    model: Qwen3NextForCausalLM, tokens: Tensor, ask: Callable[[str], dict[str, np.ndarray]]
+) -> None:
+    quantized = copy.deepcopy(model)
+    for name, weight in quantized.named_parameters():
+        if name.endswith(QUANTIZED):
+            weight.copy_(in_q4_0(weight))
+    exact, of_four_bits = model(tokens).logits[0], quantized(tokens).logits[0]
+    four, eight = (torch.from_numpy(ask(stored)["logits"]) for stored in ("Q4_0", "Q8_0"))
+    # llama.cpp rounds activations to eight bits too: that is little beside weights of four.
+    assert (four - of_four_bits).norm() < (four - exact).norm() / 4
+    assert (eight - exact).norm() < (four - exact).norm() / 4
+
+
+def in_q4_0(weight: Tensor) -> Tensor:
+    """Each 32 columns as multiples −8 … 7 of a scale in float16, of which the largest number is −8."""
+    blocks = weight.unflatten(-1, (-1, 32))
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    scale = (largest / -8).half().float()
+    return ((blocks / scale + 8.5).floor().clamp(0, 15).sub(8) * scale).flatten(-2)

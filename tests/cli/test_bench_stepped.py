@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -66,4 +69,21 @@ def test_what_it_raises_is_one_line_with_its_log(tmp_path: Path) -> None:
     engine = start(tmp_path, tidy=True)
     with pytest.raises(EngineError, match=rf"it: no room; see {tmp_path}/log"):
         engine.ask("fail")
+    engine.stop()
+
+
+def hold(connection: Connection) -> None:
+    """End without having read what was sent."""
+    connection.poll(10)
+
+
+def test_one_that_ends_before_it_reads_is_named_with_its_log(tmp_path: Path) -> None:
+    def begin(connection: Connection) -> BaseProcess:
+        process = multiprocessing.get_context("spawn").Process(target=hold, args=(connection,), daemon=True)
+        process.start()
+        return process
+
+    engine = EngineProcess("it", tmp_path / "log", begin)
+    with pytest.raises(EngineError, match=rf"it: the engine ended; see {tmp_path}/log"):
+        engine.ask("about")
     engine.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qnext_kernels.memory import HUGE_PAGE, use_huge_pages
+from qnext_kernels.memory import HUGE_PAGE, SMALLEST, use_huge_pages
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -34,6 +35,18 @@ def test_a_large_tensor_lies_on_huge_pages(written_before: bool) -> None:
     use_huge_pages(x)
     x[::4096] = 7
     assert huge_bytes(x) >= 14 * HUGE_PAGE
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="this system has no huge pages")
+@pytest.mark.parametrize(("size", "huge"), [(HUGE_PAGE, 2), (SMALLEST, 1), (SMALLEST - 1, 0)])
+def test_the_pages_in_which_a_tensor_begins_and_ends_are_huge(size: int, huge: int) -> None:
+    memory = mmap.mmap(-1, 4 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = -whole.data_ptr() % HUGE_PAGE + HUGE_PAGE // 2
+    x = torch.frombuffer(memory, dtype=torch.uint8, offset=begin, count=size)
+    use_huge_pages(x)
+    whole[::4096] = 7
+    assert huge_bytes(x) == huge * HUGE_PAGE
 
 
 def test_contents_stay() -> None:
