@@ -36,7 +36,8 @@ void linear(const Linear& p) {
     const T *x = static_cast<const T*>(p.x), *bias = static_cast<const T*>(p.bias);
     T* out = static_cast<T*>(p.out);
     // Two panels are two streams for a few tokens; for many, one stays in the second-level cache. Scales are a stream too.
-    const int64_t at_once = p.tokens <= kFew && std::is_same_v<T, W> ? 2 : 1, ranges = (p.rows + at_once * kPanel - 1) / (at_once * kPanel);
+    const int64_t at_once = p.tokens <= kFew && std::is_same_v<T, W> ? 2 : 1;
+    const int64_t ranges = (p.rows + at_once * kPanel - 1) / (at_once * kPanel);
     // Of few panels a thread would have one too many, or none: threads share the tokens too, in blocks of one size.
     const int64_t threads = omp_get_max_threads();
     const int64_t blocks = (p.tokens + threads * kTokens - 1) / (threads * kTokens) * threads;

@@ -714,6 +714,7 @@ __attribute__((noinline)) void multiply(const Packed<T, W>* const* x, int64_t co
     }
     if (tiles == 1) {
         return with_count<kTogether>(count, [&](auto a) {
+            // Sums of a chain and of all chains: for one activation half a panel's fill the registers of AVX2.
             constexpr int vectors = a > kFew ? kVectorsTogether : Vec::size == 16 ? kPanelVectors : kPanelVectors / 2;
             for (int v = 0; v < kPanelVectors; v += vectors) multiply_scaled<D, a, vectors>(x, panels[0], steps, v, c[0]);
         });
