@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import qnext_sglang
 import qnext_vllm
 from qnext_kernels.dispatch import BACKEND_NAMES, OPERATION_NAMES, OPERATIONS
+from qnext_plugins.cli.bench.models import BF16_BYTES, Slice, SliceWork
 from qnext_plugins.settings import Settings
 
 HERE = Path(__file__).parent
@@ -115,6 +117,20 @@ def test_every_figure_of_the_readme_is_one_of_the_pages() -> None:
     assert len(figures) > 30
     known = PAGES["features"]
     assert [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", known)] == []
+
+
+def test_what_the_weights_ask_for_is_what_their_shapes_say() -> None:
+    said = section("features", "What the weights ask for")
+    kinds: dict[str, dict[str, Any]] = {"bfloat16": {}, "block-wise FP8": {"fp8": True}}
+    kinds |= {f"int4 in groups of {group}": {"int4": group} for group in (32, 128)}
+    for name, stored in kinds.items():
+        model = Slice(layers=48, experts=512, **stored)
+        work = SliceWork(model)
+        head = model.vocabulary * model.hidden * BF16_BYTES
+        # A step of any number of tokens reads every expert once; the embedding is as large as the head.
+        numbers = [f"{(work.weights(1 << 20) + head) / 1e9:.0f}"]
+        numbers += [f"{work.decode(*step) / 1e9:.1f}" for step in ((128,), (32_768,), (128, 3))]
+        assert "| {} | {} GB | {} / {} GB | {} GB |".format(name, *numbers) in said
 
 
 def test_every_link_of_the_readme_leads_to_a_file_and_a_heading() -> None:
