@@ -137,6 +137,38 @@ def write_int4_checkpoint(
     _describe(quantized, described)
 
 
+def store_as_gptq(path: Path, to: Path, method: str) -> Path:
+    """Copy an int4 checkpoint as GPTQ ("gptq", its first format) or AutoRound ("auto-round") stores the same weights."""
+    shutil.copytree(path, to)
+    given = json.loads((path / "config.json").read_text())["quantization_config"]
+    (scheme,) = given["config_groups"].values()
+    group = scheme["weights"]["group_size"]
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight_packed":
+            stored[f"{module}.qweight"] = tensor.t().contiguous()
+        elif kind == "weight_scale":
+            stored[f"{module}.scales"] = tensor.t().contiguous()
+        elif kind == "weight_shape":
+            rows, columns = tensor.tolist()
+            stored[f"{module}.qzeros"] = torch.full((columns // group, rows // 8), 0x77777777, dtype=torch.int32)
+            if method == "gptq":
+                stored[f"{module}.g_idx"] = (torch.arange(columns) // group).int()
+        else:
+            stored[name] = tensor
+    save_file(stored, to / "model.safetensors", {"format": "pt"})
+    described = {"quant_method": method, "bits": 4, "group_size": group, "sym": True}
+    if method == "gptq":
+        rules = {f"-:{entry.removeprefix('re:')}": {} for entry in given["ignore"]}
+        described |= {"desc_act": False, "lm_head": False, "checkpoint_format": "gptq", "dynamic": rules}
+    else:
+        described |= {"data_type": "int", "packing_format": "auto_round:auto_gptq"}
+        described["extra_config"] = {entry.removeprefix("re:"): {"bits": 16} for entry in given["ignore"]}
+    _describe(to, described)
+    return to
+
+
 def _write_wide_checkpoint(path: Path, **overrides: Any) -> None:
     """Of which every linear has at least 128 rows and columns on each of two ranks."""
     values: dict[str, Any] = {

@@ -5,7 +5,7 @@ between engines (parallel linears, paged attention, the pool of recurrent states
 :class:`qnext_plugins.model.port.Engine`.
 """
 
-from qnext_plugins.model.config import ConfigError, Qwen3NextConfig
+from qnext_plugins.model.config import CheckpointError, ConfigError, Qwen3NextConfig
 from qnext_plugins.model.decoder_layer import DecoderLayer
 from qnext_plugins.model.gated_attention import GatedAttention
 from qnext_plugins.model.gated_delta_net import (
@@ -16,12 +16,12 @@ from qnext_plugins.model.gated_delta_net import (
     StatePools,
     VerifySegment,
 )
+from qnext_plugins.model.gptq import as_compressed_tensors, from_gptq
 from qnext_plugins.model.mtp import MultiTokenPredictor
 from qnext_plugins.model.norm import RMSNorm
 from qnext_plugins.model.port import Engine
 from qnext_plugins.model.sparse_moe import MLP, SparseMoe
 from qnext_plugins.model.weights import (
-    CheckpointError,
     check_files,
     checked_weights,
     expected_shapes,
@@ -53,10 +53,12 @@ __all__ = [
     "SparseMoe",
     "StatePools",
     "VerifySegment",
+    "as_compressed_tensors",
     "check_files",
     "checked_weights",
     "expected_shapes",
     "fp8_shapes",
+    "from_gptq",
     "int4_group",
     "int4_obstacle",
     "int4_shapes",

@@ -21,6 +21,10 @@ class ConfigError(ValueError):
     """A checkpoint's configuration lacks a field or holds a value that the model does not serve."""
 
 
+class CheckpointError(ValueError):
+    """A checkpoint has missing, surplus or misshapen tensors, or a file that cannot be read."""
+
+
 @dataclass(frozen=True)
 class Qwen3NextConfig:
     """Names are those of transformers' ``Qwen3NextConfig``; sizes are whole-model, not one rank's."""

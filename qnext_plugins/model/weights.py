@@ -13,24 +13,21 @@ from torch import Tensor
 
 from qnext_kernels.fp8 import FP8_GROUP
 from qnext_kernels.int4 import INT4_GROUPS, INT4_PER_WORD
-from qnext_plugins.model.config import FULL_ATTENTION, Qwen3NextConfig
+from qnext_plugins.model.config import FULL_ATTENTION, CheckpointError, Qwen3NextConfig
+from qnext_plugins.model.gptq import BESIDE_GPTQ, as_compressed_tensors, int4_names
 
 MTP_PREFIX = "mtp."
 EXPERTS = ".mlp.experts."
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 NEVER_QUANTIZED = ("embed_tokens", "lm_head", "gate", "shared_expert_gate")
 PACKED = "pack-quantized"
-BESIDE_INT4 = ("sparsity_config", "kv_cache_scheme", "transform_config", "linear_fp8_config")
+BESIDE_INT4 = ("sparsity_config", "kv_cache_scheme", "transform_config", "linear_fp8_config", *BESIDE_GPTQ)
 """What a ``quantization_config`` may ask for beside int4, which our kernels do not do."""
 PATTERN = "re:"
 """Begins a regular expression in the ``ignore`` of compressed-tensors, which is matched from a name's start."""
 LINEARS = "Linear"
 """Stands for all linears in ``targets``."""
 EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint has missing, surplus or misshapen tensors, or a file that cannot be read."""
 
 
 def expected_shapes(config: Qwen3NextConfig, *, target: bool = True, mtp: bool = False) -> dict[str, tuple[int, ...]]:
@@ -67,9 +64,10 @@ def is_block_fp8(quantization: Mapping[str, Any] | None) -> bool:
 def int4_obstacle(quantization: Mapping[str, Any] | None) -> str | None:
     """Why what a ``quantization_config`` describes is not int4 that our kernels read, or None.
 
-    They read compressed-tensors' ``pack-quantized`` (W4A16), symmetric and alike for all linears that are not ignored.
+    They read compressed-tensors' ``pack-quantized`` (W4A16), symmetric and alike for all linears that are not ignored,
+    and what :func:`as_compressed_tensors` says the same of.
     """
-    described = quantization or {}
+    described = as_compressed_tensors(quantization or {})
     method, layout = described.get("quant_method"), described.get("format")
     if (method, layout) != ("compressed-tensors", PACKED):
         return f"quant_method is {method}" if method != "compressed-tensors" else f"format is {layout}"
@@ -103,7 +101,7 @@ def int4_group(quantization: Mapping[str, Any] | None) -> int | None:
     """How many columns share a scale where a ``quantization_config`` has no :func:`int4_obstacle`, else None."""
     if quantization is None or int4_obstacle(quantization) is not None:
         return None
-    (scheme,) = quantization["config_groups"].values()
+    (scheme,) = as_compressed_tensors(quantization)["config_groups"].values()
     return int(scheme["weights"]["group_size"])
 
 
@@ -129,7 +127,7 @@ def left_out_of_int4(quantization: Mapping[str, Any], modules: Iterable[str]) ->
     Raises:
         CheckpointError: a pattern is none.
     """
-    entries = [str(entry) for entry in quantization.get("ignore") or ()]
+    entries = [str(entry) for entry in as_compressed_tensors(quantization).get("ignore") or ()]
     names = {entry for entry in entries if not entry.startswith(PATTERN)}
     patterns = [_pattern(entry) for entry in entries if entry.startswith(PATTERN)]
     some_experts = modules_of(f"{name}.weight" for name in names if EXPERTS in name and name.endswith(EXPERT_LINEARS))
@@ -279,9 +277,11 @@ def check_files(folder: Path, shapes: dict[str, tuple[int, ...]], *, passing: tu
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                    if not (name.startswith(passing) or name.endswith(IGNORED_SUFFIXES)):
-                        _check_tensor(name, tuple(tensors.get_slice(name).get_shape()), shapes)
-                        missing.pop(name, None)
+                    if name.startswith(passing) or name.endswith(IGNORED_SUFFIXES):
+                        continue
+                    for known, shape in int4_names(name, tuple(tensors.get_slice(name).get_shape())).items():
+                        _check_tensor(known, shape, shapes)
+                        missing.pop(known, None)
         except SafetensorError as error:
             raise CheckpointError(f"checkpoint: {file} cannot be read: {error}") from None
     _check_complete(missing)

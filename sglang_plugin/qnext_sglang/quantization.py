@@ -10,10 +10,22 @@ from torch import Tensor
 
 from qnext_kernels.fp8 import FP8_GROUP
 from qnext_kernels.int4 import INT4_GROUPS
-from qnext_plugins.model import fp8_shapes, int4_group, int4_obstacle, int4_shapes, left_out_of_int4, modules_of
+from qnext_plugins.model import (
+    as_compressed_tensors,
+    fp8_shapes,
+    int4_group,
+    int4_obstacle,
+    int4_shapes,
+    left_out_of_int4,
+    modules_of,
+)
 from qnext_plugins.packed_methods import expect_whole_groups
 from qnext_sglang import UnsupportedEngineError, serving
 from qnext_sglang import sglang_api as api
+
+
+PASSED_ON = ("packed_modules_mapping", "hf_config")
+"""What SGLang puts into a ``quantization_config``."""
 
 
 class CpuFp8Config(api.Fp8Config):
@@ -48,14 +60,21 @@ class Int4Scheme(api.CompressedTensorsWNA16):
         super().create_weights(layer, *sizes, params_dtype, load, **kwargs)
 
 
+INT4_METHODS = ("compressed-tensors", "gptq", "auto-round")
+"""SGLang's names for what may be int4 that our kernels read."""
+
+
 class CpuInt4Config(api.CompressedTensorsConfig):
-    """compressed-tensors' int4; what else it has stays SGLang's."""
+    """Int4 that our kernels read, as compressed-tensors describes it; what else it may be stays SGLang's."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
         if int4_group(config) is None:
-            return api.CompressedTensorsConfig.from_config(config)
-        return super().from_config(config)
+            own = api.CPU_QUANTIZATION_METHODS[config["quant_method"]].from_config(config)
+            own.left_because = int4_obstacle(config)
+            return own
+        kept = {name: config[name] for name in PASSED_ON if name in config}
+        return super().from_config({**as_compressed_tensors(config), **kept})
 
     @property
     def group(self) -> int:
@@ -138,10 +157,10 @@ def expect_served(quant_config: Any) -> None:
         return
     block = getattr(quant_config, "weight_block_size", None)
     found = quant_config.get_name() if block is None else f"{quant_config.get_name()} in blocks of {block}"
-    if isinstance(compressed := quant_config, api.CompressedTensorsConfig):
-        found += f": {int4_obstacle(compressed.config)}"
+    if (reason := getattr(quant_config, "left_because", None)) is not None:
+        found += f": {reason}"
     raise UnsupportedEngineError(
         f"qnext-plugins on a CPU: the weights are quantized ({found}), and it serves FP8 in blocks of "
-        f"{[FP8_GROUP] * 2}, int4 in groups of {', '.join(map(str, INT4_GROUPS))} (compressed-tensors, symmetric) or "
-        "unquantized ones"
+        f"{[FP8_GROUP] * 2}, int4 in groups of {', '.join(map(str, INT4_GROUPS))} (compressed-tensors, GPTQ or AutoRound, "
+        "symmetric) or unquantized ones"
     )

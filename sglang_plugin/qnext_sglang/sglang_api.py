@@ -23,6 +23,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.moe.utils import RoutingMethodType, get_moe_runner_backend
+from sglang.srt.layers.quantization import CPU_QUANTIZATION_METHODS
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, LinearMethodBase
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
@@ -47,6 +48,7 @@ from sglang.srt.runtime_context import get_exec, get_parallel, get_server_args
 from sglang.srt.utils import add_prefix, get_bool_env_var
 
 __all__ = [
+    "CPU_QUANTIZATION_METHODS",
     "ColumnParallelLinear",
     "CompressedTensorsConfig",
     "CompressedTensorsLinearMethod",

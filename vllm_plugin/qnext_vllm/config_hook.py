@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
+INT4_METHODS = ("compressed-tensors", "auto_gptq", "inc")
+"""vLLM's names for what may be int4 that our kernels read; the last is AutoRound's."""
 
 
 def register_config_hook() -> None:
@@ -59,7 +61,7 @@ def serve_quantized(vllm_config: VllmConfig) -> None:
     described = getattr(model.hf_config, "quantization_config", None)
     if model.quantization == "fp8":
         vllm_config.quant_config = cpu_fp8_config(described)
-    elif model.quantization == "compressed-tensors":
+    elif model.quantization in INT4_METHODS:
         vllm_config.quant_config = cpu_int4_config(described)
         if (reason := int4_obstacle(described)) is not None:
             logger.warning("qnext-plugins leaves the checkpoint's weights to vLLM's own kernels: %s", reason)

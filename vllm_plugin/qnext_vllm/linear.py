@@ -11,7 +11,7 @@ from torch import Tensor
 from qnext_kernels import linear
 from qnext_kernels.fp8 import FP8_GROUP
 from qnext_kernels.int4 import INT4, INT4_PER_WORD
-from qnext_plugins.model import int4_group, is_block_fp8, left_out_of_int4
+from qnext_plugins.model import as_compressed_tensors, int4_group, is_block_fp8, left_out_of_int4
 from qnext_plugins.packed_methods import (
     Fp8Linear,
     Int4Linear,
@@ -180,7 +180,7 @@ def cpu_fp8_config(described: dict[str, Any] | None) -> CpuFp8Config | None:
 
 
 class CpuInt4Config(api.CompressedTensorsConfig):
-    """compressed-tensors' group-wise int4, with linears on our kernel and experts on it in :mod:`qnext_vllm.experts`.
+    """Group-wise int4 as compressed-tensors describes it, with linears on our kernel and experts on it in :mod:`qnext_vllm.experts`.
 
     vLLM's experts in int4 on a CPU need AMX.
     """
@@ -201,7 +201,9 @@ class CpuInt4Config(api.CompressedTensorsConfig):
 
 def cpu_int4_config(described: dict[str, Any] | None) -> CpuInt4Config | None:
     """What a checkpoint's ``quantization_config`` describes, where our kernels read its int4; else None."""
-    return None if int4_group(described) is None else CpuInt4Config.from_config(described)
+    if described is None or int4_group(described) is None:
+        return None
+    return CpuInt4Config.from_config(dict(as_compressed_tensors(described)))
 
 
 OURS_ON_CPU = (CpuFp8Config, CpuInt4Config)

@@ -18,6 +18,7 @@ from qnext_plugins.model import (
     checked_weights,
     expected_shapes,
     fp8_shapes,
+    from_gptq,
     int4_shapes,
     modules_of,
 )
@@ -255,6 +256,8 @@ class Qwen3NextForCausalLM(
         Raises:
             CheckpointError: a checkpoint, unquantized or in FP8 on a CPU, has missing, surplus or misshapen tensors.
         """
+        if isinstance(self.quant_config, CpuInt4Config):
+            weights = from_gptq(weights)
         if self.expects_checkpoint:
             shapes = checkpoint_shapes(self.vllm_config, self.config)
             of_a_rank = reads_experts_of_a_rank(self.vllm_config)

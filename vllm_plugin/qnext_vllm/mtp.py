@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights
+from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights, from_gptq
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_plugins.packed_methods import unpacked_weights
 from qnext_vllm import vllm_api as api
 from qnext_vllm.engine import VllmEngine
-from qnext_vllm.linear import on_our_kernel
+from qnext_vllm.linear import CpuInt4Config, on_our_kernel
 from qnext_vllm.model import (
     PACKED_MODULES,
     STACKED,
@@ -97,6 +97,8 @@ class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
             CheckpointError: in a checkpoint, unquantized or in FP8 on a CPU, they are missing or misshapen.
         """
         weights = ((name, tensor) for name, tensor in weights if not self.is_unused_checkpoint_weight(name))
+        if isinstance(self.vllm_config.quant_config, CpuInt4Config):
+            weights = from_gptq(weights)
         if self.expects_checkpoint:
             shapes = checkpoint_shapes(self.vllm_config, self.config, target=False, mtp=True)
             weights = checked_weights(weights, shapes, experts_of_a_rank=reads_experts_of_a_rank(self.vllm_config))

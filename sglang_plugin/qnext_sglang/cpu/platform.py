@@ -30,11 +30,11 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def get_quantization_config(self, quantization: str) -> type | None:
-        if quantization not in ("fp8", "compressed-tensors"):
-            return None
-        from qnext_sglang.quantization import CpuFp8Config, CpuInt4Config
+        from qnext_sglang.quantization import INT4_METHODS, CpuFp8Config, CpuInt4Config
 
-        return CpuFp8Config if quantization == "fp8" else CpuInt4Config
+        if quantization == "fp8":
+            return CpuFp8Config
+        return CpuInt4Config if quantization in INT4_METHODS else None
 
     def get_dispatch_key_name(self) -> str:
         return "native"

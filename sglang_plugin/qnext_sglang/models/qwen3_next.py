@@ -14,6 +14,7 @@ from qnext_plugins.model import (
     check_files,
     checked_weights,
     expected_shapes,
+    from_gptq,
 )
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_plugins.packed_methods import unpacked_weights
@@ -22,7 +23,7 @@ from qnext_sglang import sglang_api as api
 from qnext_sglang.engine import SglangEngine
 from qnext_sglang.linear import on_our_kernel
 from qnext_sglang.loading import load_parameters, read_config
-from qnext_sglang.quantization import expect_served, shapes_on_cpu
+from qnext_sglang.quantization import expect_served, is_int4, shapes_on_cpu
 from qnext_sglang.serving import announce, checkpoint_folder, in_tree_class, loads_nothing, stacks_layers
 
 
@@ -187,6 +188,8 @@ class Qwen3NextForCausalLM(ServedModel):
             CheckpointError: one whose tensors are known has others, or not all of them.
         """
         weights = ((name, tensor) for name, tensor in weights if not name.startswith(MTP_PREFIX))
+        if is_int4(self.quant_config):
+            weights = from_gptq(weights)
         if (shapes := self.stored_shapes()) is not None:
             weights = checked_weights(weights, shapes, complete=not self.loads_parts)
         with unpacked_weights(self):

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights
+from qnext_plugins.model import MultiTokenPredictor, Qwen3NextConfig, checked_weights, from_gptq
 from qnext_plugins.model.weights import MTP_PREFIX
 from qnext_plugins.packed_methods import unpacked_weights
 from qnext_sglang import sglang_api as api
 from qnext_sglang.engine import SglangEngine
 from qnext_sglang.loading import load_parameters
 from qnext_sglang.models.qwen3_next import ServedModel
+from qnext_sglang.quantization import is_int4
 
 
 class DraftModel(MultiTokenPredictor):
@@ -69,6 +70,8 @@ class Qwen3NextForCausalLMMTP(ServedModel):
             CheckpointError: of a checkpoint whose tensors are known, the draft's are others, or not all there.
         """
         weights = ((name, tensor) for name, tensor in weights if self._is_ours(name))
+        if is_int4(self.quant_config):
+            weights = from_gptq(weights)
         if (shapes := self.stored_shapes(target=False, mtp=True)) is not None:
             weights = checked_weights(weights, shapes, complete=not self.loads_parts)
         with unpacked_weights(self):

@@ -1,0 +1,136 @@
+"""Int4 of GPTQ and AutoRound as compressed-tensors stores it: the same words, transposed.
+
+Sources: GPTQModel's ``quantization_config`` with its ``dynamic`` rules, AutoRound's with its ``extra_config``, and how
+vLLM reads both (``AutoGPTQConfig``, ``INCConfigParser``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qnext_kernels.int4 import INT4_PER_WORD
+from qnext_plugins.model.config import CheckpointError
+
+BESIDE_GPTQ = ("checkpoint_format", "packing_format", "lm_head", "dynamic", "extra_config")
+"""What a ``quantization_config`` of theirs may ask for that compressed-tensors has no words for."""
+MIDDLES = (0x77777777, -0x77777778)
+"""Eight zero points of 7, which GPTQ's first format stores in place of 8, and of 8."""
+NOT_IN_A_NAME = frozenset("*+?^$()[]{}|\\")
+"""Characters by which AutoRound knows a pattern, which it looks for anywhere in a name."""
+
+
+def as_compressed_tensors(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What compressed-tensors would say of GPTQ's or AutoRound's int4; any other ``quantization_config`` as it is.
+
+    What is in BESIDE_GPTQ and asks for something else than int4 alone stands beside.
+    """
+    method = quantization.get("quant_method")
+    if method not in ("gptq", "auto-round"):
+        return quantization
+    ignored, beside = _gptq(quantization) if method == "gptq" else _auto_round(quantization)
+    if quantization.get("lm_head"):
+        beside["lm_head"] = True
+    weights = {
+        "num_bits": quantization.get("bits"),
+        "type": quantization.get("data_type") or "int",
+        "symmetric": quantization.get("sym", True),
+        "strategy": "group",
+        "group_size": quantization.get("group_size"),
+        "actorder": "group" if quantization.get("desc_act") else None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ignored,
+        **beside,
+    }
+
+
+def _gptq(quantization: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """``ignore``, and what stands beside."""
+    ignored: list[str] = []
+    beside: dict[str, Any] = {}
+    for rule, changed in (quantization.get("dynamic") or {}).items():
+        if rule.startswith("-:"):
+            ignored.append(f"re:{rule[2:]}")
+        elif _differs(changed, quantization):
+            beside["dynamic"] = rule
+    named = [name for part in quantization.get("modules_in_block_to_quantize") or () for name in _list(part)]
+    if named:
+        ignored.append(rf"re:(?!.*\.(?:{'|'.join(map(re.escape, named))})$)")
+    if (stored := quantization.get("checkpoint_format")) not in (None, "gptq", "gptq_v2"):
+        beside["checkpoint_format"] = stored
+    return ignored, beside
+
+
+def _auto_round(quantization: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """The same."""
+    ignored: list[str] = []
+    beside: dict[str, Any] = {}
+    for name, changed in (quantization.get("extra_config") or {}).items():
+        if changed.get("bits", quantization.get("bits")) >= 16:
+            pattern = f".*(?:{name})" if NOT_IN_A_NAME & set(name) else rf".*\.{re.escape(name)}$"
+            ignored += [f"re:{pattern}"] if NOT_IN_A_NAME & set(name) else [name, f"re:{pattern}"]
+        elif _differs(changed, quantization):
+            beside["extra_config"] = name
+    if blocks := quantization.get("block_name_to_quantize"):
+        named = blocks.split(",") if isinstance(blocks, str) else blocks
+        ignored.append(rf"re:(?!(?:{'|'.join(map(re.escape, named))}))")
+    if (stored := quantization.get("packing_format")) not in (None, "auto_round:auto_gptq", "auto_round:gptq"):
+        beside["packing_format"] = stored
+    return ignored, beside
+
+
+def _list(part: Any) -> list[str]:
+    return [part] if isinstance(part, str) else list(part)
+
+
+def _differs(changed: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether a rule for some modules changes how they are stored."""
+    return any(name in changed and changed[name] != base.get(name) for name in ("bits", "group_size", "sym", "desc_act"))
+
+
+def int4_names(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The names that a tensor has in compressed-tensors' layout, with the shapes; none where that stores no such thing."""
+    module, _, kind = name.rpartition(".")
+    if kind == "qweight":
+        return {f"{module}.weight_packed": shape[::-1], f"{module}.weight_shape": (2,)}
+    if kind == "scales":
+        return {f"{module}.weight_scale": shape[::-1]}
+    return {} if kind in ("qzeros", "g_idx") else {name: shape}
+
+
+def from_gptq(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Pass tensors on as compressed-tensors stores them, those of GPTQ and AutoRound transposed.
+
+    Args:
+        weights: names and tensors; ``qweight`` [K / 8, N] int32, ``scales`` [K / group, N], ``qzeros``, ``g_idx`` [K].
+
+    Raises:
+        CheckpointError: a zero point is not the middle, or columns of a group do not lie side by side.
+    """
+    for name, tensor in weights:
+        kind = name.rpartition(".")[2]
+        if kind == "qzeros" and not any(bool((tensor == middle).all()) for middle in MIDDLES):
+            raise CheckpointError(f"checkpoint: tensor {name}: expected zero points of 8, as of symmetric weights")
+        if kind == "g_idx" and not _in_order(tensor):
+            raise CheckpointError(f"checkpoint: tensor {name}: expected groups of columns that lie side by side")
+        for new, shape in int4_names(name, tuple(tensor.shape)).items():
+            if new == name:
+                yield new, tensor
+            elif new.endswith("_shape"):
+                yield new, torch.tensor([tensor.shape[-1], tensor.shape[0] * INT4_PER_WORD])
+            else:
+                yield new, tensor.reshape(shape[::-1]).t().contiguous()
+
+
+def _in_order(group_of_column: Tensor) -> bool:
+    columns = torch.arange(len(group_of_column))
+    groups = int(group_of_column[-1]) + 1 if len(columns) else 1
+    return len(columns) % groups == 0 and torch.equal(group_of_column.long(), columns // max(len(columns) // groups, 1))
