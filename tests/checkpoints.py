@@ -138,7 +138,7 @@ def write_int4_checkpoint(
 
 
 def store_as_gptq(path: Path, to: Path, method: str) -> Path:
-    """Copy an int4 checkpoint as GPTQ ("gptq", its first format) or AutoRound ("auto-round") stores the same weights."""
+    """Copy an int4 checkpoint as GPTQ ("gptq", its first format) or AutoRound ("auto-round") stores the same."""
     shutil.copytree(path, to)
     given = json.loads((path / "config.json").read_text())["quantization_config"]
     (scheme,) = given["config_groups"].values()

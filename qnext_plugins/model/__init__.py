@@ -16,7 +16,7 @@ from qnext_plugins.model.gated_delta_net import (
     StatePools,
     VerifySegment,
 )
-from qnext_plugins.model.gptq import as_compressed_tensors, from_gptq
+from qnext_plugins.model.gptq import STORED_IN_INT4, as_compressed_tensors, from_gptq
 from qnext_plugins.model.mtp import MultiTokenPredictor
 from qnext_plugins.model.norm import RMSNorm
 from qnext_plugins.model.port import Engine
@@ -38,6 +38,7 @@ from qnext_plugins.model.weights import (
 
 __all__ = [
     "MLP",
+    "STORED_IN_INT4",
     "CheckpointError",
     "ConfigError",
     "CoreWeights",

@@ -16,6 +16,8 @@ from torch import Tensor
 from qnext_kernels.int4 import INT4_PER_WORD
 from qnext_plugins.model.config import CheckpointError
 
+STORED_IN_INT4 = ("compressed-tensors", "gptq", "auto-round")
+"""Each a ``quant_method`` that may be int4 which our kernels read."""
 BESIDE_GPTQ = ("checkpoint_format", "packing_format", "lm_head", "dynamic", "extra_config")
 """What a ``quantization_config`` of theirs may ask for that compressed-tensors has no words for."""
 MIDDLES = (0x77777777, -0x77777778)
@@ -93,11 +95,13 @@ def _list(part: Any) -> list[str]:
 
 def _differs(changed: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
     """Whether a rule for some modules changes how they are stored."""
-    return any(name in changed and changed[name] != base.get(name) for name in ("bits", "group_size", "sym", "desc_act"))
+    return any(
+        name in changed and changed[name] != base.get(name) for name in ("bits", "group_size", "sym", "desc_act")
+    )
 
 
 def int4_names(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The names that a tensor has in compressed-tensors' layout, with the shapes; none where that stores no such thing."""
+    """What a tensor is called in compressed-tensors' layout, with the shapes; nothing where that stores no such thing."""
     module, _, kind = name.rpartition(".")
     if kind == "qweight":
         return {f"{module}.weight_packed": shape[::-1], f"{module}.weight_shape": (2,)}

@@ -53,6 +53,7 @@ def register() -> None:
         if reason is None:
             _register_models()
             _register_choices()
+            _register_gptq()
             return
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -132,6 +133,16 @@ def _version_refusal() -> str | None:
     if SpecifierSet(SUPPORTED_SGLANG).contains(found, prereleases=True):
         return None
     return f"SGLang {found} is not supported (supported: {SUPPORTED_SGLANG})"
+
+
+def _register_gptq() -> None:
+    """SGLang knows GPTQ on a GPU and on a CPU with AMX, and refuses the name elsewhere before it asks our platform."""
+    from sglang.srt.platforms import current_platform
+
+    if getattr(current_platform, "is_qnext", False):
+        from sglang.srt.layers.quantization import CPU_QUANTIZATION_METHODS, QUANTIZATION_METHODS
+
+        QUANTIZATION_METHODS.setdefault("gptq", CPU_QUANTIZATION_METHODS["gptq"])
 
 
 def _register_models() -> None:

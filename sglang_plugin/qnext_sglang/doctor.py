@@ -166,7 +166,7 @@ def quantization(subject: Subject) -> Finding | None:
     blocks = "" if block is None else f" in blocks of {block}"
     return failure(
         f"the checkpoint is quantized ({method}{blocks}), and on a CPU the plugin serves FP8 in blocks of 128 × 128, "
-        "compressed-tensors' symmetric int4 in groups of 32, 64 or 128, or no quantization",
+        "symmetric int4 in groups of 32, 64 or 128 (compressed-tensors, GPTQ or AutoRound), or no quantization",
         f"{instead}, in block-wise FP8 or in int4",
     )
 

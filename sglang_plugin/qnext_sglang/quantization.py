@@ -23,7 +23,6 @@ from qnext_plugins.packed_methods import expect_whole_groups
 from qnext_sglang import UnsupportedEngineError, serving
 from qnext_sglang import sglang_api as api
 
-
 PASSED_ON = ("packed_modules_mapping", "hf_config")
 """What SGLang puts into a ``quantization_config``."""
 
@@ -58,10 +57,6 @@ class Int4Scheme(api.CompressedTensorsWNA16):
 
         sizes = (output_size, input_size, output_partition_sizes, input_size_per_partition)
         super().create_weights(layer, *sizes, params_dtype, load, **kwargs)
-
-
-INT4_METHODS = ("compressed-tensors", "gptq", "auto-round")
-"""SGLang's names for what may be int4 that our kernels read."""
 
 
 class CpuInt4Config(api.CompressedTensorsConfig):
@@ -161,6 +156,6 @@ def expect_served(quant_config: Any) -> None:
         found += f": {reason}"
     raise UnsupportedEngineError(
         f"qnext-plugins on a CPU: the weights are quantized ({found}), and it serves FP8 in blocks of "
-        f"{[FP8_GROUP] * 2}, int4 in groups of {', '.join(map(str, INT4_GROUPS))} (compressed-tensors, GPTQ or AutoRound, "
-        "symmetric) or unquantized ones"
+        f"{[FP8_GROUP] * 2}, int4 in groups of {', '.join(map(str, INT4_GROUPS))} (compressed-tensors, GPTQ or "
+        "AutoRound, symmetric) or unquantized ones"
     )

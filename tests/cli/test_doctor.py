@@ -327,6 +327,16 @@ def test_whose_kernels_serve_int4_on_a_cpu_is_told(symmetric: bool) -> None:
     assert ("groups of 64" if symmetric else "(symmetric is False)") in finding.message
 
 
+@pytest.mark.parametrize("method", ["gptq", "auto-round"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_so_it_is_of_gptq_and_autoround(method: str, bits: int) -> None:
+    described = {"quant_method": method, "bits": bits, "group_size": 64, "sym": True}
+    finding = quantization(Subject(config={"quantization_config": described}))
+    assert finding is not None
+    assert finding.status == (Status.OK if bits == 4 else Status.NOTE)
+    assert ("groups of 64" if bits == 4 else "(num_bits is 8)") in finding.message
+
+
 @pytest.mark.parametrize(("variable", "value"), [("QNEXT_STRICT", "maybe"), ("QNEXT_DISABLE", "2x")])
 def test_a_setting_of_a_wrong_value_is_told(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, value)

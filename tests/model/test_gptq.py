@@ -128,7 +128,9 @@ def test_other_zero_points_and_columns_in_another_order_are_refused() -> None:
         list(from_gptq(tensors.items()))
     tensors = stored(16, 64, 32)
     tensors[f"{EXPERT}.g_idx"] = tensors[f"{EXPERT}.g_idx"].flip(0)
-    with pytest.raises(CheckpointError, match=rf"tensor {EXPERT}.g_idx: expected groups of columns that lie side by side"):
+    with pytest.raises(
+        CheckpointError, match=rf"tensor {EXPERT}.g_idx: expected groups of columns that lie side by side"
+    ):
         list(from_gptq(tensors.items()))
 
 

@@ -33,7 +33,7 @@ from qnext_sglang.linear import QnextInt4LinearMethod
 from qnext_sglang.loading import load_parameters
 from qnext_sglang.models.qwen3_next import Qwen3NextForCausalLM
 from qnext_sglang.quantization import CpuInt4Config, expect_served
-from tests.checkpoints import random_config, write_int4_checkpoint
+from tests.checkpoints import random_config, store_as_gptq, write_int4_checkpoint
 from tests.sglang.engines import engine
 from tests.sglang.quantized import Checkpoints
 
@@ -96,6 +96,18 @@ def test_what_a_checkpoint_leaves_out_runs_beside_what_is_quantized(
         mixed.expect_tokens_of_transformers(running)
         assert "4 decoder layers are one call" in "".join(capfd.readouterr())
         mixed.expect_answers_follow(running, updated)
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize("method", ["gptq", "auto-round"])
+def test_int4_of_gptq_and_autoround_gives_the_tokens_of_transformers_with_drafts_and_is_updated(
+    mixed: Checkpoints, tmp_path: Path, method: str
+) -> None:
+    stored = mixed._replace(quantized=store_as_gptq(mixed.quantized, tmp_path / method, method))
+    with engine(stored.quantized, drafts=3) as running:
+        stored.expect_tokens_of_transformers(running)
+        updated = ("model.layers.3.self_attn.k_proj.scales", "model.layers.1.mlp.experts.2.up_proj.qweight")
+        stored.expect_answers_follow(running, updated)
 
 
 @pytest.mark.sglang
@@ -265,6 +277,14 @@ def test_a_missing_scale_is_named_before_anything_is_loaded(checkpoints: Checkpo
 
 def test_of_linears_that_are_left_out_the_weight_is_expected(mixed: Checkpoints, tmp_path: Path) -> None:
     mixed.expect_missing_is_named("model.layers.0.linear_attn.out_proj.weight", tmp_path)
+
+
+@pytest.mark.parametrize("method", ["gptq", "auto-round"])
+def test_other_int4_of_gptq_and_autoround_ends_the_start_with_its_reason(method: str) -> None:
+    described = {"quant_method": method, "bits": 4, "group_size": 128, "sym": False, "desc_act": False}
+    config = get_quantization_config(method).from_config(described)
+    with pytest.raises(UnsupportedEngineError, match=r"symmetric is False"):
+        expect_served(config)
 
 
 @pytest.mark.parametrize(("bits", "status"), [(4, Status.OK), (8, Status.FAILURE)])

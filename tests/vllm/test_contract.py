@@ -14,6 +14,7 @@ import vllm
 
 import qnext_vllm
 from qnext_vllm.block_copies import RUNNERS
+from qnext_vllm.config_hook import INT4_METHODS
 from qnext_vllm.gated_delta_net import VLLMS_OPERATOR
 from qnext_vllm.host_kernels import HOST_KERNELS
 from qnext_vllm.linear import QnextFp8LinearMethod
@@ -372,6 +373,12 @@ def test_fp8_weights_and_scales_have_the_names_that_we_read() -> None:
     config = resolve("vllm.model_executor.layers.quantization.fp8.Fp8Config")()
     for name in ("ignored_layers", "ignored_layers_match_mode", "packed_modules_mapping", "weight_block_size"):
         assert hasattr(config, name)
+
+
+@pytest.mark.parametrize(("config", "method"), [("auto_gptq.AutoGPTQConfig", "gptq"), ("inc.INCConfig", "auto-round")])
+def test_vllm_has_the_names_for_gptq_and_autoround_that_the_configuration_hook_knows(config: str, method: str) -> None:
+    own = resolve(f"vllm.model_executor.layers.quantization.{config}")
+    assert own.override_quantization_method({"quant_method": method}, None) in INT4_METHODS
 
 
 def test_experts_in_int4_are_loaded_by_the_names_and_attributes_that_we_give() -> None:

@@ -14,7 +14,7 @@ from vllm import EngineArgs
 from qnext_plugins.model import CheckpointError
 from qnext_vllm.model import Qwen3NextForCausalLM
 from tests import reference
-from tests.checkpoints import write_fp8_checkpoint, write_int4_checkpoint
+from tests.checkpoints import store_as_gptq, write_fp8_checkpoint, write_int4_checkpoint
 from tests.determinism import Requests, alone, among
 from tests.reference import Tokens, first_difference
 from tests.vllm.engines import engine
@@ -143,3 +143,20 @@ def test_what_an_int4_checkpoint_leaves_out_is_multiplied_as_it_is(
     chosen = [prefers(tmp_path / "float32", *pair) for pair in zip(prompts, answers, strict=True)]
     assert first_difference(chosen, answers) is None
     assert (ONE_CALL in "".join(capfd.readouterr())) == one_call
+
+
+@pytest.mark.parametrize("method", ["gptq", "auto-round"])
+def test_int4_of_gptq_and_autoround_gives_the_tokens_of_transformers_and_is_loaded_again(
+    tmp_path: Path, method: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_int4_checkpoint(tmp_path / "int4", tmp_path / "float32", 64, ignore=("re:.*linear_attn.*",))
+    checkpoint = store_as_gptq(tmp_path / "int4", tmp_path / method, method)
+    prompts = reference.prompts(tmp_path / "float32")[6::12]
+    with engine(checkpoint, drafts=2) as running:
+        answers = running.greedy(prompts, MAX_TOKENS)
+        running.llm.collective_rpc("reload_weights")
+        assert running.llm.reset_prefix_cache()
+        assert first_difference(answers, running.greedy(prompts, MAX_TOKENS)) is None
+    chosen = [prefers(tmp_path / "float32", *pair) for pair in zip(prompts, answers, strict=True)]
+    assert first_difference(chosen, answers) is None
+    assert ONE_CALL in "".join(capfd.readouterr())

@@ -180,7 +180,7 @@ def cpu_fp8_config(described: dict[str, Any] | None) -> CpuFp8Config | None:
 
 
 class CpuInt4Config(api.CompressedTensorsConfig):
-    """Group-wise int4 as compressed-tensors describes it, with linears on our kernel and experts on it in :mod:`qnext_vllm.experts`.
+    """Group-wise int4 as compressed-tensors describes it, on our kernels; experts in :mod:`qnext_vllm.experts`.
 
     vLLM's experts in int4 on a CPU need AMX.
     """

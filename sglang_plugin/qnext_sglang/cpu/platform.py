@@ -30,11 +30,12 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def get_quantization_config(self, quantization: str) -> type | None:
-        from qnext_sglang.quantization import INT4_METHODS, CpuFp8Config, CpuInt4Config
+        from qnext_plugins.model import STORED_IN_INT4
+        from qnext_sglang.quantization import CpuFp8Config, CpuInt4Config
 
         if quantization == "fp8":
             return CpuFp8Config
-        return CpuInt4Config if quantization in INT4_METHODS else None
+        return CpuInt4Config if quantization in STORED_IN_INT4 else None
 
     def get_dispatch_key_name(self) -> str:
         return "native"
