@@ -101,7 +101,7 @@ def _differs(changed: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
 
 
 def int4_names(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """What a tensor is called in the layout of compressed-tensors, with shapes; nothing where that has no such thing."""
+    """What a tensor is called in the layout of compressed-tensors, with shapes; nothing if that has no such thing."""
     module, _, kind = name.rpartition(".")
     if kind == "qweight":
         return {f"{module}.weight_packed": shape[::-1], f"{module}.weight_shape": (2,)}

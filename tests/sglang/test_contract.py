@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 import qnext_sglang
+from qnext_plugins.cli.checkpoint.tensors import describe_int4
+from qnext_plugins.model import STORED_IN_INT4
 from qnext_sglang import MODELS_VARIABLE, determinism, hooks, serving
 from qnext_sglang.cpu import attention, defaults, gated_delta_net, platform, speculation
 from qnext_sglang.cpu import hooks as cpu_hooks
@@ -190,11 +192,6 @@ OBJECTS: list[tuple[str, str, set[str] | None]] = [
     ("dispatch_output", "layers.moe.token_dispatcher.StandardDispatchOutput", None),
     ("moe_runner", "layers.moe.utils.MoeRunnerBackend", None),
     ("quant_config", "layers.quantization.fp8.Fp8Config", {"experts.py", "quantization.py"}),
-    (
-        "compressed",
-        "layers.quantization.compressed_tensors.compressed_tensors.CompressedTensorsConfig",
-        {"quantization.py"},
-    ),
     ("RoutingMethodType", "layers.moe.utils.RoutingMethodType", None),
     ("platform", "platforms.interface.SRTPlatform", {"__init__.py"}),
     ("sampling_info", "sampling.sampling_batch_info.SamplingBatchInfo", None),
@@ -439,3 +436,11 @@ def test_full_attention_layers_are_in_the_configuration() -> None:
 def test_sglang_reads_the_variable(variable: str) -> None:
     reader = VARIABLES[variable]
     assert variable in inspect.getsource(resolve(f"sglang.srt.{reader}")), f"{SGLANG}: {reader} ignores {variable}"
+
+
+def test_sglang_asks_our_platform_only_for_names_that_it_knows_and_has_its_own_for_a_cpu() -> None:
+    own = resolve("sglang.srt.layers.quantization.CPU_QUANTIZATION_METHODS")
+    assert set(STORED_IN_INT4) <= set(own)
+    assert isinstance(resolve("sglang.srt.layers.quantization.QUANTIZATION_METHODS"), dict)
+    method = resolve("sglang.srt.layers.quantization.compressed_tensors.compressed_tensors.CompressedTensorsConfig")
+    assert hasattr(method.from_config(describe_int4([], 32)), "config")
