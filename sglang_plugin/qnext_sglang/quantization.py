@@ -32,7 +32,7 @@ class CpuFp8Config(api.Fp8Config):
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [*super().get_supported_act_dtypes(), torch.float32]
+        return [torch.bfloat16, torch.float32]
 
 
 class Int4Scheme(api.CompressedTensorsWNA16):
@@ -83,7 +83,7 @@ class CpuInt4Config(api.CompressedTensorsConfig):
         return left_out_of_int4(self.config, modules)
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [*super().get_supported_act_dtypes(), torch.float32]
+        return [torch.bfloat16, torch.float32]
 
     def get_linear_scheme(
         self, layer: Any, layer_name: str | None = None, matched_target: str | None = None

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from vllm import EngineArgs
 
 from qnext_plugins.model import CheckpointError
+from qnext_vllm.linear import OURS_ON_CPU
 from qnext_vllm.model import Qwen3NextForCausalLM
 from tests import reference
 from tests.checkpoints import store_as_gptq, write_fp8_checkpoint, write_int4_checkpoint
@@ -98,6 +99,15 @@ def test_in_bfloat16_compiled_an_answer_has_the_same_bits_alone_and_among_others
     results = [(answer.tokens, torch.tensor(answer.log_probs)) for answer in expected]
     prompts = [request.prompt for request in requests.greedy]
     assert reference.bfloat16_error_ratio(truth, prompts, results) < 1.0
+
+
+def test_in_float16_quantized_weights_are_vllms_own_and_a_line_says_why(
+    checkpoints: Checkpoints, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = EngineArgs(str(checkpoints.quantized), dtype="float16", max_model_len=128).create_engine_config()
+    assert config.quant_config is not None
+    assert not isinstance(config.quant_config, OURS_ON_CPU)
+    assert "--dtype is torch.float16, not bfloat16 or float32" in "".join(capfd.readouterr())
 
 
 def test_a_missing_scale_is_named_before_anything_is_loaded(checkpoints: Checkpoints, tmp_path: Path) -> None:

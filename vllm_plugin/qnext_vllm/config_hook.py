@@ -55,13 +55,18 @@ def serve_quantized(vllm_config: VllmConfig) -> None:
     online = model.quantization_config is not None
     if model.quantization is None or online or vllm_config.quant_config is not None:
         return
+    import torch
+
     from qnext_plugins.model import int4_obstacle
     from qnext_vllm.linear import cpu_fp8_config, cpu_int4_config
 
-    described = getattr(model.hf_config, "quantization_config", None)
+    described, ours, reason = getattr(model.hf_config, "quantization_config", None), None, None
     if model.quantization == "fp8":
-        vllm_config.quant_config = cpu_fp8_config(described)
+        ours = cpu_fp8_config(described)
     elif model.quantization in INT4_METHODS:
-        vllm_config.quant_config = cpu_int4_config(described)
-        if (reason := int4_obstacle(described)) is not None:
-            logger.warning("qnext-plugins leaves the checkpoint's weights to vLLM's own kernels: %s", reason)
+        ours, reason = cpu_int4_config(described), int4_obstacle(described)
+    if ours is not None and model.dtype not in (torch.bfloat16, torch.float32):
+        ours, reason = None, f"--dtype is {model.dtype}, not bfloat16 or float32"
+    vllm_config.quant_config = ours
+    if reason is not None:
+        logger.warning("qnext-plugins leaves the checkpoint's weights to vLLM's own kernels: %s", reason)

@@ -152,7 +152,7 @@ class CpuFp8Config(api.Fp8Config):
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [*super().get_supported_act_dtypes(), torch.float32]
+        return [torch.bfloat16, torch.float32]
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         method = super().get_quant_method(layer, prefix)
