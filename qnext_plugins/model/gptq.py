@@ -22,6 +22,8 @@ BESIDE_GPTQ = ("checkpoint_format", "packing_format", "lm_head", "dynamic", "ext
 """What a ``quantization_config`` of theirs may ask for that compressed-tensors has no words for."""
 MIDDLES = (0x77777777, -0x77777778)
 """Eight zero points of 7, which GPTQ's first format stores in place of 8, and of 8."""
+UNQUANTIZED = 16
+"""Bits, at least, of what AutoRound leaves as it is."""
 NOT_IN_A_NAME = frozenset("*+?^$()[]{}|\\")
 """Characters by which AutoRound knows a pattern, which it looks for anywhere in a name."""
 
@@ -76,7 +78,7 @@ def _auto_round(quantization: Mapping[str, Any]) -> tuple[list[str], dict[str, A
     ignored: list[str] = []
     beside: dict[str, Any] = {}
     for name, changed in (quantization.get("extra_config") or {}).items():
-        if changed.get("bits", quantization.get("bits")) >= 16:
+        if changed.get("bits", 0) >= UNQUANTIZED:
             pattern = f".*(?:{name})" if NOT_IN_A_NAME & set(name) else rf".*\.{re.escape(name)}$"
             ignored += [f"re:{pattern}"] if NOT_IN_A_NAME & set(name) else [name, f"re:{pattern}"]
         elif _differs(changed, quantization):
