@@ -79,8 +79,8 @@ def _auto_round(quantization: Mapping[str, Any]) -> tuple[list[str], dict[str, A
     beside: dict[str, Any] = {}
     for name, changed in (quantization.get("extra_config") or {}).items():
         if changed.get("bits", 0) >= UNQUANTIZED:
-            pattern = f".*(?:{name})" if NOT_IN_A_NAME & set(name) else rf".*\.{re.escape(name)}$"
-            ignored += [f"re:{pattern}"] if NOT_IN_A_NAME & set(name) else [name, f"re:{pattern}"]
+            is_pattern = NOT_IN_A_NAME & set(name)
+            ignored += [f"re:.*(?:{name})"] if is_pattern else [name, rf"re:.*\.{re.escape(name)}$"]
         elif _differs(changed, quantization):
             beside["extra_config"] = name
     if blocks := quantization.get("block_name_to_quantize"):

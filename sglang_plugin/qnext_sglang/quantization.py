@@ -64,9 +64,9 @@ class CpuInt4Config(api.CompressedTensorsConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        if int4_group(config) is None:
+        if (reason := int4_obstacle(config)) is not None:
             own = api.CPU_QUANTIZATION_METHODS[config["quant_method"]].from_config(config)
-            own.left_because = int4_obstacle(config)
+            own.left_because = reason
             return own
         kept = {name: config[name] for name in PASSED_ON if name in config}
         return super().from_config({**as_compressed_tensors(config), **kept})

@@ -366,7 +366,6 @@ struct OfBlock {
     float scale;
     Vec get(int) const { return Vec::fill(scale); }
     OfBlock part(int) const { return *this; }
-    OfBlock behind(int64_t) const { return *this; }
 };
 
 // Each of one in int4 with its own.
