@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata, GDNAttentionMetadataBuilder
 
-import qnext_vllm
 from qnext_kernels import force_backend, layouts, rms_norm, triton_support, without_kernels
 from qnext_kernels.dispatch import OPERATIONS, deterministic, is_deterministic
 from qnext_kernels.triton_support import TritonBackend
@@ -359,15 +357,10 @@ def test_a_layer_launches_its_kernels_without_reading_a_tensor(
 
 
 @pytest.fixture
-def lines() -> Iterator[list[str]]:
-    """What the plugin logs."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    qnext_vllm.logger.addHandler(handler)
+def said_again() -> Iterator[None]:
+    """What the experts say once is said in this test, and again behind it."""
     experts._say_once.cache_clear()
-    yield messages
-    qnext_vllm.logger.removeHandler(handler)
+    yield
     experts._say_once.cache_clear()
 
 
@@ -380,6 +373,7 @@ def gpu_config(monkeypatch: pytest.MonkeyPatch, all_kernels: None) -> VllmConfig
     return found
 
 
+@pytest.mark.usefixtures("said_again")
 def test_the_experts_are_ours_on_a_gpu(gpu_config: VllmConfig, lines: list[str]) -> None:
     options = experts.experts_options(gpu_config, None, PREFIX)
     assert options["custom_routing_function"] is experts.route
@@ -596,6 +590,7 @@ class TestSharedExpert:
             assert of_vllm(gpu_config, shared)
 
 
+@pytest.mark.usefixtures("said_again")
 def test_quantized_experts_stay_vllms_own_with_one_line(
     gpu_config: VllmConfig, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

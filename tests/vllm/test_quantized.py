@@ -102,12 +102,13 @@ def test_in_bfloat16_compiled_an_answer_has_the_same_bits_alone_and_among_others
 
 
 def test_in_float16_quantized_weights_are_vllms_own_and_a_line_says_why(
-    checkpoints: Checkpoints, capfd: pytest.CaptureFixture[str]
+    checkpoints: Checkpoints, lines: list[str]
 ) -> None:
     config = EngineArgs(str(checkpoints.quantized), dtype="float16", max_model_len=128).create_engine_config()
     assert config.quant_config is not None
     assert not isinstance(config.quant_config, OURS_ON_CPU)
-    assert "--dtype is torch.float16, not bfloat16 or float32" in "".join(capfd.readouterr())
+    (line,) = lines
+    assert line.endswith("vLLM's own kernels: --dtype is torch.float16, not bfloat16 or float32")
 
 
 def test_a_missing_scale_is_named_before_anything_is_loaded(checkpoints: Checkpoints, tmp_path: Path) -> None:

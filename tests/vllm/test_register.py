@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from importlib.metadata import entry_points
 
 import pytest
@@ -28,17 +26,6 @@ def in_tree_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's registry as it is before any plugin is loaded."""
     for architecture, module in IN_TREE.items():
         monkeypatch.setitem(ModelRegistry.models, architecture, _LazyRegisteredModel(module, architecture))
-
-
-@pytest.fixture
-def lines() -> Iterator[list[str]]:
-    """What the plugin logs."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    qnext_vllm.logger.addHandler(handler)
-    yield messages
-    qnext_vllm.logger.removeHandler(handler)
 
 
 def serving() -> dict[str, str]:
