@@ -34,7 +34,7 @@ from cpu_slice_llama import LlamaEngine, LlamaSide, find_llama
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qnext_kernels.int4 import INT4_GROUPS
+from qnext_kernels.integers import INT_GROUPS
 from qnext_plugins.cli.bench.models import Slice, SliceWork
 from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine
 from qnext_plugins.cli.bench.stepped import EngineError
@@ -224,7 +224,7 @@ def main() -> int:
     parser.add_argument("--eager", action="store_true", help="both without torch.compile")
     parser.add_argument("--fp8", action="store_true", help="ours in block-wise FP8; peers stay in bfloat16")
     help_int4 = "ours in int4, in groups of so many columns: 32, 64 or 128"
-    parser.add_argument("--int4", type=int, choices=INT4_GROUPS, metavar="GROUP", help=help_int4)
+    parser.add_argument("--int4", type=int, choices=INT_GROUPS, metavar="GROUP", help=help_int4)
     help_peer = "some of vllm (default), llama.cpp, and bfloat16 and fp8, the plugin's own, with commas"
     parser.add_argument("--peer", type=peer_names, default="vllm", help=help_peer)
     python = os.environ.get("QNEXT_LLAMA_PYTHON")

@@ -28,7 +28,7 @@ from qnext_kernels import (
     unpack_weight_,
     use_huge_pages,
 )
-from qnext_kernels.int4 import INT4, INT4_PER_WORD
+from qnext_kernels.integers import INT4, INT4_PER_WORD
 from qnext_plugins.model import MLP
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from qnext_kernels.fp8 import dequantize_blocks
-from qnext_kernels.int4 import dequantize_int4, quantize_int4
+from qnext_kernels.integers import dequantize_int4, quantize_int4
 from qnext_plugins.cli.checkpoint.tensors import describe_int4, is_quantized, quantize
 from qnext_plugins.model import left_out_of_int4, modules_of
 
@@ -112,7 +112,7 @@ def write_int4_checkpoint(
     Args:
         quantized: where it is written.
         float32: where what its weights stand for is written.
-        group: columns that share a scale, one of INT4_GROUPS.
+        group: columns that share a scale, one of INT_GROUPS.
         ignore: entries of its ``ignore`` beside those that name what is in int4 nowhere; what they cover is not.
         overrides: of :func:`random_config`.
     """

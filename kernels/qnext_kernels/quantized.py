@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qnext_kernels import fp8, int4
+from qnext_kernels import fp8, integers
 from qnext_kernels.fp8 import FP8
-from qnext_kernels.int4 import INT4, INT4_PER_WORD
+from qnext_kernels.integers import INT4, INT4_PER_WORD
 
 SharedWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]
 """w13, w2, each with its scales behind it, and gate of a shared expert; None for scales of weights without them."""
@@ -31,7 +31,7 @@ def stored_columns(name: str, columns: int, dtype: torch.dtype) -> int:
 
 def stored_alike(*weights: tuple[Tensor, Tensor | None]) -> bool:
     """Whether weights, each with its scale, have one dtype, and in int4 groups of one size."""
-    return len({(weight.dtype, int4.group_of(weight, scale)) for weight, scale in weights}) == 1
+    return len({(weight.dtype, integers.group_of(weight, scale)) for weight, scale in weights}) == 1
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, halves: int = 1) -> Tensor:
@@ -39,14 +39,14 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, halves:
     if scale is None:
         return weight.to(dtype)
     if weight.dtype == INT4:
-        return int4.dequantize_int4(weight, scale, dtype)
+        return integers.dequantize_int4(weight, scale, dtype)
     return fp8.dequantize_blocks(weight, scale, dtype) if halves == 1 else fp8.dequantize_w13(weight, scale, dtype)
 
 
 def expect_scale(name: str, scale: Tensor, weight: Tensor, dtype: torch.dtype, halves: int = 1) -> None:
     """Raise unless ``scale`` is that of a weight, of ``halves`` matrices, for activations of ``dtype``."""
     if weight.dtype == INT4:
-        int4.expect_int4_scale(name, scale, weight, dtype)
+        integers.expect_int4_scale(name, scale, weight, dtype)
     else:
         fp8.expect_scale(name, scale, weight, halves)
 
@@ -54,5 +54,5 @@ def expect_scale(name: str, scale: Tensor, weight: Tensor, dtype: torch.dtype, h
 def reads_scale(scale: Tensor, weight: Tensor, dtype: torch.dtype, halves: int = 1) -> bool:
     """Whether a weight has scales, and ``scale`` is what :func:`expect_scale` allows."""
     if weight.dtype == INT4:
-        return int4.reads_int4_scale(scale, weight, dtype)
+        return integers.reads_int4_scale(scale, weight, dtype)
     return fp8.reads_scale(scale, weight, halves)

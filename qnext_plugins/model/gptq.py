@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext_kernels.int4 import INT4_PER_WORD
+from qnext_kernels.integers import INT4_PER_WORD
 from qnext_plugins.model.config import CheckpointError
 
 STORED_IN_INT4 = ("compressed-tensors", "gptq", "auto-round")

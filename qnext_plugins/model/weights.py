@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qnext_kernels.fp8 import FP8_GROUP
-from qnext_kernels.int4 import INT4_GROUPS, INT4_PER_WORD
+from qnext_kernels.integers import INT4_PER_WORD, INT_GROUPS
 from qnext_plugins.model.config import FULL_ATTENTION, CheckpointError, Qwen3NextConfig
 from qnext_plugins.model.gptq import BESIDE_GPTQ, as_compressed_tensors, int4_names
 
@@ -90,7 +90,7 @@ def int4_obstacle(quantization: Mapping[str, Any] | None) -> str | None:
         "type": (weights.get("type", "int"), ("int",)),
         "symmetric": (weights.get("symmetric", True), (True,)),
         "strategy": (weights.get("strategy"), (None, "group")),
-        "group_size": (weights.get("group_size"), INT4_GROUPS),
+        "group_size": (weights.get("group_size"), INT_GROUPS),
         "actorder": (weights.get("actorder"), (None, False, "static", "weight")),
         "dynamic": (weights.get("dynamic"), (None, False)),
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.fp8 import FP8_GROUP
-from qnext_kernels.int4 import INT4_GROUPS
+from qnext_kernels.integers import INT_GROUPS
 from qnext_plugins.model import (
     as_compressed_tensors,
     fp8_shapes,
@@ -156,6 +156,6 @@ def expect_served(quant_config: Any) -> None:
         found += f": {reason}"
     raise UnsupportedEngineError(
         f"qnext-plugins on a CPU: the weights are quantized ({found}), and it serves FP8 in blocks of "
-        f"{[FP8_GROUP] * 2}, int4 in groups of {', '.join(map(str, INT4_GROUPS))} (compressed-tensors, GPTQ or "
+        f"{[FP8_GROUP] * 2}, int4 in groups of {', '.join(map(str, INT_GROUPS))} (compressed-tensors, GPTQ or "
         "AutoRound, symmetric) or unquantized ones"
     )

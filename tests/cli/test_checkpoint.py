@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, CompressedTensorsConfig, FineGrainedFP8C
 from typer import Typer
 from typer.testing import CliRunner
 
-from qnext_kernels.int4 import dequantize_int4
+from qnext_kernels.integers import dequantize_int4
 from qnext_plugins.cli.checkpoint import Kind, Spec, Structure, plan, write
 from qnext_plugins.cli.checkpoint.command import checkpoint
 from qnext_plugins.cli.checkpoint.spec import SLICE, TINY, smallest_hidden_size

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qnext_kernels import ExpertsWeights, LinearWeight
-from qnext_kernels.int4 import INT4, INT4_GROUPS, INT4_PER_WORD, quantize_int4
+from qnext_kernels.integers import INT4, INT4_PER_WORD, INT_GROUPS, quantize_int4
 
 
 def random_int4_weight(*shape: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -24,12 +24,12 @@ def words_of(codes: Tensor) -> Tensor:
     return (codes.long().unflatten(-1, (-1, INT4_PER_WORD)) << shifts).sum(dim=-1).to(INT4)
 
 
-def linear_in_int4(linear: LinearWeight, group: int = INT4_GROUPS[0]) -> LinearWeight:
+def linear_in_int4(linear: LinearWeight, group: int = INT_GROUPS[0]) -> LinearWeight:
     weight, scale = quantize_int4(linear.weight, group)
     return linear._replace(weight=weight, scale=scale)
 
 
-def experts_in_int4(moe: ExpertsWeights, group: int = INT4_GROUPS[0]) -> ExpertsWeights:
+def experts_in_int4(moe: ExpertsWeights, group: int = INT_GROUPS[0]) -> ExpertsWeights:
     (w13, w13_scale), (w2, w2_scale) = quantize_int4(moe.w13, group), quantize_int4(moe.w2, group)
     shared = None
     if moe.shared is not None:

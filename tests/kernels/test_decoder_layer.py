@@ -31,7 +31,7 @@ from qnext_kernels import (
 )
 from qnext_kernels.decoder_layer import native
 from qnext_kernels.fp8 import FP8
-from qnext_kernels.int4 import INT4
+from qnext_kernels.integers import INT4
 from tests.kernels.fp8_inputs import experts_in_fp8, linear_in_fp8
 from tests.kernels.int4_inputs import experts_in_int4, linear_in_int4
 from tests.kernels.kernel_inputs import DTYPES, assert_close, same_bits

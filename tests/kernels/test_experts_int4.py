@@ -9,7 +9,7 @@ import torch
 
 from qnext_kernels import experts, experts_int4, force_backend, pack_experts_int4_, unpack_experts_int4_
 from qnext_kernels.dispatch import BackendError
-from qnext_kernels.int4 import INT4_GROUPS, dequantize_int4
+from qnext_kernels.integers import INT_GROUPS, dequantize_int4
 from tests.kernels.kernel_inputs import DTYPES, NATIVE_BACKENDS, Bad, assert_close, same_bits
 from tests.kernels.moe_inputs import INT4_SIZES, in_float64, random_int4, rows_of
 
@@ -31,7 +31,7 @@ def sums(group: int) -> int:
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize("group", INT_GROUPS)
 @pytest.mark.parametrize("tokens", [0, 1, 9, 70])
 @pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_experts_agree_with_float64(backend: str, tokens: int, group: int, dtype: torch.dtype, shared: bool) -> None:
@@ -46,7 +46,7 @@ def test_experts_agree_with_float64(backend: str, tokens: int, group: int, dtype
     assert_close(out, truth, {dtype: 2 + 4 * shared, torch.float32: roundings})
 
 
-@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize("group", INT_GROUPS)
 @pytest.mark.parametrize("backend", NATIVE_BACKENDS)
 def test_experts_are_those_of_the_numbers_that_the_weights_stand_for(backend: str, group: int) -> None:
     arguments = random_int4(9, torch.float32, group=group)
@@ -70,7 +70,7 @@ def test_experts_of_another_rank_are_skipped(backend: str) -> None:
     assert_close(out[4], alone[4], {torch.float32: 2 * sums(32)})
 
 
-@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize("group", INT_GROUPS)
 def test_native_experts_in_int4_do_not_depend_on_the_batch_or_on_threads(group: int) -> None:
     arguments = random_int4(200, torch.bfloat16, group=group, shared=True)
     with force_backend("native"):
@@ -82,7 +82,7 @@ def test_native_experts_in_int4_do_not_depend_on_the_batch_or_on_threads(group: 
                 assert same_bits(experts_int4(**rows_of(arguments, some)), together[some])
 
 
-@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize("group", INT_GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_packed_experts_in_int4_give_the_bits_of_the_plain_ones(dtype: torch.dtype, group: int) -> None:
     arguments = random_int4(300, dtype, group=group, shared=True)

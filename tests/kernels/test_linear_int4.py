@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qnext_kernels import force_backend, linear, pack_weight_, unpack_weight_
 from qnext_kernels.fp8 import FP8
-from qnext_kernels.int4 import INT4, INT4_GROUPS, dequantize_int4, quantize_int4
+from qnext_kernels.integers import INT4, INT_GROUPS, dequantize_int4, quantize_int4
 from tests.kernels.int4_inputs import random_int4_weight, words_of
 from tests.kernels.kernel_inputs import DTYPES, NATIVE_BACKENDS, Bad, assert_close, same_bits
 
@@ -31,7 +31,7 @@ def every_code(rows: int, k: int) -> Tensor:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize("group", INT_GROUPS)
 # Below, at and above panels of rows, and tokens that meet a panel at once and in two, three and more tiles.
 @pytest.mark.parametrize(
     ("tokens", "rows", "groups"),
@@ -68,7 +68,7 @@ def test_linear_in_int4_agrees_with_float64(
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("together", [1, 4, 9, 13, 128])
-@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize("group", INT_GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_reads_every_code_and_every_scale_in_every_place_exactly(
     dtype: torch.dtype, group: int, together: int, packed: bool
@@ -86,7 +86,7 @@ def test_native_reads_every_code_and_every_scale_in_every_place_exactly(
     assert torch.equal(out.T.float(), expected)
 
 
-@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize("group", INT_GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_row_in_int4_does_not_depend_on_the_batch_or_on_threads(dtype: torch.dtype, group: int) -> None:
     k = 9 * group
@@ -102,7 +102,7 @@ def test_native_row_in_int4_does_not_depend_on_the_batch_or_on_threads(dtype: to
 
 # Below, at and above panels of 64 rows.
 @pytest.mark.parametrize(("rows", "groups"), [(63, 2), (64, 1), (65, 5), (200, 4)])
-@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize("group", INT_GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_packed_weight_in_int4_gives_the_bits_of_the_plain_one(
     dtype: torch.dtype, group: int, rows: int, groups: int
@@ -223,7 +223,7 @@ def test_packing_refuses_a_scale_that_is_missing_or_does_not_belong(
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize("group", INT_GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers_are_rounded_to_the_nearest_step_of_their_group(dtype: torch.dtype, group: int, groups: int) -> None:
     weight = torch.randn(7, groups * group, dtype=dtype)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qnext_kernels.int4 import quantize_int4
+from qnext_kernels.integers import quantize_int4
 from qnext_plugins.model import (
     CheckpointError,
     as_compressed_tensors,

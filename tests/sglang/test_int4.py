@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qnext_kernels import experts as our_experts
 from qnext_kernels import force_backend, topk_softmax
-from qnext_kernels.int4 import dequantize_int4, quantize_int4
+from qnext_kernels.integers import dequantize_int4, quantize_int4
 from qnext_plugins.cli.checkpoint.tensors import describe_int4
 from qnext_plugins.cli.doctor import Status, Subject
 from qnext_plugins.model import ConfigError, Qwen3NextConfig, SparseMoe

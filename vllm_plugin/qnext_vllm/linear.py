@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qnext_kernels import linear
 from qnext_kernels.fp8 import FP8_GROUP
-from qnext_kernels.int4 import INT4, INT4_PER_WORD
+from qnext_kernels.integers import INT4, INT4_PER_WORD
 from qnext_plugins.model import as_compressed_tensors, int4_group, is_block_fp8, left_out_of_int4
 from qnext_plugins.packed_methods import (
     Fp8Linear,

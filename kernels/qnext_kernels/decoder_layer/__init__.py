@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qnext_kernels.decoder_layer import native
 from qnext_kernels.gated_attention import qk_norm_rope_gate, sigmoid_gate
-from qnext_kernels.int4 import INT4
+from qnext_kernels.integers import INT4
 from qnext_kernels.linear import linear
 from qnext_kernels.moe import experts, experts_fp8, experts_int4, topk_softmax
 from qnext_kernels.rms_norm import rms_norm

@@ -15,7 +15,7 @@ from torch import Tensor
 from qnext_kernels.checks import INTEGERS, expect_indices
 from qnext_kernels.dispatch import OPERATIONS
 from qnext_kernels.gated_attention.results import empty_heads
-from qnext_kernels.int4 import INT4
+from qnext_kernels.integers import INT4
 from qnext_kernels.linear.native import linear_fields
 from qnext_kernels.moe.native import contiguous_gate, experts_fields
 from qnext_kernels.native import DTYPES

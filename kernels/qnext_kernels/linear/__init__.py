@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qnext_kernels.checks import expect_dtype, expect_floating, expect_shape
 from qnext_kernels.dispatch import BackendError, Operation
-from qnext_kernels.int4 import INT4
+from qnext_kernels.integers import INT4
 from qnext_kernels.linear.cpu import CpuBackend
 from qnext_kernels.linear.native import LinearNative, packable
 from qnext_kernels.linear.reference import ReferenceBackend

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.fp8 import FP8
-from qnext_kernels.int4 import INT4, group_of
+from qnext_kernels.integers import INT4, group_of
 from qnext_kernels.linear.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, NativeBackend
 from qnext_kernels.operators import operator

@@ -15,7 +15,7 @@ from torch import Tensor
 from qnext_kernels.checks import INTEGERS, expect_dtype, expect_floating, expect_indices, expect_shape
 from qnext_kernels.dispatch import BackendError, Call, Operation
 from qnext_kernels.fp8 import FP8
-from qnext_kernels.int4 import INT4, group_of
+from qnext_kernels.integers import INT4, group_of
 from qnext_kernels.layouts import once_per_layout
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.moe.flashinfer import FlashInferMoe

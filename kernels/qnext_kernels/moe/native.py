@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qnext_kernels.checks import expect_indices
 from qnext_kernels.dispatch import BackendError
-from qnext_kernels.int4 import INT4, group_of
+from qnext_kernels.integers import INT4, group_of
 from qnext_kernels.linear import pack_weight_, unpack_weight_
 from qnext_kernels.linear.native import packable
 from qnext_kernels.moe import elementwise_native

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qnext_kernels.int4 import INT4_GROUPS
+from qnext_kernels.integers import INT_GROUPS
 from qnext_plugins.model import ConfigError, Qwen3NextConfig
 
 INTERVAL = 4
@@ -101,7 +101,7 @@ SLICE = Widths(
     max_position_embeddings=262144,
 )
 WIDTHS = {Kind.TINY: TINY, Kind.SLICE: SLICE, Kind.RANDOM: TINY}
-GROUPS = f"{', '.join(map(str, INT4_GROUPS[:-1]))} or {INT4_GROUPS[-1]}"
+GROUPS = f"{', '.join(map(str, INT_GROUPS[:-1]))} or {INT_GROUPS[-1]}"
 OPTIONS = {"num_experts": "experts", "num_experts_per_tok": "experts-per-token"}
 """Options that are not called as their fields are."""
 
@@ -210,7 +210,7 @@ def check(spec: Spec) -> None:
     if spec.fp8:
         _expect("dtype", spec.dtype == Dtype.BFLOAT16, "bfloat16 beside --fp8", spec.dtype)
     if spec.int4 is not None:
-        _expect("int4", spec.int4 in INT4_GROUPS, GROUPS, spec.int4)
+        _expect("int4", spec.int4 in INT_GROUPS, GROUPS, spec.int4)
         _expect("int4", not spec.fp8, "without --fp8", "both")
         _expect("dtype", spec.dtype == Dtype.BFLOAT16, "bfloat16 beside --int4", spec.dtype)
     spec.model()

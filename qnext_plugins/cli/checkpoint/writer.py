@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import qnext_plugins
-from qnext_kernels.int4 import quantize_int4
+from qnext_kernels.integers import quantize_int4
 from qnext_plugins.cli.checkpoint.spec import FP8_BLOCK, Spec, SpecError, check
 from qnext_plugins.cli.checkpoint.structure import Structure
 from qnext_plugins.cli.checkpoint.tensors import (

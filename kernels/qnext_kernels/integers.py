@@ -12,7 +12,7 @@ from qnext_kernels.checks import expect_dtype, expect_shape
 
 INT4 = torch.int32
 """The dtype of weights in int4: eight columns of a row are one number."""
-INT4_GROUPS = (32, 64, 128)
+INT_GROUPS = (32, 64, 128)
 """Numbers of columns of a row that may share a scale."""
 INT4_PER_WORD = 8
 """Columns in 32 bits of a weight, the first in the lowest four; a number is stored as itself + 8."""
@@ -23,7 +23,7 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: [..., N, K], any float dtype.
-        group: one of INT4_GROUPS that divides K.
+        group: one of INT_GROUPS that divides K.
 
     Returns:
         [..., N, K / 8] int32 and scales [..., N, K / group] in the dtype of ``weight``.
@@ -53,7 +53,7 @@ def expect_int4_scale(name: str, scale: Tensor, weight: Tensor, dtype: torch.dty
     if not _is_group(weight, scale):
         columns = weight.shape[-1] * INT4_PER_WORD
         raise ValueError(
-            f"{name}: expected one for each {', '.join(map(str, INT4_GROUPS))} of {columns} columns, "
+            f"{name}: expected one for each {', '.join(map(str, INT_GROUPS))} of {columns} columns, "
             f"got {scale.shape[-1]}"
         )
 
@@ -73,4 +73,4 @@ def group_of(weight: Tensor, scale: Tensor | None) -> int:
 
 def _is_group(weight: Tensor, scale: Tensor) -> bool:
     columns = weight.shape[-1] * INT4_PER_WORD
-    return columns > 0 and columns in {group * scale.shape[-1] for group in INT4_GROUPS}
+    return columns > 0 and columns in {group * scale.shape[-1] for group in INT_GROUPS}
