@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qnext_kernels import topk_softmax
 from qnext_kernels.fp8 import FP8, FP8_GROUP
-from tests.kernels.int4_inputs import random_int4_weight
+from qnext_kernels.integers import GROUPED, INT4
+from tests.kernels.integer_inputs import random_weight
 
 EXPERTS, TOP_K, HIDDEN, MIDDLE, SHARED_MIDDLE = 9, 3, 40, 24, 20
 # One that is not a multiple of a group, in either direction, and two groups of a sum.
@@ -77,12 +78,16 @@ def random_fp8(tokens: int, dtype: torch.dtype, *, shared: bool = False) -> dict
     return arguments
 
 
-def random_int4(tokens: int, dtype: torch.dtype, *, group: int = 32, shared: bool = False) -> dict[str, Any]:
-    """Arguments of :func:`qnext_kernels.experts_int4`."""
+def random_int4(
+    tokens: int, dtype: torch.dtype, *, group: int = 32, shared: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Arguments of :func:`qnext_kernels.experts_int4`; ``shared`` is how a shared expert is stored."""
     num_experts, (hidden, middle, shared_middle) = 4, INT4_SIZES[group]
 
-    def weight(*shape: int) -> tuple[Tensor, Tensor]:
-        return random_int4_weight(*shape, group=group, dtype=dtype)
+    def weight(*shape: int, stored: torch.dtype = INT4) -> tuple[Tensor, ...]:
+        if stored not in GROUPED:
+            return ((torch.randn(shape) * shape[-1] ** -0.5).to(stored),)
+        return random_weight(*shape, stored=stored, group=group, dtype=dtype)
 
     w13, w13_scale = weight(num_experts, 2 * middle, hidden)
     w2, w2_scale = weight(num_experts, hidden, middle)
@@ -96,9 +101,9 @@ def random_int4(tokens: int, dtype: torch.dtype, *, group: int = 32, shared: boo
         "topk_weights": weights,
         "topk_ids": ids,
     }
-    if shared:
-        gate = (torch.randn(hidden) * hidden**-0.5).to(dtype)
-        arguments["shared"] = *weight(2 * shared_middle, hidden), *weight(hidden, shared_middle), gate
+    if shared is not None:
+        up, down = weight(2 * shared_middle, hidden, stored=shared), weight(hidden, shared_middle, stored=shared)
+        arguments["shared"] = *up, *down, (torch.randn(hidden) * hidden**-0.5).to(dtype)
     return arguments
 
 

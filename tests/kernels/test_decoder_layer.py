@@ -31,9 +31,9 @@ from qnext_kernels import (
 )
 from qnext_kernels.decoder_layer import native
 from qnext_kernels.fp8 import FP8
-from qnext_kernels.integers import INT4
+from qnext_kernels.integers import GROUPED, INT4, INT8
 from tests.kernels.fp8_inputs import experts_in_fp8, linear_in_fp8
-from tests.kernels.int4_inputs import experts_in_int4, linear_in_int4
+from tests.kernels.integer_inputs import experts_in_int4, linear_in_integers
 from tests.kernels.kernel_inputs import DTYPES, assert_close, same_bits
 
 # All columns are whole groups of int4.
@@ -130,7 +130,7 @@ def packed(arguments: dict[str, Any]) -> dict[str, Any]:
     given = dict(arguments)
     for name, value in given.items():
         if isinstance(value, LinearWeight):
-            scale = value.scale if value.weight.dtype == INT4 else None
+            scale = value.scale if value.weight.dtype in GROUPED else None
             given[name] = value._replace(packed=pack_weight_(value.weight, scale))
             assert given[name].packed
         elif isinstance(value, ExpertsWeights):
@@ -152,9 +152,10 @@ def pack(moe: ExpertsWeights) -> bool:
 STORED: dict[str, tuple[Callable[[LinearWeight], LinearWeight], Callable[[ExpertsWeights], ExpertsWeights]]] = {
     "plain": (lambda linear: linear, lambda moe: moe),
     "fp8": (linear_in_fp8, experts_in_fp8),
-    "int4": (linear_in_int4, experts_in_int4),
+    "int4": (lambda linear: linear_in_integers(linear, INT4), experts_in_int4),
+    "int8": (lambda linear: linear_in_integers(linear, INT8), lambda moe: experts_in_int4(moe, shared=INT8)),
 }
-"""How weights are stored, and what turns linears and experts into that."""
+"""How weights are stored, and what turns linears and experts into that; in int8 beside routed experts in int4."""
 
 
 def stored_as(stored: str, arguments: dict[str, Any]) -> dict[str, Any]:

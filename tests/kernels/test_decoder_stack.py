@@ -29,8 +29,9 @@ from qnext_kernels.decoder_layer.stack import (
     StackedLayer,
     stackable,
 )
+from qnext_kernels.integers import INT4, INT8, quantize_int8
 from tests.kernels.fp8_inputs import linear_in_fp8
-from tests.kernels.int4_inputs import experts_in_int4, linear_in_int4
+from tests.kernels.integer_inputs import QUANTIZE, experts_in_int4, linear_in_integers
 from tests.kernels.kernel_inputs import DTYPES, Bad, same_bits
 from tests.kernels.test_decoder_layer import (
     EPS,
@@ -211,6 +212,9 @@ def test_layers_that_the_kernel_does_not_read_are_not_stacked() -> None:
     with force_backend("native,moe=cpu"):
         assert not stackable(layers, EPS)
     out_proj, moe = layers[0].out_proj, layers[0].moe
+    shared_int4, shared_int8 = (experts_in_int4(moe, stored).shared for stored in (INT4, INT8))
+    routed = quantize_int8(moe.w13, 32), quantize_int8(moe.w2, 32)
+    in_bfloat16 = torch.ones(HIDDEN, 2, dtype=torch.bfloat16)
     strided = torch.zeros(BLOCKS, BLOCK_SIZE, KV_HEADS, 2 * HEAD_DIM)[..., ::2]
     for change in (
         {"norm": layers[0].norm.double()},
@@ -218,9 +222,11 @@ def test_layers_that_the_kernel_does_not_read_are_not_stacked() -> None:
         {"mixer": attention(torch.float32)._replace(key_cache=strided)},
         {"out_proj": projection(HIDDEN, 8, torch.float32)},
         {"out_proj": linear_in_fp8(out_proj)._replace(scale=None)},
-        {"out_proj": linear_in_int4(out_proj)._replace(scale=None)},
-        {"out_proj": linear_in_int4(out_proj)._replace(scale=torch.ones(HIDDEN, 2, dtype=torch.bfloat16))},
-        {"moe": with_a_shared_expert_in_other_groups(experts_in_int4(moe))},
+        *({"out_proj": linear_in_integers(out_proj, stored)._replace(scale=None)} for stored in QUANTIZE),
+        *({"out_proj": linear_in_integers(out_proj, stored)._replace(scale=in_bfloat16)} for stored in QUANTIZE),
+        *({"moe": with_a_shared_expert_in_other_groups(experts_in_int4(moe, stored))} for stored in QUANTIZE),
+        {"moe": experts_in_int4(moe)._replace(shared=(*shared_int4[:2], *shared_int8[2:]))},
+        {"moe": ExpertsWeights(routed[0][0], routed[1][0], False, None, (routed[0][1], routed[1][1]))},
         {"moe": moe._replace(scales=(torch.ones(EXPERTS, 2, 1), torch.ones(EXPERTS, 1, 1)))},
         {"router": projection(EXPERTS + 1, HIDDEN, torch.float32)},
         {"top_k": EXPERTS + TOP_K},

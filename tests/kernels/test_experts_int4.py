@@ -9,11 +9,12 @@ import torch
 
 from qnext_kernels import experts, experts_int4, force_backend, pack_experts_int4_, unpack_experts_int4_
 from qnext_kernels.dispatch import BackendError
-from qnext_kernels.integers import INT_GROUPS, dequantize_int4
+from qnext_kernels.integers import INT4, INT8, INT_GROUPS, dequantize_int4
 from tests.kernels.kernel_inputs import DTYPES, NATIVE_BACKENDS, Bad, assert_close, same_bits
 from tests.kernels.moe_inputs import INT4_SIZES, in_float64, random_int4, rows_of
 
 ROUTED = ("w13", "w13_scale", "w2", "w2_scale")
+SHARED = ("shared_w13", "shared_w13_scale", "shared_w2", "shared_w2_scale", "shared_gate")
 
 
 @pytest.fixture(autouse=True)
@@ -29,21 +30,28 @@ def sums(group: int) -> int:
     return hidden + middle
 
 
-@pytest.mark.parametrize("shared", [False, True])
+def beside(shared: torch.dtype | str | None, dtype: torch.dtype) -> torch.dtype | None:
+    """How a shared expert is stored: in a dtype, or as the activations are."""
+    return dtype if shared == "plain" else shared  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("shared", [None, "plain", INT4, INT8])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", INT_GROUPS)
 @pytest.mark.parametrize("tokens", [0, 1, 9, 70])
 @pytest.mark.parametrize("backend", NATIVE_BACKENDS)
-def test_experts_agree_with_float64(backend: str, tokens: int, group: int, dtype: torch.dtype, shared: bool) -> None:
-    arguments = random_int4(tokens, dtype, group=group, shared=shared)
+def test_experts_agree_with_float64(
+    backend: str, tokens: int, group: int, dtype: torch.dtype, shared: torch.dtype | str | None
+) -> None:
+    arguments = random_int4(tokens, dtype, group=group, shared=beside(shared, dtype))
     with force_backend(backend):
         out = experts_int4(**arguments)
     with force_backend("reference"):
         truth = experts_int4(**in_float64(arguments))
     assert out.dtype == dtype
     hidden, _, shared_middle = INT4_SIZES[group]
-    roundings = sums(group) + (hidden + shared_middle) * shared
-    assert_close(out, truth, {dtype: 2 + 4 * shared, torch.float32: roundings})
+    extra = shared is not None
+    assert_close(out, truth, {dtype: 2 + 4 * extra, torch.float32: sums(group) + (hidden + shared_middle) * extra})
 
 
 @pytest.mark.parametrize("group", INT_GROUPS)
@@ -70,9 +78,10 @@ def test_experts_of_another_rank_are_skipped(backend: str) -> None:
     assert_close(out[4], alone[4], {torch.float32: 2 * sums(32)})
 
 
+@pytest.mark.parametrize("shared", [INT4, INT8])
 @pytest.mark.parametrize("group", INT_GROUPS)
-def test_native_experts_in_int4_do_not_depend_on_the_batch_or_on_threads(group: int) -> None:
-    arguments = random_int4(200, torch.bfloat16, group=group, shared=True)
+def test_native_experts_in_int4_do_not_depend_on_the_batch_or_on_threads(group: int, shared: torch.dtype) -> None:
+    arguments = random_int4(200, torch.bfloat16, group=group, shared=shared)
     with force_backend("native"):
         together = experts_int4(**arguments)
         for begin, tokens in enumerate((1, 2, 3, 5, 6, 7, 12, 13, 19, 70)):
@@ -82,10 +91,13 @@ def test_native_experts_in_int4_do_not_depend_on_the_batch_or_on_threads(group: 
                 assert same_bits(experts_int4(**rows_of(arguments, some)), together[some])
 
 
+@pytest.mark.parametrize("shared_stored", ["plain", INT4, INT8])
 @pytest.mark.parametrize("group", INT_GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_native_packed_experts_in_int4_give_the_bits_of_the_plain_ones(dtype: torch.dtype, group: int) -> None:
-    arguments = random_int4(300, dtype, group=group, shared=True)
+def test_native_packed_experts_in_int4_give_the_bits_of_the_plain_ones(
+    dtype: torch.dtype, group: int, shared_stored: torch.dtype | str
+) -> None:
+    arguments = random_int4(300, dtype, group=group, shared=beside(shared_stored, dtype))
     *extra, gate = arguments["shared"]
     plain = [*(arguments[name] for name in ROUTED), *extra]
     packed = [weight.clone() for weight in plain]
@@ -101,9 +113,10 @@ def test_native_packed_experts_in_int4_give_the_bits_of_the_plain_ones(dtype: to
     assert all(map(same_bits, packed, plain))
 
 
+@pytest.mark.parametrize("shared", [INT4, INT8])
 @pytest.mark.parametrize("part", range(8))
-def test_experts_that_cannot_be_packed_stay_as_they_are(part: int) -> None:
-    arguments = random_int4(1, torch.bfloat16, shared=True)
+def test_experts_that_cannot_be_packed_stay_as_they_are(part: int, shared: torch.dtype) -> None:
+    arguments = random_int4(1, torch.bfloat16, shared=shared)
     weights = [*(arguments[name] for name in ROUTED), *arguments["shared"][:-1]]
     weights[part] = torch.stack([weights[part], weights[part]], dim=-1)[..., 0]
     before = [weight.clone() for weight in weights]
@@ -122,9 +135,10 @@ def test_strided_weights_give_what_contiguous_ones_do(name: str) -> None:
     assert_close(out, truth, {torch.float32: 2 * sums(32)})
 
 
+@pytest.mark.parametrize("shared", [INT4, INT8])
 @pytest.mark.parametrize("backend", NATIVE_BACKENDS)
-def test_torch_compile_keeps_experts_in_int4(backend: str) -> None:
-    arguments = random_int4(3, torch.float32, shared=True)
+def test_torch_compile_keeps_experts_in_int4(backend: str, shared: torch.dtype) -> None:
+    arguments = random_int4(3, torch.float32, shared=shared)
     torch._dynamo.reset()
     with force_backend(backend):
         compiled = torch.compile(experts_int4, backend="aot_eager", fullgraph=True)
@@ -164,9 +178,6 @@ def test_experts_in_int4_refuse_bad_input_by_name(backend: str, bad: Bad) -> Non
         experts_int4(**(arguments | {bad.argument: bad.change(arguments[bad.argument])}))
 
 
-SHARED = ("shared_w13", "shared_w13_scale", "shared_w2", "shared_w2_scale", "shared_gate")
-
-
 @pytest.mark.parametrize(
     "bad",
     [
@@ -174,15 +185,41 @@ SHARED = ("shared_w13", "shared_w13_scale", "shared_w2", "shared_w2_scale", "sha
         Bad("shared_w13", "of fewer columns", lambda x: x[:, :-1], ValueError),
         Bad("shared_w13_scale", "in float64", lambda x: x.double(), TypeError),
         Bad("shared_w13_scale", "of groups of 32", lambda x: x.repeat_interleave(2, dim=1), ValueError),
+        Bad("shared_w2", "in int8 as PyTorch has it", lambda x: x.to(torch.int8), TypeError),
         Bad("shared_w2", "of fewer rows", lambda x: x[:-1], ValueError),
         Bad("shared_w2_scale", "of groups of 32", lambda x: x.repeat_interleave(2, dim=1), ValueError),
         Bad("shared_gate", "in float64", lambda x: x.double(), TypeError),
     ],
     ids=str,
 )
-def test_a_shared_expert_in_int4_refuses_bad_input_by_name(bad: Bad) -> None:
-    arguments = random_int4(5, torch.float32, group=64, shared=True)
+@pytest.mark.parametrize("stored", [INT4, INT8])
+def test_a_shared_expert_refuses_bad_input_by_name(stored: torch.dtype, bad: Bad) -> None:
+    arguments = random_int4(5, torch.float32, group=64, shared=stored)
     shared = dict(zip(SHARED, arguments["shared"], strict=True))
     shared[bad.argument] = bad.change(shared[bad.argument])
     with pytest.raises(bad.error, match=f"^{bad.argument}:"):
         experts_int4(**(arguments | {"shared": tuple(shared.values())}))
+
+
+@pytest.mark.parametrize("part", ["shared_w13", "shared_w2"])
+def test_a_shared_expert_is_stored_in_one_way_with_its_scales(part: str) -> None:
+    arguments = random_int4(5, torch.float32, shared=INT4)
+    first, other = SHARED.index(part), random_int4(5, torch.float32, shared=INT8)["shared"]
+    mixed = list(arguments["shared"])
+    mixed[first : first + 2] = other[first : first + 2]
+    before = [arguments[name].clone() for name in ROUTED]
+    with pytest.raises(TypeError, match=r"^shared_w2:"):
+        experts_int4(**(arguments | {"shared": tuple(mixed)}))
+    weights = [arguments[name] for name in ROUTED]
+    with force_backend("native"):
+        with pytest.raises(TypeError, match=r"^shared_w2:"):
+            pack_experts_int4_(*weights, tuple(mixed[:-1]))
+        with pytest.raises(TypeError, match=r"^shared_w13:"):
+            pack_experts_int4_(*weights, tuple(mixed[:-1:2]))
+    assert all(same_bits(arguments[name], old) for name, old in zip(ROUTED, before, strict=True))
+
+
+def test_routed_experts_in_int8_are_refused() -> None:
+    arguments = random_int4(5, torch.float32)
+    with pytest.raises(TypeError, match=r"^w13: expected torch.int32, got torch.uint8"):
+        experts_int4(**(arguments | {"w13": arguments["w13"].to(INT8)}))

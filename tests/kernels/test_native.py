@@ -68,7 +68,7 @@ def test_kernels_of_another_instruction_set_pass_their_tests(isa: str) -> None:
     names = (
         "linear",
         "linear_fp8",
-        "linear_int4",
+        "linear_integers",
         "moe",
         "moe_shared",
         "experts_w8a16",

@@ -11,7 +11,7 @@
 
 namespace qnext {
 
-enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat8 = 2, kInt4 = 3 };  // the last two of weights alone
+enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat8 = 2, kInt4 = 3, kInt8 = 4 };  // behind bfloat16: of weights
 
 // A float tensor of either dtype that is read element by element.
 struct Floats {

@@ -33,11 +33,12 @@ struct SigmoidGate {
 
 struct Linear {
     const void *x, *weight, *bias;  // [tokens, k] with a stride, [rows, k] as it is or packed, [rows] or none
-    // [blocks of rows, blocks of columns] floats of a weight in e4m3; in int4 [rows, k / group] of the dtype, packed as the
-    // weight is; or none
+    // [blocks of rows, blocks of columns] floats of a weight in e4m3; in groups [rows, k / group] of the dtype, packed
+    // as the weight is; or none
     const void* scale;
     void* out;                      // [tokens, rows], contiguous
-    int64_t dtype, x_token, tokens, rows, k, group, packed;  // group: of a weight in int4, else 0
+    int64_t dtype, stored;  // the latter of the weight
+    int64_t x_token, tokens, rows, k, group, packed;  // group: of a weight in groups, else 0
 };
 
 struct TopkSoftmax {
@@ -55,14 +56,16 @@ struct Experts {
     const void* w2_scale;
     const float* weights;
     Indices ids;     // [tokens, top_k]
-    // Of the shared expert and [hidden], or none; stored and packed as the others, or beside int4 without scales.
+    // Of the shared expert and [hidden], or none; stored and packed as the others, or beside int4 in int8 in groups of
+    // the same size or without scales.
     const void* shared_w13;
     const void* shared_w13_scale;
     const void* shared_w2;
     const void* shared_w2_scale;
     const void* shared_gate;
     void* out;       // [tokens, hidden], contiguous
-    int64_t dtype, x_token, tokens, top_k, experts, hidden, middle, shared_middle, group, packed;
+    int64_t dtype, stored, shared_stored;  // the latter two of weights, and the same where no expert is shared
+    int64_t x_token, tokens, top_k, experts, hidden, middle, shared_middle, group, packed;
 
     int64_t choices() const { return top_k + (shared_w13 != nullptr); }
 };

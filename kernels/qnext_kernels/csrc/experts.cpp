@@ -69,7 +69,7 @@ float dot(const T* x, const T* y, int64_t size) {
     return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// S: of the shared expert's weights, as its activations are or stored as the others.
+// S: of the shared expert's weights, as its activations are, in int8, or stored as the others.
 template <class T, class W, class S = W>
 class Run {
     static_assert(std::is_same_v<Packed<T, W>, Packed<T, S>>, "all experts read the same activations");
@@ -340,21 +340,26 @@ class Run {
     Scratch<float> strengths; // [tokens], of the shared expert
 };
 
+// Of weights as they are stored; routed experts are not in int8.
+template <class T, class W>
+bool run(const Experts& p) {
+    if constexpr (std::is_same_v<W, int4<T>>) {
+        if (p.shared_stored == kInt8) return Run<T, W, int8<T>>(p).run();
+        if (p.shared_stored != p.stored) return Run<T, W, T>(p).run();
+    }
+    if constexpr (std::is_same_v<W, int8<T>>)
+        return false;
+    else
+        return Run<T, W>(p).run();
+}
+
 }  // namespace
 }  // namespace qnext
 
 extern "C" bool qnext_experts(const qnext::Experts* p) {
     bool valid = false;
-    qnext::with_types(p->dtype, p->w13_scale, p->group, [&](auto type, auto weight) {
-        using T = decltype(type);
-        using W = decltype(weight);
-        if constexpr (qnext::kInGroups<W>) {
-            if (p->shared_w13 && !p->shared_w13_scale) {
-                valid = qnext::Run<T, W, T>(*p).run();
-                return;
-            }
-        }
-        valid = qnext::Run<T, W>(*p).run();
+    qnext::with_types(p->dtype, p->stored, [&](auto type, auto weight) {
+        valid = qnext::run<decltype(type), decltype(weight)>(*p);
     });
     return valid;
 }

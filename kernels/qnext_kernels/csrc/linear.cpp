@@ -84,9 +84,17 @@ void unpack_panel(const int4<S>* panel, int64_t k, int4<S>* to) {
             }
 }
 
-void unpack_panel(const float8* panel, int64_t k, float8* to) {
+template <class W>
+void unpack_bytes(const W* panel, int64_t k, W* to) {
     for (int64_t r = 0; r < kPanel; ++r)
-        for (int64_t i = 0; i < k; ++i) to[r * k + i] = panel[i / 2 * 2 * kPanel + float8_place(r, i % 2)];
+        for (int64_t i = 0; i < k; ++i) to[r * k + i] = {unpacked_byte(panel[i / 2 * 2 * kPanel + byte_place(r, i % 2)])};
+}
+
+void unpack_panel(const float8* panel, int64_t k, float8* to) { unpack_bytes(panel, k, to); }
+
+template <class S>
+void unpack_panel(const int8<S>* panel, int64_t k, int8<S>* to) {
+    unpack_bytes(panel, k, to);
 }
 
 template <class T>
@@ -121,7 +129,7 @@ void pack(const Pack& p) {
 }  // namespace qnext
 
 extern "C" void qnext_linear(const qnext::Linear* p) {
-    qnext::with_types(p->dtype, p->scale, p->group, [&](auto type, auto weight) {
+    qnext::with_types(p->dtype, p->stored, [&](auto type, auto weight) {
         qnext::linear<decltype(type), decltype(weight)>(*p);
     });
 }
@@ -129,5 +137,6 @@ extern "C" void qnext_linear(const qnext::Linear* p) {
 extern "C" __attribute__((visibility("default"))) void qnext_pack(const qnext::Pack* p) {
     if (p->stored == qnext::kFloat8) return qnext::pack<qnext::float8>(*p);
     if (p->stored == qnext::kInt4) return qnext::pack<qnext::int4<float>>(*p);
+    if (p->stored == qnext::kInt8) return qnext::pack<qnext::int8<float>>(*p);
     qnext::with_type(p->stored, [&](auto type) { qnext::pack<decltype(type)>(*p); });
 }

@@ -14,7 +14,7 @@
 #include <type_traits>
 
 #include "arguments.h"
-#include "float8.h"
+#include "bytes.h"
 #include "int4.h"
 
 namespace qnext {
@@ -89,40 +89,34 @@ struct DotBFloat16 {
 #endif
 
 // The even column, then the odd one.
-struct DotFloat8 {
+template <class W>
+struct DotBytes {
     using Packed = float;
-    using Weight = float8;
+    using Weight = W;
     using Decoded = DotFloat;  // how they meet weights that are decoded beforehand, with the same result
     static constexpr int64_t step = 2, stored = 2;
     static constexpr int parts = 2;
-    static Vec weights(const float8* w, int v, int part) { return float8_column(w, v, part); }
+    static Vec weights(const W* w, int v, int part) { return byte_column(w, v, part); }
     static Vec activation(const float* x, int part) { return Vec::fill(x[part]); }
     static Vec add(Vec total, Vec x, Vec w) { return fma(x, w, total); }
 };
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-
-struct DotFloat8Pairs : DotBFloat16 {
-    using Weight = float8;
-    using Decoded = DotBFloat16;
-    static Vec weights(const float8* w, int v, int) { return {_mm512_castsi512_ps(float8_pairs(w, v))}; }
-};
-
-#else
-
-using DotFloat8Pairs = DotFloat8;
-
-#endif
-
 // The same of weights in int4.
 template <class S>
-struct DotInt4 : DotFloat8 {
+struct DotInt4 : DotBytes<float8> {
     using Weight = int4<S>;
     static constexpr int64_t stored = 1;
     static Vec weights(const Weight* w, int v, int part) { return int4_column(w, v, part); }
 };
 
 #if defined(__AVX512BF16__)
+
+template <class W>
+struct DotBytePairs : DotBFloat16 {
+    using Weight = W;
+    using Decoded = DotBFloat16;
+    static Vec weights(const W* w, int v, int) { return {_mm512_castsi512_ps(byte_pairs(w, v))}; }
+};
 
 template <class S>
 struct DotInt4Pairs : DotBFloat16 {
@@ -134,34 +128,43 @@ struct DotInt4Pairs : DotBFloat16 {
 
 #else
 
+template <class W>
+using DotBytePairs = DotBytes<W>;
 template <class S>
 using DotInt4Pairs = DotInt4<S>;
 
 #endif
 
+#if defined(__AVX512BF16__) && !defined(__AVX512VBMI__)
+using DotFloat8Pairs = DotBytes<float8>;
+#else
+using DotFloat8Pairs = DotBytePairs<float8>;
+#endif
+
 // Of activations T with weights W: of the same type, or with scales.
 DotFloat dot_of(float, float);
 DotBFloat16 dot_of(bfloat16, bfloat16);
-DotFloat8 dot_of(float, float8);
+DotBytes<float8> dot_of(float, float8);
 DotFloat8Pairs dot_of(bfloat16, float8);
 DotInt4<float> dot_of(float, int4<float>);
 DotInt4Pairs<bfloat16> dot_of(bfloat16, int4<bfloat16>);
+DotBytes<int8<float>> dot_of(float, int8<float>);
+DotBytePairs<int8<bfloat16>> dot_of(bfloat16, int8<bfloat16>);
 template <class T, class W = T>
 using Dot = decltype(dot_of(T(), W()));
 template <class T, class W = T>
 using Packed = typename Dot<T, W>::Packed;
 
-// Calls f with a value of the C++ type of activations, and one of that of weights: in int4 where these are in groups, in
-// e4m3 where they have other scales.
+// Calls f with a value of the C++ type of activations, and one of that of weights.
 template <class F>
-void with_types(int64_t dtype, const void* scales, int64_t group, F f) {
+void with_types(int64_t dtype, int64_t stored, F f) {
     with_type(dtype, [&](auto type) {
-        if (group)
-            f(type, int4<decltype(type)>());
-        else if (scales)
-            f(type, float8());
-        else
-            f(type, type);
+        switch (stored) {
+            case kFloat8: return f(type, float8());
+            case kInt4: return f(type, int4<decltype(type)>());
+            case kInt8: return f(type, int8<decltype(type)>());
+            default: return f(type, type);
+        }
     });
 }
 
@@ -176,18 +179,28 @@ template <class S>
 struct ScaleOf<int4<S>> {
     using type = S;
 };
+template <class S>
+struct ScaleOf<int8<S>> {
+    using type = S;
+};
 template <class W>
 using Scale = typename ScaleOf<W>::type;
 template <class W>
 constexpr bool kInGroups = false;
 template <class S>
 constexpr bool kInGroups<int4<S>> = true;
+template <class S>
+constexpr bool kInGroups<int8<S>> = true;
+template <class W>
+constexpr bool kHalfBytes = false;
+template <class S>
+constexpr bool kHalfBytes<int4<S>> = true;
 
 // Elements of K that lie side by side in a panel: 32 bits, or two with scales; and of W, which hold those of a row.
 template <class W>
 constexpr int64_t kStep = std::is_same_v<W, float> ? 1 : 2;
 template <class W>
-constexpr int64_t kStored = kInGroups<W> ? 1 : kStep<W>;
+constexpr int64_t kStored = kHalfBytes<W> ? 1 : kStep<W>;
 
 template <class W>
 int64_t steps_of(int64_t k) {
@@ -197,7 +210,7 @@ int64_t steps_of(int64_t k) {
 // Of W, which hold so many elements, whole steps of them.
 template <class W>
 int64_t stored_in(int64_t elements) {
-    return kInGroups<W> ? elements / kStep<W> : elements;
+    return kHalfBytes<W> ? elements / kStep<W> : elements;
 }
 
 // A panel of `rows` rows, zeros behind their last element and behind the last of them.
@@ -225,14 +238,22 @@ void pack_panel(const T* w, int64_t rows, int64_t k, T* to) {
     }
 }
 
-inline void pack_panel(const float8* w, int64_t rows, int64_t k, float8* to) {
-    const int64_t steps = steps_of<float8>(k);
-    if (rows < kPanel || k % 2) std::fill_n(to, steps * 2 * kPanel, float8{});
+template <class W>
+void pack_bytes(const W* w, int64_t rows, int64_t k, W* to) {
+    const int64_t steps = steps_of<W>(k);
+    if (rows < kPanel || k % 2) std::fill_n(to, steps * 2 * kPanel, W{});
     // Lines of some rows at a time stay in the first cache.
     for (int64_t first = 0; first < k; first += 64)
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t i = first; i < std::min(first + 64, k); ++i)
-                to[i / 2 * 2 * kPanel + float8_place(r, i % 2)] = w[r * k + i];
+                to[i / 2 * 2 * kPanel + byte_place(r, i % 2)] = {packed_byte(w[r * k + i])};
+}
+
+inline void pack_panel(const float8* w, int64_t rows, int64_t k, float8* to) { pack_bytes(w, rows, k, to); }
+
+template <class S>
+void pack_panel(const int8<S>* w, int64_t rows, int64_t k, int8<S>* to) {
+    pack_bytes(w, rows, k, to);
 }
 
 template <class S>
@@ -248,14 +269,14 @@ void pack_panel(const int4<S>* w, int64_t rows, int64_t k, int4<S>* to) {
                 }
 }
 
-// To [groups, kPanel] the scales [rows, groups] of a panel in int4, zeros for rows that it does not have.
+// To [groups, kPanel] the scales [rows, groups] of a panel in groups, zeros for rows that it does not have.
 template <class S>
 void pack_scales(const S* scales, int64_t rows, int64_t groups, S* to) {
     for (int64_t g = 0; g < groups; ++g)
         for (int64_t r = 0; r < kPanel; ++r) to[g * kPanel + r] = r < rows ? scales[r * groups + g] : S{};
 }
 
-// A panel of weights, and its scales: in e4m3 one for every block of columns, in int4 kPanel for every group of them.
+// A panel of weights, and its scales: in e4m3 one for every block of columns, else kPanel for every group of them.
 template <class W>
 struct Panel {
     const W* data;
@@ -269,10 +290,10 @@ struct Matrix {
     const W* data;
     int64_t rows, k;
     bool packed;
-    const Scale<W>* scales = nullptr;  // in e4m3 [blocks of rows, blocks of columns], in int4 [rows, groups] or packed
-    int64_t group = 0;                 // columns of a row in int4 that share a scale
+    const Scale<W>* scales = nullptr;  // in e4m3 [blocks of rows, blocks of columns], else [rows, groups] or packed
+    int64_t group = 0;                 // columns of a row that share a scale, where they are in groups
 
-    // Of W, room for a panel and its scales in int4.
+    // Of W, room for a panel and its scales in groups.
     static int64_t panel_size(int64_t k) {
         const int64_t scales = kInGroups<W> ? k / kFewestInGroup * kPanel * int64_t(sizeof(Scale<W>)) : 0;
         return steps_of<W>(k) * kStored<W> * kPanel + scales;
@@ -289,7 +310,7 @@ struct Matrix {
             const int64_t groups = k / group;
             const Scale<W>* const own = scales + first * groups;
             if (in_place) return {from, own, group};
-            const auto to = reinterpret_cast<Scale<W>*>(memory + steps_of<W>(k) * kPanel);
+            const auto to = reinterpret_cast<Scale<W>*>(memory + steps_of<W>(k) * kStored<W> * kPanel);
             pack_scales(own, count, groups, to);
             return {memory, to, group};
         } else {
@@ -368,7 +389,7 @@ struct OfBlock {
     OfBlock part(int) const { return *this; }
 };
 
-// Each of one in int4 with its own.
+// Each of one in groups with its own.
 template <class S>
 struct OfRows {
     static constexpr bool short_chains = true;
@@ -380,8 +401,8 @@ struct OfRows {
 
 inline OfBlock scales_of(const Panel<float8>& panel, int64_t chain) { return {panel.scales[chain] * kFloat8Unit}; }
 
-template <class S>
-OfRows<S> scales_of(const Panel<int4<S>>& panel, int64_t chain) {
+template <class W, class = std::enable_if_t<kInGroups<W>>>
+OfRows<Scale<W>> scales_of(const Panel<W>& panel, int64_t chain) {
     return {panel.scales + chain * kPanel};
 }
 

@@ -34,7 +34,7 @@ class LinearWeight(NamedTuple):
     """[N]"""
     packed: bool = False
     scale: Tensor | None = None
-    """Of a weight in FP8 or int4."""
+    """Of a weight in FP8, int4 or int8."""
 
 
 class ExpertsWeights(NamedTuple):
@@ -50,7 +50,7 @@ class ExpertsWeights(NamedTuple):
     packed: bool = False
     shared: tuple[Tensor, ...] | None = None
     """w13 [2·S, D], w2 [D, S] and gate [D] of the shared expert; each matrix with its scale behind it where
-    :attr:`scales` are, unless it alone is not in int4."""
+    :attr:`scales` are, unless it alone is not in int4 and has none; beside int4 it may be in int8."""
     scales: tuple[Tensor, Tensor] | None = None
     """Of w13 and w2 in FP8 or int4."""
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from qnext_kernels.checks import INTEGERS, expect_indices
 from qnext_kernels.dispatch import OPERATIONS
 from qnext_kernels.gated_attention.results import empty_heads
-from qnext_kernels.integers import INT4
+from qnext_kernels.integers import INT4, INT8, columns_of, group_of
 from qnext_kernels.linear.native import linear_fields
 from qnext_kernels.moe.native import contiguous_gate, experts_fields
 from qnext_kernels.native import DTYPES
 from qnext_kernels.operators import operator
-from qnext_kernels.quantized import columns_of, reads_scale, stored_alike
+from qnext_kernels.quantized import reads_scale, stored_alike
 from qnext_kernels.rows import floats, packed_function, rows
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def reads_block(
         and w2.shape[:-1] == (num_experts, hidden)
         and columns_of(w2) == double // 2
         and double % 2 == 0
+        and w13.dtype != INT8
         and _reads_matrix(w13, w13_scale, x.dtype, halves=2)
         and _reads_matrix(w2, w2_scale, x.dtype)
         and stored_alike((w13, w13_scale), (w2, w2_scale))
@@ -123,7 +124,9 @@ def _reads_shared(
 ) -> bool:
     plain = len(shared) == 3
     w13, w13_scale, w2, w2_scale, gate = (shared[0], None, shared[1], None, shared[2]) if plain else shared
-    double = w13.shape[0]
+    double, beside = w13.shape[0], (w13, w13_scale)
+    # Beside int4 it may be plain, or in int8 in groups of the same size.
+    others = plain or (w13.dtype == INT8 and group_of(*beside) == group_of(*routed))
     return (
         w13.dim() == w2.dim() == 2
         and columns_of(w13) == hidden
@@ -131,8 +134,8 @@ def _reads_shared(
         and (w2.shape[0], columns_of(w2)) == (hidden, double // 2)
         and _reads_matrix(w13, w13_scale, dtype, halves=2)
         and _reads_matrix(w2, w2_scale, dtype)
-        and stored_alike((w13, w13_scale), (w2, w2_scale))
-        and (stored_alike(routed, (w13, w13_scale)) or (plain and routed[0].dtype == INT4))
+        and stored_alike(beside, (w2, w2_scale))
+        and (stored_alike(routed, beside) or (routed[0].dtype == INT4 and others))
         and gate.shape == (hidden,)
         and gate.dtype == dtype
     )
@@ -315,7 +318,7 @@ def choice_fields(tokens: int, num_experts: int, top_k: int, renormalize: bool) 
 
 
 NO_ROWS = (0, 0, 0, 0)
-NORM, LINEAR, HEADS, CHOICE, EXPERTS, GATE = "15qd", "12q", "22qd", "10q", "24q", "13q"
+NORM, LINEAR, HEADS, CHOICE, EXPERTS, GATE = "15qd", "13q", "22qd", "10q", "26q", "13q"
 """The structs' fields, as in :mod:`struct`."""
 BLOCK = GATE + LINEAR + NORM + LINEAR + CHOICE + EXPERTS
 _linears_kernel = cache(lambda: packed_function("qnext_norm_linears", NORM + LINEAR + LINEAR))

@@ -20,13 +20,13 @@ from qnext_kernels.decoder_layer import ExpertsWeights, LinearWeight, native
 from qnext_kernels.gated_delta_net import prepare_layer
 from qnext_kernels.gated_delta_net.native import GATED_DELTA_NET
 from qnext_kernels.gated_delta_net.prepared import PreparedLayer
+from qnext_kernels.integers import columns_of
 from qnext_kernels.linear.native import linear_fields
 from qnext_kernels.moe.native import contiguous_gate, experts_fields
 from qnext_kernels.native import DTYPES
 from qnext_kernels.paged_attention.checks import check_values
 from qnext_kernels.paged_attention.native import PAGED_ATTENTION, STORE_KV
 from qnext_kernels.paged_attention.native import reads as reads_caches
-from qnext_kernels.quantized import columns_of
 from qnext_kernels.rows import floats, indices, packed_function, rows
 
 

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from qnext_kernels.fp8 import FP8
-from qnext_kernels.integers import INT4, group_of
+from qnext_kernels.integers import GROUPED, columns_of, group_of
 from qnext_kernels.linear.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, NativeBackend
 from qnext_kernels.operators import operator
-from qnext_kernels.quantized import columns_of
 from qnext_kernels.rows import address, packed_function
 
-STORED = DTYPES | {FP8: len(DTYPES), INT4: len(DTYPES) + 1}
+STORED = {dtype: number for number, dtype in enumerate((*DTYPES, FP8, *GROUPED))}
 """How ``csrc/arguments.h`` numbers the dtypes of weights."""
 PANEL = 64
 """Rows that a packed weight has side by side (``kPanel``)."""
@@ -86,8 +85,8 @@ def linear_fields(
     """
     places = (x, weight.data_ptr(), address(bias), address(scale), out)
     sizes = (weight.shape[0], columns_of(weight), group_of(weight, scale))
-    return *places, dtype, x_token, tokens, *sizes, packed
+    return *places, dtype, STORED[weight.dtype], x_token, tokens, *sizes, packed
 
 
-_kernel = cache(lambda: packed_function("qnext_linear", "12q"))
+_kernel = cache(lambda: packed_function("qnext_linear", "13q"))
 _pack = cache(lambda: packed_function("qnext_pack", "6q"))

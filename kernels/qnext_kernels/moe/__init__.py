@@ -15,7 +15,7 @@ from torch import Tensor
 from qnext_kernels.checks import INTEGERS, expect_dtype, expect_floating, expect_indices, expect_shape
 from qnext_kernels.dispatch import BackendError, Call, Operation
 from qnext_kernels.fp8 import FP8
-from qnext_kernels.integers import INT4, group_of
+from qnext_kernels.integers import GROUPED, INT4, group_of
 from qnext_kernels.layouts import once_per_layout
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.moe.flashinfer import FlashInferMoe
@@ -23,7 +23,7 @@ from qnext_kernels.moe.native import MoeNative
 from qnext_kernels.moe.reference import ReferenceBackend
 from qnext_kernels.moe.triton import TritonMoe
 from qnext_kernels.operators import operator
-from qnext_kernels.quantized import SCALED, SharedWeights, expect_scale, stored_alike, stored_columns
+from qnext_kernels.quantized import SCALED, SharedWeights, expect_scale, stored_columns
 
 PACKING = (MoeNative.name, FlashInferMoe.name)
 """Backends that read weights laid out otherwise than in a checkpoint."""
@@ -168,9 +168,9 @@ def experts_int4(
         topk_weights: [T, top_k] float32.
         topk_ids: [T, top_k] int32 or int64; −1 (an expert of another rank) is skipped.
         packed: whether :func:`pack_experts_int4_` has packed weights and scales, those of a shared expert too.
-        shared: of the shared expert, w13 [2·S, D / 8], w13_scale, w2 [D, S / 8], w2_scale as those of one expert, in
-            groups of the same size, and its gate [D] in the dtype of ``x``; or w13 [2·S, D], w2 [D, S] and gate in
-            that dtype; or None.
+        shared: of the shared expert, w13 [2·S, D / 8], w13_scale, w2 [D, S / 8], w2_scale as those of one expert, or
+            w13 [2·S, D] and w2 [D, S] uint8 in int8, groups of that size, and its gate [D] in the dtype of ``x``; or
+            w13 [2·S, D], w2 [D, S] and gate in that dtype; or None.
 
     Returns:
         [T, D] in the dtype of ``x``, summed up as by :func:`experts`.
@@ -239,17 +239,21 @@ def pack_experts_int4_(
     """:func:`pack_experts_` of weights in int4 and of their scales, which are written in place too.
 
     Args:
-        shared: w13, w13_scale, w2 and w2_scale of the shared expert, or w13 and w2 that are not in int4, or None.
+        shared: w13, w13_scale, w2 and w2_scale of the shared expert in int4 or int8, or w13 and w2 without scales, or
+            None.
 
     Raises:
         ValueError, TypeError: an argument does not fit; nothing has been written.
     """
     expect_floating("w13_scale", w13_scale)
-    for prefix, stored in (("", (w13, w13_scale, w2, w2_scale)), ("shared_", shared or ())):
+    for prefix, stored, dtypes in (("", (w13, w13_scale, w2, w2_scale), (INT4,)), ("shared_", shared or (), GROUPED)):
         if len(stored) == 4:
-            for name, weight in (("w13", stored[0]), ("w2", stored[2])):
-                expect_dtype(f"{prefix}{name}", weight, (INT4,))
+            expect_dtype(f"{prefix}w13", stored[0], dtypes)
+            expect_dtype(f"{prefix}w2", stored[2], (stored[0].dtype,))
             _expect_scales(*stored, w13_scale.dtype, prefix)
+        else:
+            for name, weight in zip(("w13", "w2"), stored, strict=False):
+                expect_floating(f"{prefix}{name}", weight)
     return _pack(w13_scale.dtype, "experts_int4", w13, w13_scale, w2, w2_scale, shared=shared)
 
 
@@ -335,7 +339,7 @@ def _experts_scaled(
     if stored == INT4 and backend.name not in READING_INT4:
         raise BackendError(f"w13: backend {backend.name} does not read int4")
     _expect_scales(w13, w13_scale, w2, w2_scale, x.dtype)
-    scaled = [("w2_scale", (w2, w2_scale))]
+    scaled = {"w2_scale": (w2, w2_scale)}
     extra: SharedWeights | None = None
     if stored == INT4 and len(shared) == 3:
         shared_w13, shared_w2, gate = shared
@@ -343,16 +347,15 @@ def _experts_scaled(
         extra = shared_w13, None, shared_w2, None, gate
     elif shared:
         shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, gate = extra = tuple(shared)  # type: ignore[assignment]
-        _expect_shared(x, shared_w13, shared_w2, gate, stored)
+        expect_dtype("shared_w13", shared_w13, GROUPED if stored == INT4 else (stored,))
+        _expect_shared(x, shared_w13, shared_w2, gate, shared_w13.dtype)
         _expect_scales(shared_w13, shared_w13_scale, shared_w2, shared_w2_scale, x.dtype, "shared_")
-        scaled += [
-            ("shared_w13_scale", (shared_w13, shared_w13_scale)),
-            ("shared_w2_scale", (shared_w2, shared_w2_scale)),
-        ]
-    for name, other in scaled:
-        if not stored_alike((w13, w13_scale), other):
-            expected, got = group_of(w13, w13_scale), group_of(*other)
-            raise ValueError(f"{name}: expected groups of {expected} columns, as w13 has them, got {got}")
+        scaled["shared_w13_scale"] = shared_w13, shared_w13_scale
+        scaled["shared_w2_scale"] = shared_w2, shared_w2_scale
+    expected = group_of(w13, w13_scale)
+    for name, other in scaled.items():
+        if (group := group_of(*other)) != expected:
+            raise ValueError(f"{name}: expected groups of {expected} columns, as w13 has them, got {group}")
     arguments = (x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, extra, quantize)
     return _expect_packing(backend).experts_scaled_packed(*arguments) if packed else backend.experts_scaled(*arguments)
 
@@ -403,12 +406,12 @@ def _expect_experts(
 @once_per_layout
 def _expect_shared(x: Tensor, w13: Tensor, w2: Tensor, gate: Tensor, dtype: torch.dtype) -> None:
     hidden = x.shape[1]
+    for name, weight in (("shared_w13", w13), ("shared_w2", w2)):
+        expect_dtype(name, weight, (dtype,))
     expect_shape("shared_w13", w13, (None, stored_columns("x", hidden, dtype)))
-    expect_dtype("shared_w13", w13, (dtype,))
     if w13.shape[0] % 2:
         raise ValueError(f"shared_w13: expected an even number of rows, gate then up, got {w13.shape[0]}")
     expect_shape("shared_w2", w2, (hidden, stored_columns("shared_w13", w13.shape[0] // 2, dtype)))
-    expect_dtype("shared_w2", w2, (dtype,))
     expect_shape("shared_gate", gate, (hidden,))
     expect_dtype("shared_gate", gate, (x.dtype,))
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from qnext_kernels.checks import expect_indices
 from qnext_kernels.dispatch import BackendError
-from qnext_kernels.integers import INT4, group_of
+from qnext_kernels.integers import INT4, columns_of, group_of
 from qnext_kernels.linear import pack_weight_, unpack_weight_
-from qnext_kernels.linear.native import packable
+from qnext_kernels.linear.native import STORED, packable
 from qnext_kernels.moe import elementwise_native
 from qnext_kernels.moe.cpu import CpuBackend
 from qnext_kernels.native import DTYPES, NativeBackend
-from qnext_kernels.quantized import SharedWeights, columns_of
+from qnext_kernels.quantized import SharedWeights
 from qnext_kernels.rows import address, indices, packed_function
 
 
@@ -89,7 +89,7 @@ class MoeNative(NativeBackend, CpuBackend):
         return self.run(x, w13, w2, topk_weights, topk_ids, shared or (), scales, packed=True)
 
     def pack_experts_(self, *weights: Tensor, shared: tuple[Tensor, ...] | None = None) -> bool:
-        """Pack gate, up and down projections apart, scales of int4 too; False where strides or sizes forbid it."""
+        """Pack gate, up and down projections apart, scales of groups too; False where strides or sizes forbid it."""
         stored = _matrices(weights, shared)
         if not all(packable(*each) for each in stored):
             return False
@@ -157,13 +157,15 @@ def experts_fields(
     """
     w13_scale, w2_scale = scales or (None, None)
     both: Sequence[Tensor | None] = (None,) * 5
-    middle = 0
+    middle, stored = 0, STORED[w2.dtype]
+    shared_stored = stored
     if shared:
         both = shared if len(shared) == len(both) else (shared[0], None, shared[1], None, shared[2])
-        middle = columns_of(both[2])  # type: ignore[arg-type]
+        middle, shared_stored = columns_of(both[2]), STORED[both[2].dtype]  # type: ignore[arg-type, union-attr]
     num_experts, hidden, _ = w2.shape
-    sizes = (dtype, x_token, tokens, top_k, num_experts, hidden, columns_of(w2), middle, group_of(w2, w2_scale), packed)
-    return x, *map(address, (w13, w13_scale, w2, w2_scale)), *choice, *map(address, both), out, *sizes
+    dtypes, group = (dtype, stored, shared_stored), group_of(w2, w2_scale)
+    sizes = (x_token, tokens, top_k, num_experts, hidden, columns_of(w2), middle, group, packed)
+    return x, *map(address, (w13, w13_scale, w2, w2_scale)), *choice, *map(address, both), out, *dtypes, *sizes
 
 
 def contiguous_gate(shared: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -175,11 +177,11 @@ def _expect_ids(topk_ids: Tensor, w13: Tensor) -> None:
     expect_indices("topk_ids", topk_ids, -1, w13.shape[0])
 
 
-_kernel = cache(lambda: packed_function("qnext_experts", "24q"))
+_kernel = cache(lambda: packed_function("qnext_experts", "26q"))
 
 
 def _matrices(routed: tuple[Tensor, ...], shared: tuple[Tensor, ...] | None) -> list[tuple[Tensor, ...]]:
-    """What is packed: each w13 as its two matrices, each w2 as it is, and their scales if they are in int4."""
+    """What is packed: each w13 as its two matrices, each w2 as it is, and their scales if they are in groups."""
     routed = routed if len(routed) == 2 or routed[0].dtype == INT4 else routed[::2]
     stored = []
     for weights in (routed, shared or ()):

@@ -1,4 +1,4 @@
-"""Linear layers over weights in group-wise int4."""
+"""Linear layers over weights in group-wise int4 and int8."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qnext_kernels import force_backend, linear, pack_weight_, unpack_weight_
 from qnext_kernels.fp8 import FP8
-from qnext_kernels.integers import INT4, INT_GROUPS, dequantize_int4, quantize_int4
-from tests.kernels.int4_inputs import random_int4_weight, words_of
+from qnext_kernels.integers import GROUPED, INT4, INT4_PER_WORD, INT8, INT_GROUPS, columns_of
+from qnext_kernels.quantized import dequantize
+from tests.kernels.integer_inputs import LEVELS, QUANTIZE, as_stored, random_weight
 from tests.kernels.kernel_inputs import DTYPES, NATIVE_BACKENDS, Bad, assert_close, same_bits
 
 
@@ -23,21 +24,23 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def every_code(rows: int, k: int) -> Tensor:
-    """[rows, k] codes, of which 128 columns of a row have each of the 16 in each place of a word."""
-    row, column = torch.arange(rows)[:, None], torch.arange(k)
-    return (row + column + column // 8) % 16
+def every_number(rows: int, stored: torch.dtype) -> Tensor:
+    """[rows, K], of which each row has each number in each column of a word in int4, or of two in int8."""
+    numbers, columns = 2 * LEVELS[stored], INT4_PER_WORD if stored == INT4 else 2
+    row, column = torch.arange(rows)[:, None], torch.arange(numbers * columns)
+    return (row + column + column // columns) % numbers - LEVELS[stored]
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", INT_GROUPS)
+@pytest.mark.parametrize("stored", GROUPED)
 # Below, at and above panels of rows, and tokens that meet a panel at once and in two, three and more tiles.
 @pytest.mark.parametrize(
     ("tokens", "rows", "groups"),
     [
         (0, 5, 1),
-        (1, 1, 1),
+        (3, 1, 1),
         (1, 127, 2),
         (2, 128, 4),
         (3, 129, 3),
@@ -53,32 +56,34 @@ def every_code(rows: int, k: int) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("backend", NATIVE_BACKENDS)
-def test_linear_in_int4_agrees_with_float64(
-    backend: str, tokens: int, rows: int, groups: int, group: int, dtype: torch.dtype, bias: bool
+def test_linear_in_integers_agrees_with_float64(
+    backend: str, tokens: int, rows: int, groups: int, stored: torch.dtype, group: int, dtype: torch.dtype, bias: bool
 ) -> None:
     k = groups * group
-    x, (weight, scale) = torch.randn(tokens, k, dtype=dtype), random_int4_weight(rows, k, group=group, dtype=dtype)
+    x = torch.randn(tokens, k, dtype=dtype)
+    weight, scale = random_weight(rows, k, stored=stored, group=group, dtype=dtype)
     shift = torch.randn(rows, dtype=dtype) if bias else None
     with force_backend(backend):
         out = linear(x, weight, shift, scale=scale)
     assert out.dtype == dtype
-    truth = F.linear(x.double(), dequantize_int4(weight, scale, torch.float64), None if not bias else shift.double())
+    truth = F.linear(x.double(), dequantize(weight, scale, torch.float64), None if not bias else shift.double())
     assert_close(out, truth, {torch.float32: k + 2})
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("together", [1, 4, 9, 13, 128])
 @pytest.mark.parametrize("group", INT_GROUPS)
+@pytest.mark.parametrize("stored", GROUPED)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_native_reads_every_code_and_every_scale_in_every_place_exactly(
-    dtype: torch.dtype, group: int, together: int, packed: bool
+def test_native_reads_every_number_and_every_scale_in_every_place_exactly(
+    dtype: torch.dtype, stored: torch.dtype, group: int, together: int, packed: bool
 ) -> None:
-    rows, k = 150, 128
-    codes, groups = every_code(rows, k), k // group
-    # Numbers whose products with codes bfloat16 has.
-    scale = (1 + (7 * torch.arange(rows)[:, None] + 3 * torch.arange(groups)) % 31).to(dtype)
-    expected = (codes - 8) * scale.float().repeat_interleave(group, dim=1)
-    weight = words_of(codes)
+    rows, numbers = 150, every_number(150, stored)
+    k = numbers.shape[1]
+    # Bfloat16 has their products with the numbers.
+    scale = (2.0 ** ((7 * torch.arange(rows)[:, None] + 3 * torch.arange(k // group)) % 31)).to(dtype)
+    expected = numbers * scale.float().repeat_interleave(group, dim=1)
+    weight = as_stored(numbers, stored)
     with force_backend("native"):
         assert not packed or pack_weight_(weight, scale)
         # Products with one and zeros have no rounding.
@@ -87,10 +92,14 @@ def test_native_reads_every_code_and_every_scale_in_every_place_exactly(
 
 
 @pytest.mark.parametrize("group", INT_GROUPS)
+@pytest.mark.parametrize("stored", GROUPED)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_native_row_in_int4_does_not_depend_on_the_batch_or_on_threads(dtype: torch.dtype, group: int) -> None:
+def test_native_row_does_not_depend_on_the_batch_or_on_threads(
+    dtype: torch.dtype, stored: torch.dtype, group: int
+) -> None:
     k = 9 * group
-    x, (weight, scale) = torch.randn(500, k, dtype=dtype), random_int4_weight(137, k, group=group, dtype=dtype)
+    x = torch.randn(500, k, dtype=dtype)
+    weight, scale = random_weight(137, k, stored=stored, group=group, dtype=dtype)
     with force_backend("native"):
         together = linear(x, weight, scale=scale)
         for begin, tokens in enumerate((1, 2, 3, 4, 5, 6, 7, 12, 13, 19, 70, 300)):
@@ -103,12 +112,13 @@ def test_native_row_in_int4_does_not_depend_on_the_batch_or_on_threads(dtype: to
 # Below, at and above panels of 64 rows.
 @pytest.mark.parametrize(("rows", "groups"), [(63, 2), (64, 1), (65, 5), (200, 4)])
 @pytest.mark.parametrize("group", INT_GROUPS)
+@pytest.mark.parametrize("stored", GROUPED)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_native_packed_weight_in_int4_gives_the_bits_of_the_plain_one(
-    dtype: torch.dtype, group: int, rows: int, groups: int
+def test_native_packed_weight_gives_the_bits_of_the_plain_one(
+    dtype: torch.dtype, stored: torch.dtype, group: int, rows: int, groups: int
 ) -> None:
     k, bias = groups * group, torch.randn(rows, dtype=dtype)
-    weight, scale = random_int4_weight(rows, k, group=group, dtype=dtype)
+    weight, scale = random_weight(rows, k, stored=stored, group=group, dtype=dtype)
     packed, packed_scale = weight.clone(), scale.clone()
     with force_backend("native"):
         assert pack_weight_(packed, packed_scale)
@@ -123,8 +133,9 @@ def test_native_packed_weight_in_int4_gives_the_bits_of_the_plain_one(
     assert same_bits(packed_scale, scale)
 
 
-def test_native_matrices_in_int4_are_packed_each_for_itself() -> None:
-    weights, scales = random_int4_weight(3, 70, 64, group=32, dtype=torch.float32)
+@pytest.mark.parametrize("stored", GROUPED)
+def test_native_matrices_are_packed_each_for_itself(stored: torch.dtype) -> None:
+    weights, scales = random_weight(3, 70, 64, stored=stored, group=32, dtype=torch.float32)
     packed, packed_scales = weights.clone(), scales.clone()
     with force_backend("native"):
         assert pack_weight_(packed, packed_scales)
@@ -137,8 +148,9 @@ def test_native_matrices_in_int4_are_packed_each_for_itself() -> None:
     assert same_bits(packed_scales, scales)
 
 
-def test_weight_in_int4_that_cannot_be_packed_stays_as_it_is() -> None:
-    wide, wide_scale = random_int4_weight(64, 128, group=32, dtype=torch.float32)
+@pytest.mark.parametrize("stored", GROUPED)
+def test_weight_that_cannot_be_packed_stays_as_it_is(stored: torch.dtype) -> None:
+    wide, wide_scale = random_weight(64, 128, stored=stored, group=32, dtype=torch.float32)
     half, half_scale = wide[:, ::2], wide_scale[:, ::2]
     for weight, scale in ((half, half_scale.contiguous()), (half.contiguous(), half_scale)):
         before, scale_before = weight.clone(), scale.clone()
@@ -151,8 +163,10 @@ def test_weight_in_int4_that_cannot_be_packed_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("backend", NATIVE_BACKENDS)
-def test_views_in_int4_give_what_contiguous_tensors_do(backend: str) -> None:
-    (weight, scale), x = random_int4_weight(200, 256, group=32, dtype=torch.float32), torch.randn(5, 2, 256)
+@pytest.mark.parametrize("stored", GROUPED)
+def test_views_give_what_contiguous_tensors_do(stored: torch.dtype, backend: str) -> None:
+    weight, scale = random_weight(200, 256, stored=stored, group=32, dtype=torch.float32)
+    x = torch.randn(5, 2, 256)
     views = x[:, 1, ::2], weight[:, ::2], scale[:, ::2]
     with force_backend(backend):
         out = linear(*views[:2], scale=views[2])
@@ -160,8 +174,9 @@ def test_views_in_int4_give_what_contiguous_tensors_do(backend: str) -> None:
         assert same_bits(out, linear(x, weight, scale=scale))
 
 
-def test_torch_compile_keeps_a_linear_in_int4() -> None:
-    x, (weight, scale) = torch.randn(3, 64), random_int4_weight(70, 64, group=32, dtype=torch.float32)
+@pytest.mark.parametrize("stored", GROUPED)
+def test_torch_compile_keeps_a_linear_in_integers(stored: torch.dtype) -> None:
+    x, (weight, scale) = torch.randn(3, 64), random_weight(70, 64, stored=stored, group=32, dtype=torch.float32)
     torch._dynamo.reset()
     with force_backend("native"):
         compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
@@ -171,7 +186,6 @@ def test_torch_compile_keeps_a_linear_in_int4() -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        Bad("x", "of columns not in eights", lambda x: x[:, :-4], ValueError),
         Bad("weight", "in int64", lambda x: x.long(), TypeError),
         Bad("weight", "in float32", lambda x: x.float(), TypeError),
         Bad("weight", "of fewer columns", lambda x: x[:, :-1], ValueError),
@@ -185,22 +199,31 @@ def test_torch_compile_keeps_a_linear_in_int4() -> None:
     ],
     ids=str,
 )
-def test_linear_in_int4_refuses_bad_input_by_name(bad: Bad) -> None:
-    weight, scale = random_int4_weight(130, 256, group=64, dtype=torch.float32)
+@pytest.mark.parametrize("stored", GROUPED)
+def test_linear_in_integers_refuses_bad_input_by_name(stored: torch.dtype, bad: Bad) -> None:
+    weight, scale = random_weight(130, 256, stored=stored, group=64, dtype=torch.float32)
     arguments = {"x": torch.randn(2, 256), "weight": weight, "scale": scale}
     with pytest.raises(bad.error, match=f"^{bad.argument}:"):
         linear(**(arguments | {bad.argument: bad.change(arguments[bad.argument])}))
 
 
+def test_columns_that_are_not_in_eights_are_refused_beside_int4() -> None:
+    weight, scale = random_weight(130, 256, stored=INT4, group=64, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"^x: expected columns in eights"):
+        linear(torch.randn(2, 252), weight, scale=scale)
+
+
+@pytest.mark.parametrize("stored", GROUPED)
 @pytest.mark.parametrize("backend", NATIVE_BACKENDS)
-def test_weight_in_int4_without_columns_is_refused(backend: str) -> None:
+def test_weight_without_columns_is_refused(backend: str, stored: torch.dtype) -> None:
     with force_backend(backend), pytest.raises(ValueError, match=r"^scale:"):
-        linear(torch.randn(2, 0), torch.zeros(4, 0, dtype=INT4), scale=torch.ones(4, 0))
+        linear(torch.randn(2, 0), torch.zeros(4, 0, dtype=stored), scale=torch.ones(4, 0))
 
 
-def test_weight_in_int4_without_a_scale_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"^weight: expected torch.float32, got torch.int32"):
-        linear(torch.randn(2, 8), torch.zeros(4, 8, dtype=INT4))
+@pytest.mark.parametrize("stored", GROUPED)
+def test_weight_without_a_scale_is_refused(stored: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"^weight: expected torch.float32, got {stored}"):
+        linear(torch.randn(2, 8), torch.zeros(4, 8, dtype=stored))
 
 
 @pytest.mark.parametrize("change", [pack_weight_, unpack_weight_])
@@ -210,10 +233,12 @@ def test_weight_in_int4_without_a_scale_is_refused() -> None:
         (torch.zeros(64, 8, dtype=INT4), None),
         (torch.zeros(64, 8, dtype=INT4), torch.ones(64, 4)),
         (torch.zeros(64, 8, dtype=INT4), torch.ones(63, 2)),
+        (torch.zeros(64, 64, dtype=INT8), None),
+        (torch.zeros(64, 64, dtype=INT8), torch.ones(64, 4)),
         (torch.zeros(64, 64), torch.ones(64, 2)),
         (torch.zeros(64, 64).to(FP8), torch.ones(1, 1)),
     ],
-    ids=["missing", "groups of 16", "fewer rows", "of float32", "of FP8"],
+    ids=["missing", "groups of 16", "fewer rows", "missing in int8", "groups of 16 in int8", "of float32", "of FP8"],
 )
 def test_packing_refuses_a_scale_that_is_missing_or_does_not_belong(
     change: object, weight: Tensor, scale: Tensor | None
@@ -224,22 +249,27 @@ def test_packing_refuses_a_scale_that_is_missing_or_does_not_belong(
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("group", INT_GROUPS)
+@pytest.mark.parametrize("stored", GROUPED)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_numbers_are_rounded_to_the_nearest_step_of_their_group(dtype: torch.dtype, group: int, groups: int) -> None:
-    weight = torch.randn(7, groups * group, dtype=dtype)
+def test_numbers_are_rounded_to_the_nearest_step_of_their_group(
+    dtype: torch.dtype, stored: torch.dtype, group: int, groups: int
+) -> None:
+    weight, levels = torch.randn(7, groups * group, dtype=dtype), LEVELS[stored]
     weight[2, :group] = 0
-    words, scale = quantize_int4(weight, group)
-    assert (words.dtype, scale.dtype) == (INT4, dtype)
-    assert (words.shape, scale.shape) == ((7, groups * group // 8), (7, groups))
-    back = dequantize_int4(words, scale, torch.float64)
+    quantized, scale = QUANTIZE[stored](weight, group)
+    assert (quantized.dtype, scale.dtype) == (stored, dtype)
+    assert (columns_of(quantized), scale.shape) == (groups * group, (7, groups))
+    back = dequantize(quantized, scale, torch.float64)
     steps = scale.double().repeat_interleave(group, dim=1)
-    # Half a step, also of the largest magnitude, which is 7.5 of them but for the rounding of the scale.
-    assert ((back - weight.double()).abs() <= steps * (0.5 + 4 * torch.finfo(dtype).eps)).all()
+    # Half a step, also of the largest magnitude, which is half a step above a number but for the rounding of the scale.
+    assert ((back - weight.double()).abs() <= steps * (0.5 + levels / 2 * torch.finfo(dtype).eps)).all()
     assert not back[2, :group].any()
     largest = (back / steps).unflatten(1, (groups, group)).abs().amax(dim=-1).flatten().tolist()
-    assert {0, 7} <= set(largest) <= {0, 7, 8}
+    assert {0, levels - 1} <= set(largest) <= {0, levels - 1, levels}
 
 
-def test_numbers_in_int4_are_read_back_as_they_are() -> None:
-    codes = every_code(33, 256)
-    assert torch.equal(dequantize_int4(words_of(codes), torch.ones(33, 2), torch.float32), (codes - 8).float())
+@pytest.mark.parametrize("stored", GROUPED)
+def test_numbers_are_read_back_as_they_are(stored: torch.dtype) -> None:
+    numbers = every_number(33, stored)
+    scale = torch.ones(33, numbers.shape[1] // 128)
+    assert torch.equal(dequantize(as_stored(numbers, stored), scale, torch.float32), numbers.float())
