@@ -3,7 +3,7 @@
 
     python benchmarks/cpu_slice.py [--quick] [--layers 4 --experts 256] [--threads 1,2] [--csv FILE] [--plot FILE]
     python benchmarks/cpu_slice.py --fp8 --peer bfloat16,vllm [...]
-    python benchmarks/cpu_slice.py --int4 32 --peer bfloat16,fp8,vllm [...]
+    python benchmarks/cpu_slice.py --int4 32 [--int8] --peer bfloat16,fp8,int4,vllm [...]
     python benchmarks/cpu_slice.py [--fp8 | --int4 32] --peer llama.cpp --llama-python PYTHON [...]
 
 Two engines with random bfloat16 weights are held in memory at once and run in turns: a prefill each, then some decode
@@ -40,7 +40,7 @@ from qnext_plugins.cli.bench.roofs import OtherLoad, Roofs, describe_machine
 from qnext_plugins.cli.bench.stepped import EngineError
 
 IN_TREE = "vLLM in-tree"
-OURS = {"bfloat16": "plugin, bfloat16", "fp8": "plugin, block-wise FP8"}
+OURS = {"bfloat16": "plugin, bfloat16", "fp8": "plugin, block-wise FP8", "int4": "plugin, int4"}
 """Our own, in other numbers, as peers."""
 PEERS = ("vllm", "llama.cpp", *OURS)
 LLAMA_TYPES = {"bfloat16": "BF16", "fp8": "Q8_0", "int4": "Q4_0"}
@@ -151,7 +151,7 @@ def measure_verify(pair: Pair, args: argparse.Namespace, console: Console) -> It
 
 def run(args: argparse.Namespace, console: Console) -> tuple[list[Result], Roofs]:
     results, roofs = list[Result](), Roofs()
-    ours = Side("with the plugin", plugin=True, eager=args.eager, fp8=args.fp8, int4=args.int4)
+    ours = Side("with the plugin", plugin=True, eager=args.eager, fp8=args.fp8, int4=args.int4, int8=args.int8)
     pairs = [[ours]] if args.alone else [[ours, peer] for peer in args.peers]
     drafting = [
         [replace(side, drafts=DRAFTS) for side in pair] for pair in pairs if not isinstance(pair[-1], LlamaSide)
@@ -225,7 +225,8 @@ def main() -> int:
     parser.add_argument("--fp8", action="store_true", help="ours in block-wise FP8; peers stay in bfloat16")
     help_int4 = "ours in int4, in groups of so many columns: 32, 64 or 128"
     parser.add_argument("--int4", type=int, choices=INT_GROUPS, metavar="GROUP", help=help_int4)
-    help_peer = "some of vllm (default), llama.cpp, and bfloat16 and fp8, the plugin's own, with commas"
+    parser.add_argument("--int8", action="store_true", help="beside --int4: all but routed experts in int8")
+    help_peer = "some of vllm (default), llama.cpp, and bfloat16, fp8 and int4, the plugin's own, with commas"
     parser.add_argument("--peer", type=peer_names, default="vllm", help=help_peer)
     python = os.environ.get("QNEXT_LLAMA_PYTHON")
     parser.add_argument("--llama-python", default=python, metavar="PYTHON", help="by default $QNEXT_LLAMA_PYTHON")
@@ -237,14 +238,16 @@ def main() -> int:
         parser.error(f"--layers: expected a multiple of 4, got {args.layers}")
     if args.fp8 and args.int4:
         parser.error("--int4: expected without --fp8, got both")
+    if args.int8 and not args.int4:
+        parser.error("--int8: expected beside --int4, got it alone")
     if args.quick:
         args.prefill, args.context, args.rounds = args.prefill[:1], args.context[:1], 2
     header, others = describe_machine(), OtherLoad()
     args.peers = []
     for name in [] if args.alone else args.peer:
         if name != "llama.cpp":
-            side = Side(OURS.get(name, IN_TREE), plugin=name in OURS, eager=args.eager, fp8=name == "fp8")
-            args.peers.append(side)
+            numbers = {"fp8": name == "fp8", "int4": args.int4 or INT_GROUPS[0] if name == "int4" else None}
+            args.peers.append(Side(OURS.get(name, IN_TREE), plugin=name in OURS, eager=args.eager, **numbers))
             continue
         try:
             llama, package = find_llama(
@@ -254,7 +257,7 @@ def main() -> int:
             parser.error(f"--llama-python: {error}")
         args.peers.append(llama)
         header.append(f"{llama.name} of {package}")
-    args.model = Slice(args.layers, args.experts, args.vocabulary, fp8=args.fp8, int4=args.int4)
+    args.model = Slice(args.layers, args.experts, args.vocabulary, fp8=args.fp8, int4=args.int4, int8=args.int8)
     args.logs = args.logs or Path(tempfile.mkdtemp(prefix="cpu-slice-"))
     args.logs.mkdir(parents=True, exist_ok=True)
 
@@ -262,6 +265,7 @@ def main() -> int:
     stored = "bfloat16"
     if args.fp8 or args.int4:
         stored += f", ours in int4, groups of {args.int4}" if args.int4 else ", ours in block-wise FP8"
+        stored += ", all but experts in int8" if args.int8 else ""
     header.append(f"slice: {args.layers} layers, {args.experts} experts, vocabulary {args.vocabulary}, {stored}")
     results, roofs = run(args, console)
     header += [roofs.describe(threads) for threads in args.threads]

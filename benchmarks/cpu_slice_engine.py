@@ -25,6 +25,7 @@ class Side:
     eager: bool = False
     fp8: bool = False
     int4: int | None = None
+    int8: bool = False
     max_tokens: int = 40_000
     chunk: int = 2048
     """Tokens of a prefill step at most."""
@@ -38,7 +39,11 @@ class Engine(EngineProcess):
     @classmethod
     def start(cls, side: Side, model: Slice, threads: int, log: Path) -> Self:
         """Start ``side`` on ``model``, with at most so many threads."""
-        settings = {"side": side, "config": replace(model, fp8=side.fp8, int4=side.int4).config(), "threads": threads}
+        settings = {
+            "side": side,
+            "config": replace(model, fp8=side.fp8, int4=side.int4, int8=side.int8).config(),
+            "threads": threads,
+        }
         engine = cls.spawn(side.name, log, f"{__name__}:RunningEngine", settings)
         engine.side = side
         return engine

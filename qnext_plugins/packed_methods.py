@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -28,7 +28,7 @@ from qnext_kernels import (
     unpack_weight_,
     use_huge_pages,
 )
-from qnext_kernels.integers import INT4, INT4_PER_WORD
+from qnext_kernels.integers import INT4, INT4_PER_WORD, INT8
 from qnext_plugins.model import MLP
 
 
@@ -61,8 +61,8 @@ class PackedLinear:
 
     parameters: tuple[str, ...] = ("weight",)
     """A layer's weight, and its scales if it has any."""
-    packs: tuple[str, ...] = ("weight",)
-    """What of them :func:`qnext_kernels.pack_weight_` lays out anew."""
+    packs: int = 1
+    """How many of them, from the first on, :func:`qnext_kernels.pack_weight_` lays out anew."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         _version.rise()
@@ -76,8 +76,13 @@ class PackedLinear:
     def unpack(self, layer: Any) -> None:
         unpack_weight_(*packed_tensors(layer))
 
+    @classmethod
+    def tensors(cls, layer: Any) -> tuple[Tensor, ...]:
+        """A layer's weight, and its scales if it has any, as the kernel reads them."""
+        return tuple(getattr(layer, name) for name in cls.parameters)
+
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        weight, *scale = (getattr(layer, name) for name in self.parameters)
+        weight, *scale = self.tensors(layer)
         return linear(x, weight, bias, layer.packed, *scale)
 
 
@@ -90,23 +95,32 @@ class Fp8Linear(PackedLinear):
 class Int4Linear(PackedLinear):
     """Goes before an engine's method of linears in group-wise int4, on a CPU."""
 
-    parameters = packs = ("weight_packed", "weight_scale")
+    parameters = ("weight_packed", "weight_scale")
+    packs = 2
+
+
+class Int8Linear(Int4Linear):
+    """Goes before an engine's method of linears in group-wise int8, on a CPU."""
+
+    @classmethod
+    def tensors(cls, layer: Any) -> tuple[Tensor, ...]:
+        words, scale = super().tensors(layer)
+        return words.view(INT8), scale
 
 
 def expect_whole_groups(name: str, columns: int, group: int) -> None:
     """Raise ValueError where a scale would be that of columns which two ranks have."""
     if columns % group:
         raise ValueError(
-            f"{name}: expected whole groups of {group} columns in int4 on a rank, got {columns} columns; "
+            f"{name}: expected whole groups of {group} columns on a rank, got {columns} columns; "
             "with fewer ranks there may be"
         )
 
 
 def packed_tensors(layer: Any) -> tuple[Tensor, ...]:
     """What packing a linear of an engine writes."""
-    method = layer.quant_method
-    names = method.packs if isinstance(method, PackedLinear) else PackedLinear.packs
-    return tuple(getattr(layer, name).data for name in names)
+    method = layer.quant_method if isinstance(layer.quant_method, PackedLinear) else PackedLinear
+    return tuple(tensor.data for tensor in method.tensors(layer)[: method.packs])
 
 
 class PackedExperts:
@@ -182,7 +196,7 @@ class ScaledExperts:
 
     def _shared_weight(self, linear: Any) -> tuple[Tensor, ...]:
         method = linear.quant_method if isinstance(linear.quant_method, PackedLinear) else self.linear
-        return _plain_tensors(linear, method.parameters)
+        return _plain_tensors(linear, method)
 
     def _tensors(self, layer: Any) -> tuple[Any, ...]:
         return *(weight.data for weight in self.weights(layer)), _shared_tensors(layer)
@@ -206,7 +220,7 @@ class Fp8Experts(ScaledExperts):
 
 
 class Int4Experts(ScaledExperts):
-    """In group-wise int4, on a CPU.
+    """In group-wise int4, on a CPU; a shared expert may be in int8.
 
     Args:
         group: columns of a row that share a scale.
@@ -250,7 +264,7 @@ class Int4Experts(ScaledExperts):
         self.prepare(layer)
 
     def run(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """As that of :class:`PackedExperts`; a shared expert is in int4 too, or not quantized."""
+        """As that of :class:`PackedExperts`; a shared expert is in int4 too, in int8, or not quantized."""
         return experts_int4(x, *self.weights(layer), topk_weights, topk_ids, layer.packed, self.shared(layer))
 
 
@@ -270,10 +284,10 @@ def _quantizes(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "cpu" or OPERATIONS["moe"].select(device, dtype).name in ("triton", "flashinfer")
 
 
-def _plain_tensors(layer: Any, parameters: Sequence[str]) -> tuple[Tensor, ...]:
+def _plain_tensors(layer: Any, method: PackedLinear | type[PackedLinear]) -> tuple[Tensor, ...]:
     """A linear's weight, and scales if any; once they have been loaded, vLLM's on a CPU have a plain tensor of each."""
-    plain = zip(("plain_weight", "plain_scale"), parameters, strict=False)
-    return tuple(getattr(layer, name, getattr(layer, parameter)) for name, parameter in plain)
+    plain = zip(("plain_weight", "plain_scale"), method.tensors(layer), strict=False)
+    return tuple(getattr(layer, name, tensor) for name, tensor in plain)
 
 
 class LeftAsLoaded:
@@ -363,7 +377,7 @@ def linear_weight(layer: Any, ranks: int) -> LinearWeight | None:
         return None
     if ranks > 1 and getattr(layer, "reduce_results", False):
         return None
-    weight, *scale = _plain_tensors(layer, layer.quant_method.parameters)
+    weight, *scale = _plain_tensors(layer, layer.quant_method)
     return LinearWeight(weight, layer.bias, layer.packed, *scale)
 
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from qnext_kernels.fp8 import dequantize_blocks
-from qnext_kernels.integers import dequantize_int4, quantize_int4
+from qnext_kernels.integers import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from qnext_plugins.cli.checkpoint.tensors import describe_int4, is_quantized, quantize
-from qnext_plugins.model import left_out_of_int4, modules_of
+from qnext_plugins.model import IntegerWeights
+from qnext_plugins.model.gptq import MIDDLES
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny" / "checkpoint"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -102,7 +103,13 @@ def write_fp8_checkpoint(path: Path, dequantized: Path) -> None:
 
 
 def write_int4_checkpoint(
-    quantized: Path, float32: Path, group: int = 32, *, ignore: tuple[str, ...] = (), **overrides: Any
+    quantized: Path,
+    float32: Path,
+    group: int = 32,
+    *,
+    ignore: tuple[str, ...] = (),
+    in_int8: tuple[str, ...] = (),
+    **overrides: Any,
 ) -> None:
     """Write a random checkpoint in int4, laid out as compressed-tensors does, and the same one in float32.
 
@@ -114,35 +121,48 @@ def write_int4_checkpoint(
         float32: where what its weights stand for is written.
         group: columns that share a scale, one of INT_GROUPS.
         ignore: entries of its ``ignore`` beside those that name what is in int4 nowhere; what they cover is not.
+        in_int8: targets, by names and patterns, that are in int8.
         overrides: of :func:`random_config`.
     """
     _write_wide_checkpoint(float32, **overrides)
     shutil.copytree(float32, quantized)
     weights = load_file(float32 / "model.safetensors")
     kept = {name.removesuffix(".weight") for name in weights if not is_quantized(name)}
-    described = describe_int4([*sorted(kept), *ignore], group)
-    linears = {name.removesuffix(".weight") for name in weights if is_quantized(name)}
-    left_out = left_out_of_int4(described, linears)
+    described = describe_int4([*sorted(kept), *ignore], group, in_int8)
+    integers = IntegerWeights(described)
     stored, read = {}, {}
     for name, weight in weights.items():
         stored[name] = read[name] = weight
-        if not is_quantized(name) or modules_of([name]) <= left_out:
+        bits = integers.bits(name.removesuffix(".weight")) if is_quantized(name) else None
+        if bits is None:
             continue
-        words, scale = quantize_int4(weight.bfloat16(), group)
+        quantize, dequantize = (quantize_int4, dequantize_int4) if bits == 4 else (quantize_int8, dequantize_int8)
+        numbers, scale = quantize(weight.bfloat16(), group)
+        words = numbers.view(torch.int32)
         del stored[name]
         stored |= {f"{name}_packed": words, f"{name}_scale": scale.float(), f"{name}_shape": torch.tensor(weight.shape)}
-        read[name] = dequantize_int4(words, scale, torch.float32)
+        read[name] = dequantize(numbers, scale, torch.float32)
     save_file(stored, quantized / "model.safetensors", {"format": "pt"})
     save_file(read, float32 / "model.safetensors", {"format": "pt"})
     _describe(quantized, described)
 
 
-def store_as_gptq(path: Path, to: Path, method: str) -> Path:
-    """Copy an int4 checkpoint as GPTQ ("gptq", its first format) or AutoRound ("auto-round") stores the same."""
+IN_INT8 = ("re:.*self_attn.*", r"re:.*\.shared_expert\..*", "re:.*in_proj_qkvz")
+"""What AutoRound has in int8 beside experts in int4."""
+NOT_QUANTIZED = ("re:.*linear_attn.out_proj", "re:mtp.*")
+
+
+def store_as_gptq(path: Path, to: Path, method: str, *, tells: bool = True) -> Path:
+    """Copy an int4 checkpoint as GPTQ ("gptq", its first format) or AutoRound ("auto-round") stores the same.
+
+    ``tells``: whether its ``config.json`` says what is not quantized, beside what is in int8.
+    """
     shutil.copytree(path, to)
     given = json.loads((path / "config.json").read_text())["quantization_config"]
-    (scheme,) = given["config_groups"].values()
-    group = scheme["weights"]["group_size"]
+    scheme, *others = given["config_groups"].values()
+    group, integers = scheme["weights"]["group_size"], IntegerWeights(given)
+    ignored = given["ignore"] if tells else []
+    in_int8 = [entry for other in others for entry in other["targets"]]
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(path / "model.safetensors").items():
         module, _, kind = name.rpartition(".")
@@ -152,7 +172,9 @@ def store_as_gptq(path: Path, to: Path, method: str) -> Path:
             stored[f"{module}.scales"] = tensor.t().contiguous()
         elif kind == "weight_shape":
             rows, columns = tensor.tolist()
-            stored[f"{module}.qzeros"] = torch.full((columns // group, rows // 8), 0x77777777, dtype=torch.int32)
+            bits = integers.bits(module)
+            zeros = torch.full((columns // group, rows * bits // 32), MIDDLES[bits][0], dtype=torch.int32)
+            stored[f"{module}.qzeros"] = zeros
             if method == "gptq":
                 stored[f"{module}.g_idx"] = (torch.arange(columns) // group).int()
         else:
@@ -160,11 +182,16 @@ def store_as_gptq(path: Path, to: Path, method: str) -> Path:
     save_file(stored, to / "model.safetensors", {"format": "pt"})
     described = {"quant_method": method, "bits": 4, "group_size": group, "sym": True}
     if method == "gptq":
-        rules = {f"-:{entry.removeprefix('re:')}": {} for entry in given["ignore"]}
+        rules: dict[str, Any] = {f"-:{entry.removeprefix('re:')}": {} for entry in ignored}
+        rules |= {f"+:{entry.removeprefix('re:')}": {"bits": 8} for entry in in_int8}
         described |= {"desc_act": False, "lm_head": False, "checkpoint_format": "gptq", "dynamic": rules}
     else:
         described |= {"data_type": "int", "packing_format": "auto_round:auto_gptq"}
-        described["extra_config"] = {entry.removeprefix("re:"): {"bits": 16} for entry in given["ignore"]}
+        described["extra_config"] = {
+            entry.removeprefix("re:"): {"bits": bits}
+            for bits, entries in ((16, ignored), (8, in_int8))
+            for entry in entries
+        }
     _describe(to, described)
     return to
 

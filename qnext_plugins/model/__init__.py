@@ -16,7 +16,8 @@ from qnext_plugins.model.gated_delta_net import (
     StatePools,
     VerifySegment,
 )
-from qnext_plugins.model.gptq import STORED_IN_INT4, as_compressed_tensors, from_gptq
+from qnext_plugins.model.gptq import STORED_IN_INT4, TRANSPOSED, as_compressed_tensors, from_gptq
+from qnext_plugins.model.integers import IntegerWeights, integer_obstacle, packed_shapes
 from qnext_plugins.model.mtp import MultiTokenPredictor
 from qnext_plugins.model.norm import RMSNorm
 from qnext_plugins.model.port import Engine
@@ -26,19 +27,16 @@ from qnext_plugins.model.weights import (
     checked_weights,
     expected_shapes,
     fp8_shapes,
-    int4_group,
-    int4_obstacle,
-    int4_shapes,
     is_block_fp8,
-    left_out_of_int4,
     modules_of,
-    packed_shapes,
+    stored_names,
     weight_files,
 )
 
 __all__ = [
     "MLP",
     "STORED_IN_INT4",
+    "TRANSPOSED",
     "CheckpointError",
     "ConfigError",
     "CoreWeights",
@@ -46,6 +44,7 @@ __all__ = [
     "Engine",
     "GatedAttention",
     "GatedDeltaNet",
+    "IntegerWeights",
     "MultiTokenPredictor",
     "Qwen3NextConfig",
     "RMSNorm",
@@ -60,12 +59,10 @@ __all__ = [
     "expected_shapes",
     "fp8_shapes",
     "from_gptq",
-    "int4_group",
-    "int4_obstacle",
-    "int4_shapes",
+    "integer_obstacle",
     "is_block_fp8",
-    "left_out_of_int4",
     "modules_of",
     "packed_shapes",
+    "stored_names",
     "weight_files",
 ]

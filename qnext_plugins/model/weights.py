@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qnext_kernels.fp8 import FP8_GROUP
-from qnext_kernels.integers import INT4_PER_WORD, INT_GROUPS
 from qnext_plugins.model.config import FULL_ATTENTION, CheckpointError, Qwen3NextConfig
-from qnext_plugins.model.gptq import BESIDE_GPTQ, as_compressed_tensors, int4_names
+from qnext_plugins.model.gptq import packed_names
 
 MTP_PREFIX = "mtp."
+INDEX = "model.safetensors.index.json"
 EXPERTS = ".mlp.experts."
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 NEVER_QUANTIZED = ("embed_tokens", "lm_head", "gate", "shared_expert_gate")
-PACKED = "pack-quantized"
-BESIDE_INT4 = ("sparsity_config", "kv_cache_scheme", "transform_config", "linear_fp8_config", *BESIDE_GPTQ)
-"""What a ``quantization_config`` may ask for beside int4, which our kernels do not do."""
-PATTERN = "re:"
-"""Begins a regular expression in the ``ignore`` of compressed-tensors, which is matched from a name's start."""
-LINEARS = "Linear"
-"""Stands for all linears in ``targets``."""
-EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
 def expected_shapes(config: Qwen3NextConfig, *, target: bool = True, mtp: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an unquantized checkpoint's tensors; see :func:`fp8_shapes` and :func:`int4_shapes`.
+    """Names and shapes of an unquantized checkpoint's tensors; see :func:`fp8_shapes` and ``IntegerWeights.shapes``.
 
     Args:
         config: of the checkpoint.
@@ -61,96 +52,10 @@ def is_block_fp8(quantization: Mapping[str, Any] | None) -> bool:
     return described.get("quant_method") == "fp8" and described.get("weight_block_size") == [FP8_GROUP] * 2
 
 
-def int4_obstacle(quantization: Mapping[str, Any] | None) -> str | None:
-    """Why what a ``quantization_config`` describes is not int4 that our kernels read, or None.
-
-    They read compressed-tensors' ``pack-quantized`` (W4A16), symmetric and alike for all linears that are not ignored,
-    and what :func:`as_compressed_tensors` says the same of.
-    """
-    described = as_compressed_tensors(quantization or {})
-    method, layout = described.get("quant_method"), described.get("format")
-    if (method, layout) != ("compressed-tensors", PACKED):
-        return f"quant_method is {method}" if method != "compressed-tensors" else f"format is {layout}"
-    groups = described.get("config_groups")
-    if not isinstance(groups, Mapping) or len(groups) != 1:
-        return f"there are {len(groups) if isinstance(groups, Mapping) else 'no'} config_groups, not one"
-    (scheme,) = groups.values()
-    weights = scheme.get("weights") if isinstance(scheme, Mapping) else None
-    if not isinstance(weights, Mapping):
-        return "weights are not described"
-    beside = {name: described.get(name) for name in BESIDE_INT4}
-    beside |= {name: scheme.get(name) for name in ("input_activations", "output_activations")}
-    if given := [name for name, value in beside.items() if value]:
-        return f"{given[0]} is given"
-    # What is left out has the defaults of compressed-tensors; "static" and "weight" order nothing anew at run time.
-    served = {
-        "targets": (scheme.get("targets"), ([LINEARS],)),
-        "format": (scheme.get("format"), (None, PACKED)),
-        "num_bits": (weights.get("num_bits"), (4,)),
-        "type": (weights.get("type", "int"), ("int",)),
-        "symmetric": (weights.get("symmetric", True), (True,)),
-        "strategy": (weights.get("strategy"), (None, "group")),
-        "group_size": (weights.get("group_size"), INT_GROUPS),
-        "actorder": (weights.get("actorder"), (None, False, "static", "weight")),
-        "dynamic": (weights.get("dynamic"), (None, False)),
-    }
-    return next((f"{name} is {value}" for name, (value, read) in served.items() if value not in read), None)
-
-
-def int4_group(quantization: Mapping[str, Any] | None) -> int | None:
-    """How many columns share a scale where a ``quantization_config`` has no :func:`int4_obstacle`, else None."""
-    if quantization is None or int4_obstacle(quantization) is not None:
-        return None
-    (scheme,) = as_compressed_tensors(quantization)["config_groups"].values()
-    return int(scheme["weights"]["group_size"])
-
-
 def modules_of(shapes: Iterable[str]) -> set[str]:
     """The modules of a checkpoint's tensors; experts of a layer are one, as all of them are quantized or none."""
     split = (name.partition(EXPERTS) for name in shapes)
     return {f"{layer}{EXPERTS[:-1]}" if experts else layer.rpartition(".")[0] for layer, experts, _ in split}
-
-
-def left_out_of_int4(quantization: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
-    """Those of a checkpoint's modules that ``ignore`` covers, for :func:`int4_shapes`; see NEVER_QUANTIZED for others.
-
-    An entry covers the linear that it names, or those whose name its pattern fits, and not what lies in a module that
-    it names: this is how compressed-tensors and the engines read it.
-
-    Args:
-        quantization: of which :func:`int4_group` is a number.
-        modules: of :func:`modules_of`, or the linears of experts one by one.
-
-    Returns:
-        Names as those of :func:`modules_of`: the experts of a layer are covered where a linear of one of them is.
-
-    Raises:
-        CheckpointError: a pattern is none.
-    """
-    entries = [str(entry) for entry in as_compressed_tensors(quantization).get("ignore") or ()]
-    names = {entry for entry in entries if not entry.startswith(PATTERN)}
-    patterns = [_pattern(entry) for entry in entries if entry.startswith(PATTERN)]
-    some_experts = modules_of(f"{name}.weight" for name in names if EXPERTS in name and name.endswith(EXPERT_LINEARS))
-
-    def covers(linear: str) -> bool:
-        return linear in names or any(pattern.match(linear) for pattern in patterns)
-
-    left_out = set()
-    for module in modules:
-        layer, experts, linear = f"{module}.".partition(EXPERTS)
-        name = f"{layer}{EXPERTS[:-1]}" if experts else module
-        # As the engines do, the first expert is looked at for all of them.
-        linears = [f"{name}.0.{last}" for last in EXPERT_LINEARS] if experts and not linear else [module]
-        if name in some_experts or any(map(covers, linears)):
-            left_out.add(name)
-    return left_out
-
-
-def _pattern(entry: str) -> re.Pattern[str]:
-    try:
-        return re.compile(entry.removeprefix(PATTERN))
-    except re.error as error:
-        raise CheckpointError(f"config.json: ignore: expected a pattern, got {entry} ({error})") from None
 
 
 def fp8_shapes(shapes: Mapping[str, tuple[int, ...]], left_out: Collection[str]) -> dict[str, tuple[int, ...]]:
@@ -169,31 +74,10 @@ def fp8_shapes(shapes: Mapping[str, tuple[int, ...]], left_out: Collection[str])
     return stored
 
 
-def int4_shapes(
-    shapes: Mapping[str, tuple[int, ...]], left_out: Collection[str], group: int
-) -> dict[str, tuple[int, ...]]:
-    """Those of the same checkpoint in int4: in place of each linear's weight words, scales of groups, and its shape.
-
-    Args:
-        shapes: of :func:`expected_shapes`.
-        left_out: of :func:`left_out_of_int4`; experts are left out where one of them is.
-        group: of :func:`int4_group`.
-    """
-    quantized = _quantized(shapes, left_out)
-    stored: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        stored |= packed_shapes(name, shape, group) if name in quantized else {name: shape}
-    return stored
-
-
-def packed_shapes(name: str, shape: tuple[int, ...], group: int) -> dict[str, tuple[int, ...]]:
-    """The three tensors that a weight [N, K] is in int4."""
-    rows, columns = shape
-    return {
-        f"{name}_packed": (rows, -(-columns // INT4_PER_WORD)),
-        f"{name}_scale": (rows, -(-columns // group)),
-        f"{name}_shape": (2,),
-    }
+def is_linear_weight(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the weight of a linear that a quantized checkpoint may hold otherwise."""
+    module, _, parameter = name.rpartition(".")
+    return parameter == "weight" and len(shape) == 2 and module.rpartition(".")[2] not in NEVER_QUANTIZED
 
 
 def _quantized(shapes: Mapping[str, tuple[int, ...]], left_out: Collection[str]) -> set[str]:
@@ -201,11 +85,9 @@ def _quantized(shapes: Mapping[str, tuple[int, ...]], left_out: Collection[str])
     layers = {f"{name}.".partition(EXPERTS)[0] for name in left_out if EXPERTS in f"{name}."}
     quantized = set()
     for name, shape in shapes.items():
-        module, _, parameter = name.rpartition(".")
-        if parameter != "weight" or len(shape) != 2 or module.rpartition(".")[2] in NEVER_QUANTIZED:
-            continue
+        module = name.rpartition(".")[0]
         layer, experts, _ = module.partition(EXPERTS)
-        if not (layer in layers if experts else module in left_out):
+        if is_linear_weight(name, shape) and not (layer in layers if experts else module in left_out):
             quantized.add(name)
     return quantized
 
@@ -250,13 +132,51 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: the index is none.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / INDEX, folder / "model.safetensors"
     if not index.is_file():
         return [single] if single.is_file() else []
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, Path]:
+    """Files by the names of their tensors."""
     try:
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        return {name: index.parent / file for name, file in json.loads(index.read_text())["weight_map"].items()}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise CheckpointError(f"checkpoint: {index}: expected a weight_map from tensors to files") from None
+
+
+def _headers(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a file's tensors; raises CheckpointError where it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                yield name, tuple(tensors.get_slice(name).get_shape())
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint: {file} cannot be read: {error}") from None
+
+
+def stored_names(model: str, revision: str | None = None) -> set[str]:
+    """Names of a checkpoint's tensors, by its index or its only file; none where they are not to be had beforehand.
+
+    Args:
+        model: a folder, or a name on Hugging Face, of which the index alone is downloaded.
+        revision: of the latter.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            folder = Path(hf_hub_download(model, INDEX, revision=revision)).parent
+        except (OSError, ValueError):  # neither there nor to be reached, or no name; loading says which
+            return set()
+    if (folder / INDEX).is_file():
+        return set(_weight_map(folder / INDEX))
+    return {name for file in weight_files(folder) for name, _ in _headers(file)}
 
 
 def check_files(folder: Path, shapes: dict[str, tuple[int, ...]], *, passing: tuple[str, ...] = ()) -> None:
@@ -274,16 +194,12 @@ def check_files(folder: Path, shapes: dict[str, tuple[int, ...]], *, passing: tu
         return
     missing = dict(shapes)
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                    if name.startswith(passing) or name.endswith(IGNORED_SUFFIXES):
-                        continue
-                    for known, shape in int4_names(name, tuple(tensors.get_slice(name).get_shape())).items():
-                        _check_tensor(known, shape, shapes)
-                        missing.pop(known, None)
-        except SafetensorError as error:
-            raise CheckpointError(f"checkpoint: {file} cannot be read: {error}") from None
+        for name, stored in _headers(file):
+            if name.startswith(passing) or name.endswith(IGNORED_SUFFIXES):
+                continue
+            for known, shape in packed_names(name, stored).items():
+                _check_tensor(known, shape, shapes)
+                missing.pop(known, None)
     _check_complete(missing)
 
 

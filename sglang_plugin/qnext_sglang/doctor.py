@@ -153,7 +153,7 @@ def quantization(subject: Subject) -> Finding | None:
     quantized = (subject.config or {}).get("quantization_config") or {}
     if not quantized:
         return None
-    from qnext_plugins.model import int4_group, is_block_fp8
+    from qnext_plugins.model import IntegerWeights, is_block_fp8
 
     method, block = quantized.get("quant_method"), quantized.get("weight_block_size")
     instead = "take the checkpoint in bfloat16"
@@ -161,8 +161,8 @@ def quantization(subject: Subject) -> Finding | None:
         return warning(f"the checkpoint is quantized ({method}), untried with the plugin on SGLang", instead)
     if is_block_fp8(quantized):
         return ok("block-wise FP8: linears and experts run on the plugin's kernels, with activations as they are")
-    if (group := int4_group(quantized)) is not None:
-        return ok(f"int4 in groups of {group}: linears and experts run on the plugin's kernels")
+    if (integers := IntegerWeights.of(quantized)) is not None:
+        return ok(f"int4 in groups of {integers.group}: linears and experts run on the plugin's kernels")
     blocks = "" if block is None else f" in blocks of {block}"
     return failure(
         f"the checkpoint is quantized ({method}{blocks}), and on a CPU the plugin serves FP8 in blocks of 128 × 128, "

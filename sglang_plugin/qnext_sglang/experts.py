@@ -22,7 +22,7 @@ from qnext_plugins.packed_methods import (
 )
 from qnext_sglang import UnsupportedEngineError, quantization, serving, step_back
 from qnext_sglang import sglang_api as api
-from qnext_sglang.linear import QnextFp8LinearMethod, QnextInt4LinearMethod, QnextLinearMethod
+from qnext_sglang.linear import QnextFp8LinearMethod, QnextInt4LinearMethod, QnextInt8LinearMethod, QnextLinearMethod
 
 
 class _OurKernel:
@@ -56,7 +56,7 @@ class SharedFp8LinearMethod(LeftAsLoaded, api.LinearMethodBase):
 READ_ALONG: dict[type, tuple[type, ...]] = {
     QnextMoEMethod: (api.UnquantizedLinearMethod, QnextLinearMethod),
     QnextFp8MoEMethod: (api.Fp8LinearMethod, QnextFp8LinearMethod),
-    QnextInt4MoEMethod: (QnextInt4LinearMethod, QnextLinearMethod),
+    QnextInt4MoEMethod: (QnextInt4LinearMethod, QnextInt8LinearMethod, QnextLinearMethod),
 }
 """For each of our methods of experts, the methods of a shared expert's linears that its kernel reads with them."""
 
@@ -154,14 +154,17 @@ def our_method(quant_config: Any, prefix: str, middle: int, device: torch.device
     """
     if quantization.leaves_experts(quant_config, prefix):
         quant_config = None
-    if (reason := obstacle(quant_config, middle, device, dtype)) is not None:
+    reason = obstacle(quant_config, middle, device, dtype)
+    if quantization.is_int4(quant_config) and quant_config.integers.bits(prefix) != 4:
+        reason = "they are in int8"
+    if reason is not None:
         if serving.on_plain_cpu():
             raise UnsupportedEngineError(f"qnext-plugins on a CPU does not serve the experts: {reason}")
         if device.type != "cpu":
             _say_once(reason)
         return None
     if quantization.is_int4(quant_config):
-        return QnextInt4MoEMethod(quant_config.group)
+        return QnextInt4MoEMethod(quant_config.integers.group)
     return QnextMoEMethod() if quant_config is None else QnextFp8MoEMethod(quant_config)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qnext_plugins.packed_methods import Fp8Linear, Int4Linear, PackedLinear, prepare, replace_method
+from qnext_plugins.packed_methods import Fp8Linear, Int4Linear, Int8Linear, PackedLinear, prepare, replace_method
 from qnext_sglang import quantization
 from qnext_sglang import sglang_api as api
 
@@ -35,12 +35,18 @@ class QnextInt4LinearMethod(Int4Linear, _TakenOver):
     pass
 
 
+class QnextInt8LinearMethod(Int8Linear, _TakenOver):
+    pass
+
+
 class QnextHeadMethod(PackedLinear, api.UnquantizedEmbeddingMethod):
     """SGLang multiplies with the weight itself unless the class has a name that it does not know."""
 
 
 OURS = {api.UnquantizedLinearMethod: QnextLinearMethod, api.UnquantizedEmbeddingMethod: QnextHeadMethod}
-SCALED = {api.Fp8LinearMethod: QnextFp8LinearMethod, api.CompressedTensorsLinearMethod: QnextInt4LinearMethod}
+SCALED = {api.Fp8LinearMethod: QnextFp8LinearMethod}
+INTEGERS = {4: QnextInt4LinearMethod, 8: QnextInt8LinearMethod}
+"""By the bits of a weight."""
 
 
 def on_our_kernel(layer: Any, packable: bool = True) -> Any:
@@ -49,7 +55,9 @@ def on_our_kernel(layer: Any, packable: bool = True) -> Any:
     ``packable``: nothing but this layer reads its weight.
     """
     theirs = layer.quant_method
-    ours = SCALED.get(type(theirs))
+    scheme: Any = getattr(layer, "scheme", None)
+    integers = isinstance(scheme, quantization.IntegerScheme)
+    ours = INTEGERS[scheme.bits] if integers else SCALED.get(type(theirs))
     if ours is not None and quantization.ours_on_cpu(theirs.quant_config):
         layer.quant_method = ours(theirs.quant_config)
         prepare(layer, packable)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 from qnext_kernels.fp8 import FP8_GROUP
 from qnext_kernels.integers import INT_GROUPS
 from qnext_plugins.model import (
+    TRANSPOSED,
+    IntegerWeights,
     as_compressed_tensors,
     fp8_shapes,
-    int4_group,
-    int4_obstacle,
-    int4_shapes,
-    left_out_of_int4,
+    integer_obstacle,
     modules_of,
+    stored_names,
 )
 from qnext_plugins.packed_methods import expect_whole_groups
 from qnext_sglang import UnsupportedEngineError, serving
@@ -35,8 +36,17 @@ class CpuFp8Config(api.Fp8Config):
         return [torch.bfloat16, torch.float32]
 
 
-class Int4Scheme(api.CompressedTensorsWNA16):
-    """Makes the parameters of a linear as SGLang does for Marlin; our method then takes its place."""
+class IntegerScheme(api.CompressedTensorsWNA16):
+    """Makes the parameters of a linear as SGLang does for Marlin; our method then takes its place.
+
+    Args:
+        bits: of a weight.
+        group: columns of a row that share a scale.
+    """
+
+    def __init__(self, bits: int, group: int) -> None:
+        super().__init__("group", bits, group)
+        self.bits = bits
 
     def create_weights(
         self,
@@ -60,49 +70,49 @@ class Int4Scheme(api.CompressedTensorsWNA16):
 
 
 class CpuInt4Config(api.CompressedTensorsConfig):
-    """Int4 that our kernels read, as compressed-tensors describes it; what else it may be stays SGLang's."""
+    """Int4, with int8 beside it, that our kernels read, as compressed-tensors describes it; all else stays SGLang's.
+
+    ``described``: the ``quantization_config`` of the checkpoint.
+    """
+
+    described: dict[str, Any]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        if (reason := int4_obstacle(config)) is not None:
+        if (reason := integer_obstacle(config)) is not None:
             own = api.CPU_QUANTIZATION_METHODS[config["quant_method"]].from_config(config)
             own.left_because = reason
             return own
         kept = {name: config[name] for name in PASSED_ON if name in config}
-        return super().from_config({**as_compressed_tensors(config), **kept})
+        ours = super().from_config({**as_compressed_tensors(config), **kept})
+        ours.described = config
+        return ours
 
-    @property
-    def group(self) -> int:
-        """Columns of a row that share a scale."""
-        group = int4_group(self.config)
-        assert group is not None
-        return group
+    @cached_property
+    def integers(self) -> IntegerWeights:
+        return IntegerWeights(self.described)
 
-    def left_out(self, modules: Iterable[str]) -> set[str]:
-        """Those of these modules that are not quantized."""
-        return left_out_of_int4(self.config, modules)
+    def read_names(self, model: str, revision: str | None) -> None:
+        """Take what the files of a checkpoint, a folder or a name on Hugging Face, hold as it is for left out."""
+        if self.described["quant_method"] in TRANSPOSED:
+            names = stored_names(model, revision)
+            self.integers = IntegerWeights(as_compressed_tensors(self.described, names))
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float32]
 
     def get_linear_scheme(
         self, layer: Any, layer_name: str | None = None, matched_target: str | None = None
-    ) -> Int4Scheme | None:
+    ) -> IntegerScheme | None:
         """What a linear is made by, or None where it is not quantized.
 
         SGLang's own asks for a GPU's compute capability, and takes the end of a name in ``ignore`` for all of it.
 
         Raises:
-            ValueError: only some of the linears that are loaded into one are quantized.
+            ValueError: linears that are loaded into one are not quantized alike.
         """
-        head, _, last = (layer_name or "").rpartition(".")
-        parts = {f"{head}.{part}" for part in self.packed_modules_mapping.get(last, [last])}
-        left_out = self.left_out(parts)
-        if left_out == parts:
-            return None
-        if left_out:
-            raise ValueError(f"{', '.join(sorted(left_out))}: not quantized, unlike what is loaded with it")
-        return Int4Scheme("group", 4, self.group)
+        bits = self.integers.bits_of_merged(layer_name or "", self.packed_modules_mapping)
+        return None if bits is None else IntegerScheme(bits, self.integers.group)
 
 
 def is_block_fp8(quant_config: Any) -> bool:
@@ -124,7 +134,7 @@ def ours_on_cpu(quant_config: Any) -> bool:
 def leaves_experts(quant_config: Any, prefix: str) -> bool:
     """Whether a quantized checkpoint has the experts of this name as they are."""
     if is_int4(quant_config):
-        return bool(quant_config.left_out([prefix]))
+        return quant_config.integers.bits(prefix) is None  # type: ignore[no-any-return]
     return isinstance(quant_config, api.Fp8Config) and api.is_layer_skipped(
         prefix, quant_config.ignored_layers, fused_mapping=quant_config.packed_modules_mapping
     )
@@ -139,11 +149,10 @@ def shapes_on_cpu(quant_config: Any, shapes: Mapping[str, tuple[int, ...]]) -> d
     """
     if not ours_on_cpu(quant_config):
         return None
-    modules = modules_of(shapes)
     if is_int4(quant_config):
-        return int4_shapes(shapes, quant_config.left_out(modules), quant_config.group)
+        return quant_config.integers.shapes(shapes)  # type: ignore[no-any-return]
     ignored = quant_config.ignored_layers
-    return fp8_shapes(shapes, {module for module in modules if api.is_layer_skipped(module, ignored)})
+    return fp8_shapes(shapes, {module for module in modules_of(shapes) if api.is_layer_skipped(module, ignored)})
 
 
 def expect_served(quant_config: Any) -> None:

@@ -27,7 +27,6 @@ from sglang.srt.layers.quantization import CPU_QUANTIZATION_METHODS
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, LinearMethodBase
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
-    CompressedTensorsLinearMethod,
 )
 from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
@@ -51,7 +50,6 @@ __all__ = [
     "CPU_QUANTIZATION_METHODS",
     "ColumnParallelLinear",
     "CompressedTensorsConfig",
-    "CompressedTensorsLinearMethod",
     "CompressedTensorsWNA16",
     "ForwardBatch",
     "Fp8Config",

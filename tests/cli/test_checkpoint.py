@@ -19,19 +19,17 @@ from transformers import AutoTokenizer, CompressedTensorsConfig, FineGrainedFP8C
 from typer import Typer
 from typer.testing import CliRunner
 
-from qnext_kernels.integers import dequantize_int4
+from qnext_kernels.integers import INT4, INT8, dequantize_int4, dequantize_int8
 from qnext_plugins.cli.checkpoint import Kind, Spec, Structure, plan, write
 from qnext_plugins.cli.checkpoint.command import checkpoint
 from qnext_plugins.cli.checkpoint.spec import SLICE, TINY, smallest_hidden_size
 from qnext_plugins.cli.checkpoint.tensors import is_quantized, quantize
 from qnext_plugins.model import (
+    IntegerWeights,
     MultiTokenPredictor,
     Qwen3NextConfig,
     check_files,
     expected_shapes,
-    int4_group,
-    int4_shapes,
-    left_out_of_int4,
     modules_of,
 )
 from tests.checkpoints import TINY as TRAINED
@@ -309,16 +307,25 @@ def test_quantized_blocks_use_the_whole_range() -> None:
     assert (largest >= 416).all()
 
 
-def in_int4(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Words and scales of a checkpoint's weights in int4, by the weight's name."""
-    words = {name.removesuffix("_packed"): tensor for name, tensor in tensors.items() if name.endswith("_packed")}
-    return {name: (packed, tensors[f"{name}_scale"]) for name, packed in words.items()}
+def in_integers(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Numbers and scales of a checkpoint's weights in int4 and int8, by the weight's name."""
+    found = {}
+    for name, words in tensors.items():
+        weight, is_packed, _ = name.partition("_packed")
+        if is_packed:
+            columns = int(tensors[f"{weight}_shape"][1])
+            found[weight] = words.view(INT8) if words.shape[1] * 4 == columns else words, tensors[f"{weight}_scale"]
+    return found
+
+
+def read(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (dequantize_int8 if numbers.dtype == INT8 else dequantize_int4)(numbers, scale, dtype)
 
 
 def dequantized(folder: Path, copy: Path) -> Path:
     """A copy of a checkpoint in int4 with what it stands for in float32."""
     tensors = tensors_of(shutil.copytree(folder, copy))
-    weights = {name: dequantize_int4(*packed, torch.float32) for name, packed in in_int4(tensors).items()}
+    weights = {name: read(*packed, torch.float32) for name, packed in in_integers(tensors).items()}
     plain = {name: t for name, t in tensors.items() if not name.endswith(("_packed", "_scale", "_shape"))}
     save_file(plain | weights, copy / "model.safetensors", {"format": "pt"})
     config = config_of(folder)
@@ -327,45 +334,54 @@ def dequantized(folder: Path, copy: Path) -> Path:
     return copy
 
 
-@pytest.fixture(scope="module")
-def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+INT8_TOO = pytest.mark.parametrize("int8", [(), ("--int8",)], ids=["int4 alone", "with int8"])
+
+
+@pytest.fixture(scope="module", params=[(), ("--int8",)], ids=["int4 alone", "with int8"])
+def int4(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A structured checkpoint in int4."""
-    return written(tmp_path_factory.mktemp("int4") / "checkpoint", "--int4", 32)
+    return written(tmp_path_factory.mktemp("int4") / "checkpoint", "--int4", 32, *request.param)
 
 
+@INT8_TOO
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_int4_is_the_bfloat16_checkpoint_within_its_rounding(group: int, tmp_path: Path) -> None:
+def test_int4_is_the_bfloat16_checkpoint_within_its_rounding(group: int, int8: tuple[str, ...], tmp_path: Path) -> None:
     plain = tensors_of(written(tmp_path / "plain"))
-    tensors = tensors_of(written(tmp_path / "int4", "--int4", group))
-    packed = in_int4(tensors)
+    tensors = tensors_of(written(tmp_path / "int4", "--int4", group, *int8))
+    packed = in_integers(tensors)
     assert packed.keys() == {name for name in plain if is_quantized(name)}
     for name, weight in plain.items():
         if name not in packed:
             assert torch.equal(weight, tensors[name]), name
             continue
-        words, scale = packed[name]
-        assert (words.dtype, scale.dtype) == (torch.int32, torch.bfloat16)
+        numbers, scale = packed[name]
+        assert numbers.dtype == (INT8 if int8 and ".experts." not in name else INT4)
+        assert scale.dtype == torch.bfloat16
         assert tensors[f"{name}_shape"].tolist() == list(weight.shape)
         assert scale.shape == (weight.shape[0], weight.shape[1] // group)
         steps = scale.float().repeat_interleave(group, 1)
-        # Half a step, and more at the positive end, which is 7 of the largest magnitude's 7.5; scales are rounded.
-        error = (dequantize_int4(words, scale, torch.float32) - weight.float()).abs()
-        assert (error <= 0.54 * steps).all(), name
+        # Half a step, and more at the positive end, 7 of the largest magnitude's 7.5 or 127 of 127.5; scales are
+        # rounded by a 512th, with the largest number that many times.
+        error = (read(numbers, scale, torch.float32) - weight.float()).abs()
+        assert (error <= (0.54 if numbers.dtype == INT4 else 0.78) * steps).all(), name
 
 
 def test_int4_tensors_are_those_that_its_configuration_promises(int4: Path) -> None:
     quantization = config_of(int4)["quantization_config"]
-    assert int4_group(quantization) == 32
+    integers = IntegerWeights(quantization)
+    assert integers.group == 32
     shapes = expected_shapes(Spec(kind=Kind.TINY, widths=TINY).model(), mtp=True)
-    left_out = left_out_of_int4(quantization, modules_of(shapes))
+    left_out = {module for module in modules_of(shapes) if integers.bits(module) is None}
     assert {"lm_head", "mtp.fc", "model.layers.0.linear_attn.in_proj_ba", "model.layers.3.mlp.gate"} <= left_out
     assert not any(name.endswith(("_proj", "in_proj_qkvz", "experts")) for name in left_out)
-    check_files(int4, int4_shapes(shapes, left_out, 32))
+    check_files(int4, integers.shapes(shapes))
 
 
-@pytest.mark.parametrize("group", [32, 128])
-def test_in_int4_the_greedy_continuation_and_the_drafts_are_as_known(group: int, tmp_path: Path) -> None:
-    folder = written(tmp_path / "int4", "--int4", group, "--seed", 5)
+@pytest.mark.parametrize("options", [(32,), (128, "--int8")])
+def test_in_int4_the_greedy_continuation_and_the_drafts_are_as_known(
+    options: tuple[object, ...], tmp_path: Path
+) -> None:
+    folder = written(tmp_path / "int4", "--int4", *options, "--seed", 5)
     plain, structure = dequantized(folder, tmp_path / "plain"), structure_of(folder)
     text = torch.randperm(structure.vocabulary, generator=torch.Generator().manual_seed(0))
     assert torch.equal(successors(plain, text), structure.successor[text])
@@ -378,15 +394,17 @@ def test_compressed_tensors_reads_int4_as_the_same_numbers(int4: Path) -> None:
     compressors = pytest.importorskip("compressed_tensors.compressors", reason="needs compressed-tensors")
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
-    read = QuantizationConfig.model_validate(config_of(int4)["quantization_config"])
-    assert (read.format, read.quantization_status) == ("pack-quantized", QuantizationStatus.COMPRESSED)
-    tensors, compressor = tensors_of(int4), compressors.BaseCompressor.get_value_from_registry(read.format)
-    for name, packed in in_int4(tensors).items():
+    config = QuantizationConfig.model_validate(config_of(int4)["quantization_config"])
+    assert (config.format, config.quantization_status) == ("pack-quantized", QuantizationStatus.COMPRESSED)
+    tensors, compressor = tensors_of(int4), compressors.BaseCompressor.get_value_from_registry(config.format)
+    for name, packed in in_integers(tensors).items():
+        scheme = config.config_groups["group_0" if packed[0].dtype == INT4 else "group_1"]
         parts = {f"weight_{part}": tensors[f"{name}_{part}"] for part in ("packed", "scale", "shape")}
-        theirs = compressor.decompress(parts, read.config_groups["group_0"])["weight"]
-        assert torch.equal(theirs, dequantize_int4(*packed, theirs.dtype)), name
-        again = compressor.compress({"weight": theirs, "weight_scale": packed[1]}, read.config_groups["group_0"])
-        assert torch.equal(again["weight_packed"], packed[0]), name
+        theirs = compressor.decompress(parts, scheme)["weight"]
+        assert torch.equal(theirs, read(*packed, theirs.dtype)), name
+        exact = {"weight": read(*packed, torch.float32), "weight_scale": packed[1].float()}
+        again = compressor.compress(exact, scheme)
+        assert torch.equal(again["weight_packed"], packed[0].view(INT4)), name
 
 
 def test_transformers_reads_the_int4_configuration(int4: Path) -> None:
@@ -517,6 +535,7 @@ def test_too_small_a_disk_is_named_before_anything_is_written(tmp_path: Path) ->
         (["--fp8", "--hidden-size", 192], "--fp8: expected widths that are multiples of 128"),
         (["--int4", 16], "--int4: expected 32, 64 or 128, got 16"),
         (["--int4", 32, "--fp8"], "--int4: expected without --fp8, got both"),
+        (["--int8"], "--int8: expected beside --int4, got it alone"),
         (["--int4", 32, "--dtype", "float32"], "--dtype: expected bfloat16 beside --int4, got float32"),
         (
             ["--int4", 128, "--hidden-size", 192],

@@ -123,6 +123,7 @@ def test_what_the_weights_ask_for_is_what_their_shapes_say() -> None:
     said = section("features", "What the weights ask for")
     kinds: dict[str, dict[str, Any]] = {"bfloat16": {}, "block-wise FP8": {"fp8": True}}
     kinds |= {f"int4 in groups of {group}": {"int4": group} for group in (32, 128)}
+    kinds["int4 in groups of 128, all but experts in int8"] = {"int4": 128, "int8": True}
     for name, stored in kinds.items():
         model = Slice(layers=48, experts=512, **stored)
         work = SliceWork(model)

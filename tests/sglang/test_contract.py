@@ -27,8 +27,8 @@ from qnext_sglang.experts import (
     SharedFp8LinearMethod,
 )
 from qnext_sglang.gated_delta_net import GatedDeltaNetBackend
-from qnext_sglang.linear import QnextFp8LinearMethod, QnextInt4LinearMethod
-from qnext_sglang.quantization import CpuFp8Config, CpuInt4Config, Int4Scheme
+from qnext_sglang.linear import QnextFp8LinearMethod, QnextInt4LinearMethod, QnextInt8LinearMethod
+from qnext_sglang.quantization import CpuFp8Config, CpuInt4Config, IntegerScheme
 
 PACKAGE = Path(qnext_sglang.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -202,7 +202,7 @@ OBJECTS: list[tuple[str, str, set[str] | None]] = [
     ("ModelRegistry", "models.registry._ModelRegistry", None),
 ]
 # Attributes of them that are ours.
-OURS = {"group", "is_qnext", "left_out", "qnext_batch", "qnext_best", "qnext_config", "qnext_core", "qnext_weights"}
+OURS = {"integers", "is_qnext", "qnext_batch", "qnext_best", "qnext_config", "qnext_core", "qnext_weights"}
 
 # Our classes under SGLang's, and the methods that they add.
 CLASSES: dict[type, set[str]] = {
@@ -218,9 +218,10 @@ CLASSES: dict[type, set[str]] = {
     SharedFp8LinearMethod: set(),
     QnextFp8LinearMethod: set(),
     QnextInt4LinearMethod: set(),
+    QnextInt8LinearMethod: set(),
     CpuFp8Config: set(),
-    CpuInt4Config: {"left_out"},
-    Int4Scheme: set(),
+    CpuInt4Config: {"read_names"},
+    IntegerScheme: set(),
     QnextFusedMoE: {"_route"},
 }
 # Overridden methods whose arguments are ours to choose, because we call them ourselves.

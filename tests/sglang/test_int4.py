@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qnext_kernels import experts as our_experts
 from qnext_kernels import force_backend, topk_softmax
-from qnext_kernels.integers import dequantize_int4, quantize_int4
+from qnext_kernels.integers import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from qnext_plugins.cli.checkpoint.tensors import describe_int4
 from qnext_plugins.cli.doctor import Status, Subject
 from qnext_plugins.model import ConfigError, Qwen3NextConfig, SparseMoe
@@ -33,7 +33,7 @@ from qnext_sglang.linear import QnextInt4LinearMethod
 from qnext_sglang.loading import load_parameters
 from qnext_sglang.models.qwen3_next import Qwen3NextForCausalLM
 from qnext_sglang.quantization import CpuInt4Config, expect_served
-from tests.checkpoints import random_config, store_as_gptq, write_int4_checkpoint
+from tests.checkpoints import IN_INT8, NOT_QUANTIZED, random_config, store_as_gptq, write_int4_checkpoint
 from tests.sglang.engines import engine
 from tests.sglang.quantized import Checkpoints
 
@@ -57,8 +57,8 @@ TWO_RANKS = {f"{group}tp_size": 2 for group in ("", "attn_", "moe_")} | {
 """As the second of them knows them."""
 
 
-def made(folder: Path, group: int, ignore: tuple[str, ...] = ()) -> Checkpoints:
-    write_int4_checkpoint(folder / "int4", folder / "float32", group, ignore=ignore)
+def made(folder: Path, group: int, ignore: tuple[str, ...] = (), in_int8: tuple[str, ...] = ()) -> Checkpoints:
+    write_int4_checkpoint(folder / "int4", folder / "float32", group, ignore=ignore, in_int8=in_int8)
     return Checkpoints(folder / "int4", folder / "float32")
 
 
@@ -100,13 +100,21 @@ def test_what_a_checkpoint_leaves_out_runs_beside_what_is_quantized(
 
 @pytest.mark.sglang
 @pytest.mark.parametrize("method", ["gptq", "auto-round"])
-def test_int4_of_gptq_and_autoround_gives_the_tokens_of_transformers_with_drafts_and_is_updated(
-    mixed: Checkpoints, tmp_path: Path, method: str
+def test_int4_of_gptq_and_autoround_with_int8_beside_it_gives_the_tokens_of_transformers_with_drafts_and_is_updated(
+    tmp_path: Path, method: str
 ) -> None:
-    stored = mixed._replace(quantized=store_as_gptq(mixed.quantized, tmp_path / method, method))
-    with engine(stored.quantized, drafts=3) as running:
+    """That of GPTQ does not say what is not quantized."""
+    checkpoints = made(tmp_path, 64, NOT_QUANTIZED, IN_INT8)
+    path = store_as_gptq(checkpoints.quantized, tmp_path / method, method, tells=method == "auto-round")
+    stored = checkpoints._replace(quantized=path)
+    with engine(path, drafts=3) as running:
         stored.expect_tokens_of_transformers(running)
-        updated = ("model.layers.3.self_attn.k_proj.scales", "model.layers.1.mlp.experts.2.up_proj.qweight")
+        updated = [
+            "model.layers.3.self_attn.k_proj.scales",
+            "model.layers.0.linear_attn.in_proj_qkvz.qweight",
+            "model.layers.1.mlp.experts.2.up_proj.qweight",
+            "model.layers.2.mlp.shared_expert.down_proj.qweight",
+        ]
         stored.expect_answers_follow(running, updated)
 
 
@@ -133,9 +141,9 @@ def test_in_the_deterministic_mode_an_answer_is_the_same_alone_and_among_others_
         checkpoints.expect_independent_and_close(running)
 
 
-def int4(group: int = 32, ignore: tuple[str, ...] = (), **weights: Any) -> Any:
+def int4(group: int = 32, ignore: tuple[str, ...] = (), in_int8: tuple[str, ...] = (), **weights: Any) -> Any:
     """What SGLang on our platform makes of int4 whose scheme is as given."""
-    described = describe_int4(ignore, group)
+    described = describe_int4(ignore, group, in_int8)
     described["config_groups"]["group_0"]["weights"] |= weights
     made = CpuPlatform().get_quantization_config("compressed-tensors").from_config(described)
     made.packed_modules_mapping = Qwen3NextForCausalLM.packed_modules_mapping
@@ -148,6 +156,7 @@ def test_the_platform_serves_int4_in_float32_too_and_what_else_the_format_has_st
     assert set(int4().get_supported_act_dtypes()) == {torch.bfloat16, torch.float32}
     assert type(int4(symmetric=False)) is CompressedTensorsConfig
     assert type(int4(num_bits=8)) is CompressedTensorsConfig
+    assert type(int4(in_int8=IN_INT8)) is CpuInt4Config
 
 
 def test_int4_is_served_in_the_deterministic_mode_too_and_other_schemes_end_the_start_with_their_name() -> None:
@@ -177,7 +186,7 @@ class TestLayers:
         return SglangEngine(random_config(), quant_config)
 
     def test_those_whose_parts_are_no_whole_groups_are_named(self) -> None:
-        engine, found = self.build(int4(64)), "expected whole groups of 64 columns in int4 on a rank, got"
+        engine, found = self.build(int4(64)), "expected whole groups of 64 columns on a rank, got"
         with pytest.raises(ConfigError, match=rf"^o_proj on 2 ranks: weight: {found} 96 columns"):
             engine.row_linear(192, 64, reduce=True, prefix="o_proj")
         config = Qwen3NextConfig.from_hf(random_config(moe_intermediate_size=64))
@@ -186,7 +195,9 @@ class TestLayers:
 
     def test_a_linear_of_which_a_part_is_left_out_is_named(self) -> None:
         name = "model.layers.3.mlp"
-        with pytest.raises(ConfigError, match=rf"{name}.up_proj: not quantized, unlike what is loaded with it$"):
+        with pytest.raises(
+            ConfigError, match=rf"{name}.gate_up_proj: expected .*, got gate_proj 4, up_proj not quantized$"
+        ):
             self.build(int4(ignore=(f"{name}.up_proj",))).gate_up_linear(64, 96, prefix=f"{name}.gate_up_proj")
 
     def test_a_linear_that_is_left_out_by_the_end_of_its_name_alone_is_quantized(self) -> None:
@@ -198,14 +209,16 @@ class TestLayers:
         assert type(methods[0]) is QnextInt4LinearMethod
         assert isinstance(methods[1], UnquantizedLinearMethod)
 
+    @pytest.mark.parametrize("bits", [4, 8])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_a_linear_runs_what_sglang_has_loaded_and_loads_again(self, dtype: torch.dtype) -> None:
+    def test_a_linear_runs_what_sglang_has_loaded_and_loads_again(self, dtype: torch.dtype, bits: int) -> None:
+        config = int4(32, in_int8=("re:mlp.*",) if bits == 8 else ())
         with set_default_torch_dtype(dtype):
-            layer: Any = self.build(int4(32)).gate_up_linear(64, 256, prefix="mlp.gate_up_proj")
+            layer: Any = self.build(config).gate_up_linear(64, 256, prefix="mlp.gate_up_proj")
         model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"gate_up_proj": layer})})
         random = torch.Generator().manual_seed(4)
         for _ in range(2):
-            stored, read = random_int4({f"mlp.{name}": (256, 64) for name in GATE_UP}, random)
+            stored, read = random_integers({f"mlp.{name}": (256, 64) for name in GATE_UP}, random, {"mlp": bits})
             with unpacked_weights(model):
                 load_parameters(model, stored.items(), 0)
             layer.quant_method.process_weights_after_loading(layer)
@@ -214,11 +227,19 @@ class TestLayers:
             expected = x.float() @ torch.cat([weight[128:] for weight in read.values()]).T
             assert (layer(x).float() - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
 
-    @pytest.mark.parametrize("ignore", [(), PUBLISHED], ids=["all", "but the shared one"])
-    def test_experts_run_what_sglang_has_loaded_and_load_again(self, ignore: tuple[str, ...]) -> None:
+    @pytest.mark.parametrize(
+        ("ignore", "in_int8"),
+        [((), ()), (PUBLISHED, ()), ((), IN_INT8)],
+        ids=["all", "but the shared one", "the shared one in int8"],
+    )
+    def test_experts_run_what_sglang_has_loaded_and_load_again(
+        self, ignore: tuple[str, ...], in_int8: tuple[str, ...]
+    ) -> None:
         hf_config = random_config(num_experts=4, moe_intermediate_size=128, shared_expert_intermediate_size=64)
         prefix = "model.layers.0.mlp"
-        block = SparseMoe(Qwen3NextConfig.from_hf(hf_config), SglangEngine(hf_config, int4(32, ignore)), prefix=prefix)
+        block = SparseMoe(
+            Qwen3NextConfig.from_hf(hf_config), SglangEngine(hf_config, int4(32, ignore, in_int8)), prefix=prefix
+        )
         layer = block.experts
         assert layer.shared_expert == (block.shared_expert,)
         model = torch.nn.ModuleDict({"layer": torch.nn.ModuleDict({"mlp": block})})
@@ -233,7 +254,7 @@ class TestLayers:
                     f"{name}.up_proj": (size, 64),
                     f"{name}.down_proj": (64, size),
                 }
-            stored, read = random_int4(shapes, random)
+            stored, read = random_integers(shapes, random, {".shared_expert.": 8} if in_int8 else {})
             stored["layer.mlp.shared_expert_gate.weight"] = gate = torch.randn(1, 64, generator=random)
             if ignore:
                 of_shared = {f"{name}.weight": weight for name, weight in read.items() if ".shared_expert." in name}
@@ -257,17 +278,22 @@ class TestLayers:
             assert (out.hidden_states - expected).norm() <= 1e-4 * expected.norm()
 
 
-def random_int4(
-    shapes: dict[str, tuple[int, int]], random: torch.Generator
+def random_integers(
+    shapes: dict[str, tuple[int, int]], random: torch.Generator, bits: dict[str, int]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors of linears in int4, in groups of 32, as a checkpoint has them, and what their weights stand for."""
+    """Tensors of linears in groups of 32 as a checkpoint has them, and what their weights stand for.
+
+    ``bits``: by parts of names, of linears that are not in int4.
+    """
     stored, read = {}, {}
     for name, shape in shapes.items():
-        words, scale = quantize_int4(torch.randn(shape, generator=random).bfloat16(), 32)
+        in_int8 = any(part in name and number == 8 for part, number in bits.items())
+        weight = torch.randn(shape, generator=random).bfloat16()
+        numbers, scale = (quantize_int8 if in_int8 else quantize_int4)(weight, 32)
         # SGLang does not round scales in float32 by itself.
-        stored |= {f"{name}.weight_packed": words, f"{name}.weight_scale": scale.float()}
+        stored |= {f"{name}.weight_packed": numbers.view(torch.int32), f"{name}.weight_scale": scale.float()}
         stored[f"{name}.weight_shape"] = torch.tensor(shape)
-        read[name] = dequantize_int4(words, scale, torch.float32)
+        read[name] = (dequantize_int8 if in_int8 else dequantize_int4)(numbers, scale, torch.float32)
     return stored, read
 
 

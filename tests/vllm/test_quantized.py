@@ -15,7 +15,7 @@ from qnext_plugins.model import CheckpointError
 from qnext_vllm.linear import OURS_ON_CPU
 from qnext_vllm.model import Qwen3NextForCausalLM
 from tests import reference
-from tests.checkpoints import store_as_gptq, write_fp8_checkpoint, write_int4_checkpoint
+from tests.checkpoints import IN_INT8, NOT_QUANTIZED, store_as_gptq, write_fp8_checkpoint, write_int4_checkpoint
 from tests.determinism import Requests, alone, among
 from tests.reference import Tokens, first_difference
 from tests.vllm.engines import engine
@@ -157,11 +157,13 @@ def test_what_an_int4_checkpoint_leaves_out_is_multiplied_as_it_is(
 
 
 @pytest.mark.parametrize("method", ["gptq", "auto-round"])
-def test_int4_of_gptq_and_autoround_gives_the_tokens_of_transformers_and_is_loaded_again(
+def test_int4_of_gptq_and_autoround_with_int8_beside_it_gives_the_tokens_of_transformers_and_is_loaded_again(
     tmp_path: Path, method: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_int4_checkpoint(tmp_path / "int4", tmp_path / "float32", 64, ignore=("re:.*linear_attn.*",))
-    checkpoint = store_as_gptq(tmp_path / "int4", tmp_path / method, method)
+    """That of GPTQ does not say what is not quantized."""
+    paths = tmp_path / "int4", tmp_path / "float32"
+    write_int4_checkpoint(*paths, 64, ignore=NOT_QUANTIZED, in_int8=IN_INT8)
+    checkpoint = store_as_gptq(tmp_path / "int4", tmp_path / method, method, tells=method == "auto-round")
     prompts = reference.prompts(tmp_path / "float32")[6::12]
     with engine(checkpoint, drafts=2) as running:
         answers = running.greedy(prompts, MAX_TOKENS)

@@ -57,14 +57,16 @@ def serve_quantized(vllm_config: VllmConfig) -> None:
         return
     import torch
 
-    from qnext_plugins.model import int4_obstacle
+    from qnext_plugins.model import TRANSPOSED, integer_obstacle, stored_names
     from qnext_vllm.linear import cpu_fp8_config, cpu_int4_config
 
     described, ours, reason = getattr(model.hf_config, "quantization_config", None), None, None
     if model.quantization == "fp8":
         ours = cpu_fp8_config(described)
     elif model.quantization in INT4_METHODS:
-        ours, reason = cpu_int4_config(described), int4_obstacle(described)
+        reason = integer_obstacle(described)
+        told_by_files = reason is None and (described or {}).get("quant_method") in TRANSPOSED
+        ours = cpu_int4_config(described, stored_names(model.model, model.revision) if told_by_files else ())
     if ours is not None and model.dtype not in (torch.bfloat16, torch.float32):
         ours, reason = None, f"--dtype is {model.dtype}, not bfloat16 or float32"
     vllm_config.quant_config = ours

@@ -188,17 +188,17 @@ def quantization(subject: Subject) -> Finding | None:
     """Of FP8 our kernels for CPUs read blocks of 128 × 128, and symmetric int4; vLLM's own need AMX."""
     import torch
 
-    from qnext_plugins.model import STORED_IN_INT4, int4_group, int4_obstacle, is_block_fp8
+    from qnext_plugins.model import STORED_IN_INT4, IntegerWeights, integer_obstacle, is_block_fp8
 
     quantized = (subject.config or {}).get("quantization_config") or {}
     method = quantized.get("quant_method")
     if method not in ("fp8", *STORED_IN_INT4) or device_type() != "cpu":
         return None
-    if (group := int4_group(quantized)) is not None:
-        return ok(f"int4 in groups of {group}: linears and experts run on the plugin's kernels, as W4A16")
+    if (integers := IntegerWeights.of(quantized)) is not None:
+        return ok(f"int4 in groups of {integers.group}: linears and experts run on the plugin's kernels, as W4A16")
     if method in STORED_IN_INT4:
         return note(
-            f"the checkpoint is quantized, not in int4 that the plugin reads ({int4_obstacle(quantized)}): on a CPU "
+            f"the checkpoint is quantized, not in int4 that the plugin reads ({integer_obstacle(quantized)}): on a CPU "
             "vLLM's own code, whose experts in int4 need AMX"
         )
     if is_block_fp8(quantized):

@@ -28,6 +28,7 @@ from qnext_vllm.linear import (
     CpuInt4Config,
     QnextFp8LinearMethod,
     QnextInt4LinearMethod,
+    QnextInt8LinearMethod,
     QnextLinearMethod,
     leaves_out,
 )
@@ -111,9 +112,12 @@ class QnextRoutedExperts(api.RoutedExperts):
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> Any:
         if isinstance(quant_config, CpuInt4Config):
-            if leaves_out(quant_config, prefix):
+            bits = quant_config.integers.bits(prefix)
+            if bits is None:
                 return QnextMoEMethod(moe_config)
-            return QnextInt4MoEMethod(quant_config.group, moe_config)
+            if bits != 4:
+                raise ValueError(f"{prefix}: expected experts in 4 bits or not quantized, got {bits} bits")
+            return QnextInt4MoEMethod(quant_config.integers.group, moe_config)
         if quant_config is not None:
             method = super()._get_quant_method(prefix, quant_config, moe_config)
             if type(method) is api.Fp8MoEMethod:
@@ -150,8 +154,8 @@ def computes_shared(vllm_config: api.VllmConfig, shared_expert: MLP, prefix: str
     """Whether the calls of our routed experts compute the shared one along.
 
     They do where both are stored alike: without quantization, in block-wise FP8 or in int4, beside which the shared one
-    may also be not quantized. In C++ not with LoRA adapters on its linears, nor with data parallelism, where every rank
-    would add it to the tokens of all; in Triton where a rank's parts of both are of one size.
+    may also be in int8 or not quantized. In C++ not with LoRA adapters on its linears, nor with data parallelism, where
+    every rank would add it to the tokens of all; in Triton where a rank's parts of both are of one size.
     """
     device, dtype = torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
     backend, parallel = OPERATIONS["moe"].select(device, dtype).name, vllm_config.parallel_config
@@ -159,7 +163,7 @@ def computes_shared(vllm_config: api.VllmConfig, shared_expert: MLP, prefix: str
     if backend not in ("native", "triton"):
         return False
     if isinstance(quant_config, CpuInt4Config):
-        beside_int4 = () if leaves_out(quant_config, prefix) else (QnextInt4LinearMethod,)
+        beside_int4 = () if leaves_out(quant_config, prefix) else (QnextInt4LinearMethod, QnextInt8LinearMethod)
         if not stored_as(shared_expert, QnextLinearMethod, *beside_int4):
             return False
     elif quant_config is not None and (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from qnext_kernels import linear
 from qnext_kernels.fp8 import FP8_GROUP
-from qnext_kernels.integers import INT4, INT4_PER_WORD
-from qnext_plugins.model import as_compressed_tensors, int4_group, is_block_fp8, left_out_of_int4
+from qnext_plugins.model import IntegerWeights, as_compressed_tensors, integer_obstacle, is_block_fp8
+from qnext_plugins.model.gptq import WORD_BITS
 from qnext_plugins.packed_methods import (
     Fp8Linear,
     Int4Linear,
+    Int8Linear,
     PackedLinear,
     expect_whole_groups,
     prepare,
@@ -28,8 +30,8 @@ class _PlainTensors(PackedLinear):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
-        for plain, parameter in zip(("plain_weight", "plain_scale"), self.parameters, strict=False):
-            layer.register_buffer(plain, getattr(layer, parameter).data, persistent=False)
+        for plain, tensor in zip(("plain_weight", "plain_scale"), self.tensors(layer), strict=False):
+            layer.register_buffer(plain, tensor.data, persistent=False)
 
 
 class QnextLinearMethod(_PlainTensors, api.UnquantizedLinearMethod):
@@ -87,13 +89,14 @@ class QnextFp8LinearMethod(_ScaledLinearMethod, Fp8Linear):
         prepare(layer, packable=True)
 
 
-@api.register_weight_loader_v2_supported_method
-class QnextInt4LinearMethod(_ScaledLinearMethod, Int4Linear):
-    """The parameters of vLLM's method of compressed-tensors' W4A16, on our kernel.
+class _IntegerLinearMethod(_ScaledLinearMethod):
+    """The parameters of vLLM's method of compressed-tensors' W4A16 and W8A16, on our kernel.
 
     Args:
         group: columns of a row that share a scale.
     """
+
+    bits: int
 
     def __init__(self, group: int) -> None:
         self.group = group
@@ -116,14 +119,25 @@ class QnextInt4LinearMethod(_ScaledLinearMethod, Int4Linear):
         """
         expect_whole_groups(layer.prefix, input_size_per_partition, self.group)
         rows, axes = sum(output_partition_sizes), {"output_dim": 0, "input_dim": 1, "weight_loader": weight_loader}
-        words = torch.empty(rows, input_size_per_partition // INT4_PER_WORD, dtype=INT4)
-        packed = api.PackedvLLMParameter(data=words, packed_dim=1, packed_factor=INT4_PER_WORD, **axes)
+        per_word = WORD_BITS // self.bits
+        words = torch.empty(rows, input_size_per_partition // per_word, dtype=torch.int32)
+        packed = api.PackedvLLMParameter(data=words, packed_dim=1, packed_factor=per_word, **axes)
         scales = torch.empty(rows, input_size_per_partition // self.group, dtype=params_dtype)
         layer.register_parameter("weight_packed", packed)
         layer.register_parameter("weight_scale", api.GroupQuantScaleParameter(data=scales, **axes))
         shape = api.BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), weight_loader=weight_loader)
         layer.register_parameter("weight_shape", shape)
         prepare(layer, packable=True)
+
+
+@api.register_weight_loader_v2_supported_method
+class QnextInt4LinearMethod(_IntegerLinearMethod, Int4Linear):
+    bits = 4
+
+
+@api.register_weight_loader_v2_supported_method
+class QnextInt8LinearMethod(_IntegerLinearMethod, Int8Linear):
+    bits = 8
 
 
 def expect_whole_blocks(name: str, inputs: int, outputs: Sequence[int], all_inputs: int, all_outputs: int) -> None:
@@ -162,7 +176,7 @@ class CpuFp8Config(api.Fp8Config):
 def leaves_out(config: Any, module: str) -> bool:
     """Whether a checkpoint in FP8 or int4 has a module otherwise: it lists it, or what vLLM merges it into."""
     if isinstance(config, CpuInt4Config):
-        return bool(left_out_of_int4(config.config, {module}))
+        return config.integers.bits(module) is None
     parent, _, name = module.rpartition(".")
     merged = [whole for whole, parts in config.packed_modules_mapping.items() if name in parts]
     return any(
@@ -180,30 +194,39 @@ def cpu_fp8_config(described: dict[str, Any] | None) -> CpuFp8Config | None:
 
 
 class CpuInt4Config(api.CompressedTensorsConfig):
-    """Group-wise int4 as compressed-tensors describes it, on our kernels; experts in :mod:`qnext_vllm.experts`.
+    """Group-wise int4, with int8 beside it, as compressed-tensors describes it, on our kernels.
 
-    vLLM's experts in int4 on a CPU need AMX.
+    vLLM's experts in int4 on a CPU need AMX; ours are in :mod:`qnext_vllm.experts`.
     """
 
     config: dict[str, Any]
 
-    @property
-    def group(self) -> int:
-        """Columns of a row that share a scale."""
-        group = int4_group(self.config)
-        assert group is not None
-        return group
+    @cached_property
+    def integers(self) -> IntegerWeights:
+        return IntegerWeights(self.config)
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        method = super().get_quant_method(layer, prefix)
-        return QnextInt4LinearMethod(self.group) if type(method) is api.CompressedTensorsLinearMethod else method
+        """Our method of a linear; vLLM's of what else a layer may be.
+
+        Raises:
+            ValueError: what is loaded into a linear is not quantized alike.
+        """
+        if not isinstance(layer, api.LinearBase):
+            return super().get_quant_method(layer, prefix)
+        bits = self.integers.bits_of_merged(prefix, self.packed_modules_mapping)
+        if bits is None:
+            return api.UnquantizedLinearMethod()
+        return (QnextInt4LinearMethod if bits == 4 else QnextInt8LinearMethod)(self.integers.group)
 
 
-def cpu_int4_config(described: dict[str, Any] | None) -> CpuInt4Config | None:
-    """What a checkpoint's ``quantization_config`` describes, where our kernels read its int4; else None."""
-    if described is None or int4_group(described) is None:
+def cpu_int4_config(described: dict[str, Any] | None, names: Collection[str] = ()) -> CpuInt4Config | None:
+    """What a checkpoint's ``quantization_config`` describes, where our kernels read its int4; else None.
+
+    ``names``: of :func:`as_compressed_tensors`.
+    """
+    if described is None or integer_obstacle(described) is not None:
         return None
-    return CpuInt4Config.from_config(dict(as_compressed_tensors(described)))
+    return CpuInt4Config.from_config(dict(as_compressed_tensors(described, names)))
 
 
 OURS_ON_CPU = (CpuFp8Config, CpuInt4Config)

@@ -19,7 +19,6 @@ from qnext_plugins.model import (
     expected_shapes,
     fp8_shapes,
     from_gptq,
-    int4_shapes,
     modules_of,
 )
 from qnext_plugins.model.weights import MTP_PREFIX
@@ -76,10 +75,9 @@ def checkpoint_shapes(vllm_config: api.VllmConfig, hf_config: Any, **parts: bool
     shapes, quantization = expected_shapes(Qwen3NextConfig.from_hf(hf_config), **parts), vllm_config.quant_config
     if quantization is None:
         return shapes
-    left_out = {module for module in modules_of(shapes) if leaves_out(quantization, module)}
     if isinstance(quantization, CpuInt4Config):
-        return int4_shapes(shapes, left_out, quantization.group)
-    return fp8_shapes(shapes, left_out)
+        return quantization.integers.shapes(shapes)
+    return fp8_shapes(shapes, {module for module in modules_of(shapes) if leaves_out(quantization, module)})
 
 
 def reads_experts_of_a_rank(vllm_config: api.VllmConfig) -> bool:
@@ -257,7 +255,7 @@ class Qwen3NextForCausalLM(
             CheckpointError: a checkpoint, unquantized or in FP8 on a CPU, has missing, surplus or misshapen tensors.
         """
         if isinstance(self.quant_config, CpuInt4Config):
-            weights = from_gptq(weights)
+            weights = from_gptq(weights, self.quant_config.integers.bits)
         if self.expects_checkpoint:
             shapes = checkpoint_shapes(self.vllm_config, self.config)
             of_a_rank = reads_experts_of_a_rank(self.vllm_config)

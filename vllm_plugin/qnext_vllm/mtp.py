@@ -98,7 +98,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExpertsInfo):
         """
         weights = ((name, tensor) for name, tensor in weights if not self.is_unused_checkpoint_weight(name))
         if isinstance(self.vllm_config.quant_config, CpuInt4Config):
-            weights = from_gptq(weights)
+            weights = from_gptq(weights, self.vllm_config.quant_config.integers.bits)
         if self.expects_checkpoint:
             shapes = checkpoint_shapes(self.vllm_config, self.config, target=False, mtp=True)
             weights = checked_weights(weights, shapes, experts_of_a_rank=reads_experts_of_a_rank(self.vllm_config))

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
+    LinearBase,
     LinearMethodBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -39,10 +40,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateShapeCalculator,
     is_conv_state_dim_first,
 )
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-    CompressedTensorsConfig,
-    CompressedTensorsLinearMethod,
-)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
 from vllm.model_executor.layers.quantization.utils.fp8_utils import (
     create_fp8_scale_parameter,
@@ -95,7 +93,6 @@ __all__ = [
     "CPUAttentionBackendImpl",
     "ColumnParallelLinear",
     "CompressedTensorsConfig",
-    "CompressedTensorsLinearMethod",
     "EagleModelMixin",
     "ForwardContext",
     "Fp8Config",
@@ -109,6 +106,7 @@ __all__ = [
     "HasInnerState",
     "IntermediateTensors",
     "IsHybrid",
+    "LinearBase",
     "LinearMethodBase",
     "LogitsProcessor",
     "MambaAttentionBackendEnum",

@@ -21,6 +21,8 @@ class Slice:
     """Whether linears and experts are in block-wise FP8, as in the published checkpoint."""
     int4: int | None = None
     """Columns that share a scale where linears and experts are in int4."""
+    int8: bool = False
+    """Whether linears but routed experts are in int8, beside these in int4."""
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` says."""
@@ -61,17 +63,23 @@ class Slice:
 
     def _quantization(self) -> dict[str, Any]:
         # Here, since llama.cpp's environment, where this module is imported too, has neither PyTorch nor pydantic.
-        from qnext_plugins.cli.checkpoint.tensors import describe_fp8, describe_int4
+        from qnext_plugins.cli.checkpoint.tensors import ALL_BUT_EXPERTS, describe_fp8, describe_int4
 
         modules = ("linear_attn.in_proj_ba", "linear_attn.conv1d", "mlp.gate", "mlp.shared_expert_gate")
         left_out = ["lm_head", *(f"model.layers.{n}.{module}" for n in range(self.layers) for module in modules)]
-        return describe_int4(left_out, self.int4) if self.int4 else describe_fp8(left_out)
+        if self.int4:
+            return describe_int4(left_out, self.int4, ALL_BUT_EXPERTS if self.int8 else ())
+        return describe_fp8(left_out)
 
-    def linear_bytes(self) -> float:
-        """Of an element of a linear or an expert, its part of a scale in int4 included."""
+    def expert_bytes(self) -> float:
+        """Of an element of a routed expert, its part of a scale in int4 included."""
         if self.int4:
             return 0.5 + BF16_BYTES / self.int4
         return 1 if self.fp8 else BF16_BYTES
+
+    def linear_bytes(self) -> float:
+        """Of an element of a linear or the shared expert."""
+        return self.expert_bytes() + (0.5 if self.int8 else 0)
 
     def cache_bytes(self, context: int) -> int:
         """Of keys, values and states of one sequence in the slice, with room for the engine's paging."""
@@ -88,8 +96,10 @@ class SliceWork:
     def weights(self, tokens: int) -> float:
         """Bytes of the weights that ``tokens`` tokens of a step read, every expert at most once; with head."""
         chosen = self.model.experts * (1 - (1 - 10 / self.model.experts) ** tokens)
-        linears = self._linears() + self.model.layers * (chosen + 1) * self._expert()
-        return self.model.linear_bytes() * linears + BF16_BYTES * (self._small() + self._head())
+        routed = self.model.layers * chosen * self._expert()
+        others = self._linears() + self.model.layers * self._expert()
+        plain = self._small() + self._head()
+        return self.model.expert_bytes() * routed + self.model.linear_bytes() * others + BF16_BYTES * plain
 
     def decode(self, context: int, tokens: int = 1, batch: int = 1) -> float:
         """Bytes of a step of ``tokens`` tokens for each of ``batch`` sequences.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -44,6 +44,10 @@ def checkpoint(
         int | None,
         typer.Option(help="Linears in int4 of compressed-tensors, in groups of so many columns: 32, 64 or 128."),
     ] = None,
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="Beside experts in int4 the other linears in int8, as AutoRound's int4-mixed."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Another seed, another checkpoint; the same seed, the same bytes.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Copy the tokenizer of this folder.")] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Make no tokenizer.")] = False,
@@ -68,7 +72,7 @@ def checkpoint(
         if stored is not None and vocab_size is None and kind != Kind.SLICE:
             given["vocab_size"] = stored.size
         widths = WIDTHS[kind].model_copy(update={name: value for name, value in given.items() if value is not None})
-        planned = plan(_spec(kind, widths, mtp_acceptance, mtp, yarn, dtype, fp8, int4, seed))
+        planned = plan(_spec(kind, widths, mtp_acceptance, mtp, yarn, dtype, fp8, int4, int8, seed))
         check_target(out, planned, force)
         console.print(describe(planned), highlight=False, soft_wrap=True)
         if not dry_run:
@@ -103,6 +107,7 @@ def _spec(
     dtype: Dtype,
     fp8: bool,
     int4: int | None,
+    int8: bool,
     seed: int,
 ) -> Spec:
     if seed < 0:
@@ -110,20 +115,23 @@ def _spec(
     if acceptance is not None and (kind == Kind.RANDOM or not mtp):
         other = "--kind random" if kind == Kind.RANDOM else "--no-mtp"
         raise SpecError(f"--mtp-acceptance: expected with a structured checkpoint and its draft, got {other}")
-    chosen = {} if acceptance is None else {"mtp_acceptance": acceptance}
-    return Spec(kind=kind, widths=widths, seed=seed, dtype=dtype, mtp=mtp, yarn=yarn, fp8=fp8, int4=int4, **chosen)
+    given: dict[str, Any] = {"dtype": dtype, "fp8": fp8, "int4": int4, "int8": int8}
+    if acceptance is not None:
+        given["mtp_acceptance"] = acceptance
+    return Spec(kind=kind, widths=widths, seed=seed, mtp=mtp, yarn=yarn, **given)
 
 
 def describe(planned: Plan) -> str:
     """What is going to be written, in two lines."""
     spec, widths = planned.spec, planned.spec.widths
     draft = f"a draft right after {spec.mtp_acceptance:.0%} of the tokens" if spec.structured else "a draft"
+    integers = f"int4 in groups of {spec.int4}{', all but experts in int8' if spec.int8 else ''}"
     parts = [
         f"{widths.num_hidden_layers} layers of width {widths.hidden_size}",
         f"{widths.num_experts} experts",
         f"{widths.vocab_size} tokens",
         draft if spec.mtp else "no draft",
-        "block-wise FP8" if spec.fp8 else f"int4 in groups of {spec.int4}" if spec.int4 else spec.dtype,
+        "block-wise FP8" if spec.fp8 else integers if spec.int4 else spec.dtype,
     ]
     size = f"{planned.parameters:,} parameters, {planned.bytes:,} bytes in {len(planned.shards)} file"
     return f"{spec.kind}: {', '.join(parts)}\n{size}{'s' if len(planned.shards) > 1 else ''}"

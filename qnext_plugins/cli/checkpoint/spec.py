@@ -122,6 +122,8 @@ class Spec(BaseModel):
     fp8: bool = False
     int4: int | None = None
     """Columns that share a scale; None without int4."""
+    int8: bool = False
+    """Whether linears but routed experts are in int8, beside these in int4."""
 
     @property
     def structured(self) -> bool:
@@ -213,6 +215,7 @@ def check(spec: Spec) -> None:
         _expect("int4", spec.int4 in INT_GROUPS, GROUPS, spec.int4)
         _expect("int4", not spec.fp8, "without --fp8", "both")
         _expect("dtype", spec.dtype == Dtype.BFLOAT16, "bfloat16 beside --int4", spec.dtype)
+    _expect("int8", not spec.int8 or spec.int4 is not None, "beside --int4", "it alone")
     spec.model()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,18 @@ LARGEST_FP8 = torch.finfo(FP8).max
 
 Shape = tuple[int, ...]
 
+ALL_BUT_EXPERTS = (r"re:(?!.*\.mlp\.experts\.).*",)
+"""As ``targets``: the linears that :func:`in_int8` has."""
+
 
 def is_quantized(name: str) -> bool:
     """Whether a quantized checkpoint holds this tensor in FP8 or int4, as the published ones do."""
     return name.endswith(".weight") and name.split(".")[-2] in QUANTIZED
+
+
+def in_int8(name: str) -> bool:
+    """Whether AutoRound's mixed checkpoints hold this linear's weight in int8, beside experts in int4."""
+    return ".mlp.experts." not in name
 
 
 def describe_fp8(left_out: Iterable[str]) -> dict[str, Any]:
@@ -38,8 +46,11 @@ def describe_fp8(left_out: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def describe_int4(left_out: Iterable[str], group: int) -> dict[str, Any]:
-    """The ``quantization_config`` of an int4 checkpoint of compressed-tensors that has these modules otherwise."""
+def describe_int4(left_out: Iterable[str], group: int, in_int8: Sequence[str] = ()) -> dict[str, Any]:
+    """The ``quantization_config`` of an int4 checkpoint of compressed-tensors that has these modules otherwise.
+
+    ``in_int8``: targets, names and patterns of linears, that are in int8.
+    """
     weights: dict[str, Any] = {
         "actorder": None,
         "block_structure": None,
@@ -53,8 +64,11 @@ def describe_int4(left_out: Iterable[str], group: int) -> dict[str, Any]:
         "type": "int",
     }
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    groups = {"group_0": scheme}
+    if in_int8:
+        groups["group_1"] = scheme | {"targets": list(in_int8), "weights": weights | {"num_bits": 8}}
     return {
-        "config_groups": {"group_0": scheme},
+        "config_groups": groups,
         "format": "pack-quantized",
         "global_compression_ratio": None,
         "ignore": list(left_out),

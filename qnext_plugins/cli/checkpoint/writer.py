@@ -16,15 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import qnext_plugins
-from qnext_kernels.integers import quantize_int4
+from qnext_kernels.integers import quantize_int4, quantize_int8
 from qnext_plugins.cli.checkpoint.spec import FP8_BLOCK, Spec, SpecError, check
 from qnext_plugins.cli.checkpoint.structure import Structure
 from qnext_plugins.cli.checkpoint.tensors import (
+    ALL_BUT_EXPERTS,
     FP8,
     Shape,
     Values,
     describe_fp8,
     describe_int4,
+    in_int8,
     is_quantized,
     quantize,
 )
@@ -80,10 +82,14 @@ class Plan:
         if not (self.spec.quantized and is_quantized(name)):
             return {name: Stored(shape, getattr(torch, self.spec.dtype))}
         if self.spec.int4 is not None:
-            packed = packed_shapes(name, shape, self.spec.int4)
+            packed = packed_shapes(name, shape, self.spec.int4, self.bits(name))
             return {part: Stored(packed[part], dtype) for part, dtype in zip(packed, INT4, strict=True)}
         blocks = tuple(size // FP8_BLOCK for size in shape)
         return {name: Stored(shape, FP8), f"{name}_scale_inv": Stored(blocks, SCALES)}
+
+    def bits(self, name: str) -> int:
+        """Of a weight that is stored in integers."""
+        return 8 if self.spec.int8 and in_int8(name) else 4
 
 
 def plan(spec: Spec, shard_bytes: int = SHARD_BYTES) -> Plan:
@@ -208,7 +214,9 @@ def _tensors(plan: Plan, name: str, values: Values) -> dict[str, Tensor]:
     if len(stored) == 1:
         return {name: weight}
     if plan.spec.int4 is not None:
-        tensors: tuple[Tensor, ...] = (*quantize_int4(weight, plan.spec.int4), torch.tensor(weight.shape))
+        quantize_integers = quantize_int4 if plan.bits(name) == 4 else quantize_int8
+        numbers, scale = quantize_integers(weight, plan.spec.int4)
+        tensors: tuple[Tensor, ...] = (numbers.view(torch.int32), scale, torch.tensor(weight.shape))
     else:
         tensors = quantize(weight)
     return dict(zip(stored, tensors, strict=True))
@@ -220,7 +228,9 @@ def _write_descriptions(plan: Plan, folder: Path, vocabulary: Vocabulary) -> Non
     if plan.spec.fp8:
         config["quantization_config"] = describe_fp8(_unquantized(plan))
     elif plan.spec.int4 is not None:
-        config["quantization_config"] = describe_int4(_unquantized(plan), plan.spec.int4)
+        config["quantization_config"] = describe_int4(
+            _unquantized(plan), plan.spec.int4, ALL_BUT_EXPERTS if plan.spec.int8 else ()
+        )
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", tokens | {"do_sample": False})
     manifest = {"qnext_plugins": qnext_plugins.__version__, "parameters": plan.parameters, "bytes": plan.bytes}

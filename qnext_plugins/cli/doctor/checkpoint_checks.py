@@ -98,7 +98,7 @@ def weights(subject: Subject) -> Finding | None:
         return None
     if ARCHITECTURE not in (subject.config.get("architectures") or ()):
         return None
-    from qnext_plugins.model import CheckpointError, int4_group, is_block_fp8, weight_files
+    from qnext_plugins.model import CheckpointError, integer_obstacle, is_block_fp8, weight_files
 
     try:
         files = weight_files(subject.folder)
@@ -113,7 +113,7 @@ def weights(subject: Subject) -> Finding | None:
             "finish the download",
         )
     quantization = subject.config.get("quantization_config")
-    if quantization and not is_block_fp8(quantization) and int4_group(quantization) is None:
+    if quantization and not is_block_fp8(quantization) and integer_obstacle(quantization) is not None:
         return ok(f"{len(files)} files, all there; quantized, so that the shapes of the tensors were not checked")
     return _tensors(subject)
 
@@ -122,13 +122,13 @@ def _tensors(subject: Subject) -> Finding | None:
     from qnext_plugins.model import (
         CheckpointError,
         ConfigError,
+        IntegerWeights,
+        as_compressed_tensors,
         check_files,
         expected_shapes,
         fp8_shapes,
-        int4_group,
-        int4_shapes,
-        left_out_of_int4,
-        modules_of,
+        integer_obstacle,
+        stored_names,
     )
     from qnext_plugins.model.weights import MTP_PREFIX
 
@@ -144,11 +144,12 @@ def _tensors(subject: Subject) -> Finding | None:
         plain = expected_shapes(config, **parts)
         if not quantization:
             return plain
-        if (group := int4_group(quantization)) is not None:
-            return int4_shapes(plain, left_out_of_int4(quantization, modules_of(plain)), group)
+        if integer_obstacle(quantization) is None:
+            return IntegerWeights(as_compressed_tensors(quantization, names)).shapes(plain)
         return fp8_shapes(plain, quantization.get("modules_to_not_convert") or ())
 
     try:
+        names = stored_names(str(subject.folder))
         check_files(subject.folder, shapes(), passing=(MTP_PREFIX,))
     except CheckpointError as error:
         return failure(f"{error}", "download the checkpoint again, or correct its config.json")

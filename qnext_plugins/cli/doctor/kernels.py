@@ -143,10 +143,10 @@ def judge_determinism(variable: str, asked: bool, subject: Subject) -> Finding:
     """
     from qnext_kernels.dispatch import deterministic
     from qnext_plugins.gpus import ENGINES_OWN
-    from qnext_plugins.model import int4_group, is_block_fp8
+    from qnext_plugins.model import integer_obstacle, is_block_fp8
 
     on_gpu, quantization = device_type() != "cpu", (subject.config or {}).get("quantization_config")
-    ours = not quantization or is_block_fp8(quantization) or int4_group(quantization) is not None
+    ours = not quantization or is_block_fp8(quantization) or integer_obstacle(quantization) is None
     with deterministic():
         table = [row for row in backends() if not (on_gpu and row.operation in ENGINES_OWN)]
     if missing := sorted({row.operation for row in table if row.backend is None}):

@@ -50,6 +50,8 @@ class ServedModel(nn.Module):
     def __init__(self, config: Any, quant_config: Any) -> None:
         super().__init__()
         expect_served(quant_config)
+        if is_int4(quant_config):
+            quant_config.read_names(config._name_or_path, api.get_server_args().revision)
         determinism.prepare(api.get_server_args(), config, quant_config)
         announce(type(self).__name__, torch.get_default_dtype())
         self.config, self.quant_config = config, quant_config
@@ -189,7 +191,7 @@ class Qwen3NextForCausalLM(ServedModel):
         """
         weights = ((name, tensor) for name, tensor in weights if not name.startswith(MTP_PREFIX))
         if is_int4(self.quant_config):
-            weights = from_gptq(weights)
+            weights = from_gptq(weights, self.quant_config.integers.bits)
         if (shapes := self.stored_shapes()) is not None:
             weights = checked_weights(weights, shapes, complete=not self.loads_parts)
         with unpacked_weights(self):

@@ -71,7 +71,7 @@ class Qwen3NextForCausalLMMTP(ServedModel):
         """
         weights = ((name, tensor) for name, tensor in weights if self._is_ours(name))
         if is_int4(self.quant_config):
-            weights = from_gptq(weights)
+            weights = from_gptq(weights, self.quant_config.integers.bits)
         if (shapes := self.stored_shapes(target=False, mtp=True)) is not None:
             weights = checked_weights(weights, shapes, complete=not self.loads_parts)
         with unpacked_weights(self):
