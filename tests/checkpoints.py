@@ -16,6 +16,7 @@ from qnext_kernels.integers import dequantize_int4, dequantize_int8, quantize_in
 from qnext_plugins.cli.checkpoint.tensors import describe_int4, is_quantized, quantize
 from qnext_plugins.model import IntegerWeights
 from qnext_plugins.model.gptq import MIDDLES
+from qnext_plugins.model.weights import is_linear_weight
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny" / "checkpoint"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -120,20 +121,27 @@ def write_int4_checkpoint(
         quantized: where it is written.
         float32: where what its weights stand for is written.
         group: columns that share a scale, one of INT_GROUPS.
-        ignore: entries of its ``ignore`` beside those that name what is in int4 nowhere; what they cover is not.
-        in_int8: targets, by names and patterns, that are in int8.
+        ignore: entries of its ``ignore`` beside those that name what is quantized nowhere; what they cover is not.
+        in_int8: targets, by names and patterns, that are in int8, also linears that are in int4 nowhere.
         overrides: of :func:`random_config`.
     """
     _write_wide_checkpoint(float32, **overrides)
     shutil.copytree(float32, quantized)
     weights = load_file(float32 / "model.safetensors")
-    kept = {name.removesuffix(".weight") for name in weights if not is_quantized(name)}
+    targets = IntegerWeights(describe_int4([], group, in_int8))
+    quantized_names = {
+        name
+        for name, weight in weights.items()
+        if is_quantized(name)
+        or (is_linear_weight(name, tuple(weight.shape)) and targets.bits(name.removesuffix(".weight")) == 8)
+    }
+    kept = {name.removesuffix(".weight") for name in weights if name not in quantized_names}
     described = describe_int4([*sorted(kept), *ignore], group, in_int8)
     integers = IntegerWeights(described)
     stored, read = {}, {}
     for name, weight in weights.items():
         stored[name] = read[name] = weight
-        bits = integers.bits(name.removesuffix(".weight")) if is_quantized(name) else None
+        bits = integers.bits(name.removesuffix(".weight")) if name in quantized_names else None
         if bits is None:
             continue
         quantize, dequantize = (quantize_int4, dequantize_int4) if bits == 4 else (quantize_int8, dequantize_int8)
@@ -147,9 +155,9 @@ def write_int4_checkpoint(
     _describe(quantized, described)
 
 
-IN_INT8 = ("re:.*self_attn.*", r"re:.*\.shared_expert\..*", "re:.*in_proj_qkvz")
-"""What AutoRound has in int8 beside experts in int4."""
-NOT_QUANTIZED = ("re:.*linear_attn.out_proj", "re:mtp.*")
+IN_INT8 = ("re:.*self_attn.*", r"re:.*\.shared_expert\..*", "re:.*in_proj_.*", "mtp.fc")
+"""What AutoRound has in int8 beside experts in int4, the projections of gates too."""
+NOT_QUANTIZED = ("re:.*linear_attn.out_proj", "re:mtp.layers.*")
 
 
 def store_as_gptq(path: Path, to: Path, method: str, *, tells: bool = True) -> Path:
