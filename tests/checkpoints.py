@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from qnext_kernels.fp8 import dequantize_blocks
-from qnext_kernels.integers import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from qnext_kernels.integers import QUANTIZE
+from qnext_kernels.quantized import dequantize
 from qnext_plugins.cli.checkpoint.tensors import describe_int4, is_quantized, quantize
 from qnext_plugins.model import IntegerWeights
 from qnext_plugins.model.gptq import MIDDLES
@@ -144,8 +145,7 @@ def write_int4_checkpoint(
         bits = integers.bits(name.removesuffix(".weight")) if name in quantized_names else None
         if bits is None:
             continue
-        quantize, dequantize = (quantize_int4, dequantize_int4) if bits == 4 else (quantize_int8, dequantize_int8)
-        numbers, scale = quantize(weight.bfloat16(), group)
+        numbers, scale = QUANTIZE[bits](weight.bfloat16(), group)
         words = numbers.view(torch.int32)
         del stored[name]
         stored |= {f"{name}_packed": words, f"{name}_scale": scale.float(), f"{name}_shape": torch.tensor(weight.shape)}

@@ -55,6 +55,10 @@ def quantize_int8(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return (numbers + 128).to(INT8), scale
 
 
+QUANTIZE = {4: quantize_int4, 8: quantize_int8}
+"""By the bits of a number; :func:`qnext_kernels.quantized.dequantize` reads either."""
+
+
 def dequantize_int4(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., N, K / 8] int32 with scales [..., N, K / group] as [..., N, K] of a dtype."""
     numbers = torch.stack([(weight >> 4 * n) & 15 for n in range(INT4_PER_WORD)], dim=-1).flatten(-2) - 8

@@ -76,7 +76,7 @@ def _gptq(quantization: Mapping[str, Any]) -> tuple[list[str], list[str], dict[s
     for rule, changed in (quantization.get("dynamic") or {}).items():
         if rule.startswith("-:"):
             ignored.append(f"re:{rule[2:]}")
-        elif _differs_in_bits(changed, quantization, 8):
+        elif _is_int8(changed, quantization):
             in_int8.append(f"re:{rule.removeprefix('+:')}")
         elif _differs(changed, quantization):
             beside["dynamic"] = rule
@@ -98,7 +98,7 @@ def _auto_round(quantization: Mapping[str, Any]) -> tuple[list[str], list[str], 
         entries = [f"re:.*(?:{name})"] if is_pattern else [rf"re:(?:.*\.)?{re.escape(name)}$"]
         if changed.get("bits", 0) >= UNQUANTIZED:
             ignored += entries
-        elif _differs_in_bits(changed, quantization, 8):
+        elif _is_int8(changed, quantization):
             in_int8 += entries
         elif _differs(changed, quantization):
             beside["extra_config"] = name
@@ -121,9 +121,9 @@ def _differs(changed: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
     )
 
 
-def _differs_in_bits(changed: Mapping[str, Any], base: Mapping[str, Any], bits: int) -> bool:
-    """Whether such a rule changes nothing but that there are so many bits."""
-    return changed.get("bits") == bits != base.get("bits") and not _differs({**changed, "bits": base.get("bits")}, base)
+def _is_int8(changed: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether such a rule changes nothing but that there are eight bits."""
+    return changed.get("bits") == 8 and not _differs({**changed, "bits": base.get("bits")}, base)
 
 
 def packed_names(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

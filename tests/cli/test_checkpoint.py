@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, CompressedTensorsConfig, FineGrainedFP8C
 from typer import Typer
 from typer.testing import CliRunner
 
-from qnext_kernels.integers import INT4, INT8, dequantize_int4, dequantize_int8
+from qnext_kernels.integers import INT4, INT8
+from qnext_kernels.quantized import dequantize
 from qnext_plugins.cli.checkpoint import Kind, Spec, Structure, plan, write
 from qnext_plugins.cli.checkpoint.command import checkpoint
 from qnext_plugins.cli.checkpoint.spec import SLICE, TINY, smallest_hidden_size
@@ -318,14 +319,10 @@ def in_integers(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def read(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (dequantize_int8 if numbers.dtype == INT8 else dequantize_int4)(numbers, scale, dtype)
-
-
 def dequantized(folder: Path, copy: Path) -> Path:
     """A copy of a checkpoint in int4 with what it stands for in float32."""
     tensors = tensors_of(shutil.copytree(folder, copy))
-    weights = {name: read(*packed, torch.float32) for name, packed in in_integers(tensors).items()}
+    weights = {name: dequantize(*packed, torch.float32) for name, packed in in_integers(tensors).items()}
     plain = {name: t for name, t in tensors.items() if not name.endswith(("_packed", "_scale", "_shape"))}
     save_file(plain | weights, copy / "model.safetensors", {"format": "pt"})
     config = config_of(folder)
@@ -334,16 +331,16 @@ def dequantized(folder: Path, copy: Path) -> Path:
     return copy
 
 
-INT8_TOO = pytest.mark.parametrize("int8", [(), ("--int8",)], ids=["int4 alone", "with int8"])
+WITH_INT8_TOO = [pytest.param((), id="int4 alone"), pytest.param(("--int8",), id="with int8")]
 
 
-@pytest.fixture(scope="module", params=[(), ("--int8",)], ids=["int4 alone", "with int8"])
+@pytest.fixture(scope="module", params=WITH_INT8_TOO)
 def int4(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A structured checkpoint in int4."""
     return written(tmp_path_factory.mktemp("int4") / "checkpoint", "--int4", 32, *request.param)
 
 
-@INT8_TOO
+@pytest.mark.parametrize("int8", WITH_INT8_TOO)
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_int4_is_the_bfloat16_checkpoint_within_its_rounding(group: int, int8: tuple[str, ...], tmp_path: Path) -> None:
     plain = tensors_of(written(tmp_path / "plain"))
@@ -362,7 +359,7 @@ def test_int4_is_the_bfloat16_checkpoint_within_its_rounding(group: int, int8: t
         steps = scale.float().repeat_interleave(group, 1)
         # Half a step, and more at the positive end, 7 of the largest magnitude's 7.5 or 127 of 127.5; scales are
         # rounded by a 512th, with the largest number that many times.
-        error = (read(numbers, scale, torch.float32) - weight.float()).abs()
+        error = (dequantize(numbers, scale, torch.float32) - weight.float()).abs()
         assert (error <= (0.54 if numbers.dtype == INT4 else 0.78) * steps).all(), name
 
 
@@ -401,8 +398,8 @@ def test_compressed_tensors_reads_int4_as_the_same_numbers(int4: Path) -> None:
         scheme = config.config_groups["group_0" if packed[0].dtype == INT4 else "group_1"]
         parts = {f"weight_{part}": tensors[f"{name}_{part}"] for part in ("packed", "scale", "shape")}
         theirs = compressor.decompress(parts, scheme)["weight"]
-        assert torch.equal(theirs, read(*packed, theirs.dtype)), name
-        exact = {"weight": read(*packed, torch.float32), "weight_scale": packed[1].float()}
+        assert torch.equal(theirs, dequantize(*packed, theirs.dtype)), name
+        exact = {"weight": dequantize(*packed, torch.float32), "weight_scale": packed[1].float()}
         again = compressor.compress(exact, scheme)
         assert torch.equal(again["weight_packed"], packed[0].view(INT4)), name
 

@@ -23,12 +23,13 @@ from qnext_plugins.model import (
     stored_names,
 )
 from qnext_plugins.model.config import Qwen3NextConfig
+from qnext_plugins.model.integers import EXPERT_LINEARS
 from tests.checkpoints import random_config, store_as_gptq, write_int4_checkpoint
 
 EXPERT = "model.layers.2.mlp.experts.0.up_proj"
 MODULES = {"model.layers.0.linear_attn.in_proj_ba", "model.layers.3.self_attn.q_proj", "mtp.fc", EXPERT}
 
-UP = ("gate", "up", "down")
+OF_AN_EXPERT = [f"mlp.experts.0.{last}" for last in EXPERT_LINEARS]
 NUMBERED = {1: "model.layers.0.linear_attn.in_proj_ba", 2: "mtp.fc", 3: EXPERT}
 
 
@@ -79,7 +80,10 @@ def test_what_else_they_may_be_is_named(described: dict[str, Any], reason: str) 
     [
         (gptq(), set()),
         (gptq(dynamic={"-:.*in_proj_ba": {}, "-:mtp.*": {}, "+:.*q_proj": {"bits": 4}}), {1, 2}),
-        (gptq(modules_in_block_to_quantize=[["self_attn.q_proj"], [f"mlp.experts.0.{x}_proj" for x in UP]]), {1, 2}),
+        (
+            gptq(modules_in_block_to_quantize=[["self_attn.q_proj"], OF_AN_EXPERT]),
+            {1, 2},
+        ),
         (gptq(modules_in_block_to_quantize=["self_attn.q_proj", "linear_attn.in_proj_ba"]), {2, 3}),
         (auto_round(extra_config={"mtp.fc": {"bits": 16}, "in_proj_ba": {"bits": 16}}), {1, 2}),
         (auto_round(extra_config={"layers.[0-2].linear": {"bits": 16, "data_type": "fp"}}), {1}),

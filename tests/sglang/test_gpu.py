@@ -48,6 +48,7 @@ from tests.checkpoints import random_config
 from tests.kernels.fused_moe_stand_in import stand_in
 from tests.kernels.triton.ahead_of_time import compiling_for
 from tests.kernels.triton.interpreter import interpreted, kernel_modules
+from tests.logged import logged
 from tests.sglang import recurrent_runs as runs
 from tests.sglang.platforms import Gpu, Musa, OldGpu, RocmGpu
 
@@ -76,14 +77,10 @@ def configured() -> Iterator[None]:
 @pytest.fixture
 def lines() -> Iterator[list[str]]:
     """What the plugin logs."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    qnext_sglang.logger.addHandler(handler)
     qnext_sglang.logger.setLevel(logging.INFO)
     experts._say_once.cache_clear()
-    yield messages
-    qnext_sglang.logger.removeHandler(handler)
+    with logged(qnext_sglang.logger) as messages:
+        yield messages
     qnext_sglang.logger.setLevel(logging.NOTSET)
     experts._say_once.cache_clear()
 

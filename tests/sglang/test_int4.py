@@ -19,7 +19,8 @@ from torch import Tensor
 
 from qnext_kernels import experts as our_experts
 from qnext_kernels import force_backend, topk_softmax
-from qnext_kernels.integers import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from qnext_kernels.integers import QUANTIZE
+from qnext_kernels.quantized import dequantize
 from qnext_plugins.cli.checkpoint.tensors import describe_int4
 from qnext_plugins.cli.doctor import Status, Subject
 from qnext_plugins.model import ConfigError, Qwen3NextConfig, SparseMoe
@@ -283,17 +284,16 @@ def random_integers(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors of linears in groups of 32 as a checkpoint has them, and what their weights stand for.
 
-    ``bits``: by parts of names, of linears that are not in int4.
+    ``bits``: by parts of names, of linears that may be in another number of bits than four.
     """
     stored, read = {}, {}
     for name, shape in shapes.items():
-        in_int8 = any(part in name and number == 8 for part, number in bits.items())
-        weight = torch.randn(shape, generator=random).bfloat16()
-        numbers, scale = (quantize_int8 if in_int8 else quantize_int4)(weight, 32)
+        number = next((number for part, number in bits.items() if part in name), 4)
+        numbers, scale = QUANTIZE[number](torch.randn(shape, generator=random).bfloat16(), 32)
         # SGLang does not round scales in float32 by itself.
         stored |= {f"{name}.weight_packed": numbers.view(torch.int32), f"{name}.weight_scale": scale.float()}
         stored[f"{name}.weight_shape"] = torch.tensor(shape)
-        read[name] = (dequantize_int8 if in_int8 else dequantize_int4)(numbers, scale, torch.float32)
+        read[name] = dequantize(numbers, scale, torch.float32)
     return stored, read
 
 

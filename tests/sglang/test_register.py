@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import pkgutil
 import subprocess
@@ -29,6 +28,7 @@ from qnext_sglang import MODELS_PACKAGE, MODELS_VARIABLE, SUPPORTED_SGLANG, acti
 from qnext_sglang.cpu.platform import ATTENTION_BACKEND
 from qnext_sglang.serving import stored_config, unserved_flags
 from tests.checkpoints import TINY
+from tests.logged import logged
 from tests.sglang.platforms import Gpu
 
 REGISTRY = registry_module.__name__
@@ -65,12 +65,8 @@ def early(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def lines() -> Iterator[list[str]]:
     """What the plugin logs."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    qnext_sglang.logger.addHandler(handler)
-    yield messages
-    qnext_sglang.logger.removeHandler(handler)
+    with logged(qnext_sglang.logger) as messages:
+        yield messages
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import qnext_vllm
+from tests.logged import logged
 from tests.vllm.engines import Engine, engine
 
 
@@ -22,9 +22,5 @@ def running(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[Engine
 @pytest.fixture
 def lines() -> Iterator[list[str]]:
     """What the plugin logs in this process; vLLM's handler may write where no capture of a test reads."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    qnext_vllm.logger.addHandler(handler)
-    yield messages
-    qnext_vllm.logger.removeHandler(handler)
+    with logged(qnext_vllm.logger) as messages:
+        yield messages

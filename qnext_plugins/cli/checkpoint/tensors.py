@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from qnext_plugins.cli.checkpoint.spec import FP8_BLOCK, Spec
 from qnext_plugins.cli.checkpoint.streams import generator
 from qnext_plugins.cli.checkpoint.structure import Structure
+from qnext_plugins.model.weights import EXPERTS
 
 DISTURBANCE = 0.1
 """Root mean square, in embeddings', of all that a structured model's layers may add to the residual stream."""
@@ -21,7 +23,7 @@ LARGEST_FP8 = torch.finfo(FP8).max
 
 Shape = tuple[int, ...]
 
-ALL_BUT_EXPERTS = (r"re:(?!.*\.mlp\.experts\.).*",)
+ALL_BUT_EXPERTS = (rf"re:(?!.*{re.escape(EXPERTS)}).*",)
 """As ``targets``: the linears that :func:`in_int8` has."""
 
 
@@ -32,7 +34,7 @@ def is_quantized(name: str) -> bool:
 
 def in_int8(name: str) -> bool:
     """Whether AutoRound's mixed checkpoints hold this linear's weight in int8, beside experts in int4."""
-    return ".mlp.experts." not in name
+    return EXPERTS not in name
 
 
 def describe_fp8(left_out: Iterable[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import qnext_plugins
-from qnext_kernels.integers import quantize_int4, quantize_int8
+from qnext_kernels.integers import QUANTIZE
 from qnext_plugins.cli.checkpoint.spec import FP8_BLOCK, Spec, SpecError, check
 from qnext_plugins.cli.checkpoint.structure import Structure
 from qnext_plugins.cli.checkpoint.tensors import (
@@ -214,8 +214,7 @@ def _tensors(plan: Plan, name: str, values: Values) -> dict[str, Tensor]:
     if len(stored) == 1:
         return {name: weight}
     if plan.spec.int4 is not None:
-        quantize_integers = quantize_int4 if plan.bits(name) == 4 else quantize_int8
-        numbers, scale = quantize_integers(weight, plan.spec.int4)
+        numbers, scale = QUANTIZE[plan.bits(name)](weight, plan.spec.int4)
         tensors: tuple[Tensor, ...] = (numbers.view(torch.int32), scale, torch.tensor(weight.shape))
     else:
         tensors = quantize(weight)
