@@ -5,7 +5,8 @@ $QNEXT_CACHE_DIR, else in the user's cache folder; its name contains a digest of
 stale one is never loaded. Threads are those of PyTorch: the library is linked against the
 same OpenMP runtime, and so respects ``torch.set_num_threads`` and the engines' binding.
 
-They are compiled for AVX-512 with BF16 dot products where the processor has them, else for AVX2; QNEXT_ISA chooses.
+They are compiled for AMX where the processor has it, else for AVX-512 with BF16 dot products, else for AVX2; QNEXT_ISA
+chooses.
 """
 
 from __future__ import annotations
@@ -34,17 +35,27 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
+AVX512BF16 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c")
 FLAGS_OF_ISA = {
-    "avx512bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c"),
+    "amx": (*AVX512BF16, "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"),
+    "avx512bf16": AVX512BF16,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "amx-emulated": (*AVX512BF16, "-mavx512vbmi", "-DQNEXT_EMULATE_TILES"),
 }
-"""Instruction sets that the kernels are written for, the best first, and what makes a compiler use them."""
+"""Instruction sets that the kernels are written for, the best first, and what makes a compiler use them.
+
+The last is AMX as AVX-512 does it, slowly and with the same bits, for tests.
+"""
+CPU_AVX512BF16 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
 FURTHER_FLAGS = {"avx512bf16": {"avx512vbmi": "-mavx512vbmi"}}
 """Of an instruction set where the processor has what is named too, as almost all of them have."""
 CPU_FLAGS_OF_ISA = {
-    "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    "amx": {*CPU_AVX512BF16, "avx512vbmi", "amx_tile", "amx_bf16"},
+    "avx512bf16": CPU_AVX512BF16,
     "avx2": {"avx2", "fma", "f16c"},
+    "amx-emulated": {*CPU_AVX512BF16, "avx512vbmi"},
 }
+SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 LONGEST_WAIT = 300
 """Seconds for another process that compiles; then this one goes on without the library."""
@@ -55,16 +66,34 @@ class NativeError(RuntimeError):
 
 
 def usable_instruction_sets() -> list[str]:
-    """Those that the processor has, the best first.
+    """Those that the processor has, the best first; AMX where the system and the compiler have it too.
 
     Raises:
         NativeError: there is none.
     """
     have = _cpu_flags()
     usable = [isa for isa, needed in CPU_FLAGS_OF_ISA.items() if needed <= have]
+    if "amx" in usable and not (_tiles_permitted() and _compiles("amx")):
+        usable.remove("amx")
     if not usable:
         raise NativeError("needs a processor with AVX2 and FMA")
     return usable
+
+
+@cache
+def _tiles_permitted() -> bool:
+    """Ask Linux for the registers of AMX, which a process has to before it uses them (arch_prctl(2))."""
+    return ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
+
+
+@cache
+def _compiles(isa: str) -> bool:
+    """Whether the compiler knows an instruction set: AMX is younger than others that still serve."""
+    try:
+        run([*compiler(), *FLAGS_OF_ISA[isa], "-E", "-x", "c++", os.devnull])
+    except NativeError:
+        return False
+    return True
 
 
 def _cpu_flags() -> set[str]:

@@ -13,6 +13,7 @@ import torch
 
 from qnext_kernels import native
 from qnext_kernels.native import NativeError, build, instruction_set, library
+from tests.kernels.kernel_inputs import same_bits
 
 SERVED = """
 import torch
@@ -53,12 +54,17 @@ def test_kernels_compile_for_every_instruction_set(isa: str, tmp_path: Path) -> 
     assert build(isa, tmp_path).stat().st_size > 0
 
 
-def other_instruction_sets() -> list[str]:
-    """Those of this processor that are not taken by default."""
+def usable_instruction_sets() -> list[str]:
     try:
-        return native.usable_instruction_sets()[1:]
+        return native.usable_instruction_sets()
     except NativeError:
         return []
+
+
+def other_instruction_sets() -> list[str]:
+    """Those of this processor that are not taken by default; where it has AMX, not what stands in for it."""
+    usable = usable_instruction_sets()
+    return [isa for isa in usable[1:] if isa != "amx-emulated" or "amx" not in usable]
 
 
 @pytest.mark.slow
@@ -88,6 +94,35 @@ def test_kernels_of_another_instruction_set_pass_their_tests(isa: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.skipif("amx" not in usable_instruction_sets(), reason="wants AMX")
+def test_amx_has_the_bits_of_what_stands_in_for_it(tmp_path: Path) -> None:
+    results = []
+    for isa in ("amx", "amx-emulated"):
+        command = [sys.executable, "-m", "tests.kernels.tile_results", str(tmp_path / isa)]
+        subprocess.run(command, env=os.environ | {"QNEXT_ISA": isa}, cwd=Path(__file__).parents[2], check=True)
+        results.append(torch.load(tmp_path / isa))
+    assert len(results[0]) == len(results[1]) > 0
+    assert all(map(same_bits, *results))
+
+
+@pytest.mark.parametrize("lacks", [None, "_tiles_permitted", "_compiles"])
+def test_amx_is_used_where_system_and_compiler_have_it(lacks: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_cpu_flags", lambda: set().union(*native.CPU_FLAGS_OF_ISA.values()))
+    for name in ("_tiles_permitted", "_compiles"):
+        monkeypatch.setattr(native, name, lambda *_, answer=name != lacks: answer)
+    others = ["avx512bf16", "avx2", "amx-emulated"]
+    assert native.usable_instruction_sets() == (others if lacks else ["amx", *others])
+
+
+def test_compiler_that_does_not_know_an_instruction_set_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    native._compiles.cache_clear()
+    assert native._compiles("avx2")
+    native._compiles.cache_clear()
+    monkeypatch.setenv("CXX", "false")
+    assert not native._compiles("avx2")
+    native._compiles.cache_clear()
 
 
 def test_library_shares_the_threads_of_pytorch() -> None:

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "decoder_layer.h"
-#include "matmul.h"
+#include "matmul_tiles.h"
 
 namespace qnext {
 
@@ -320,8 +320,8 @@ class Run {
         const Run& run;
         const Routing& routing;
         float* const total;
-        Activations<T, W> hidden, activated;
-        Activations<T, S> shared_activated;
+        ActivationsOf<T, W> hidden, activated;
+        ActivationsOf<T, S> shared_activated;
         const Scratch<char> memory;  // two panels
         const Products products;
         Scratch<float> gates;     // products of several panels

@@ -2,7 +2,7 @@
 //
 // For a few tokens the limit is reading the weights once, for many the rate of multiplications. Threads take panels.
 #include "decoder_layer.h"
-#include "matmul.h"
+#include "matmul_tiles.h"
 
 namespace qnext {
 
@@ -42,10 +42,11 @@ void linear(const Linear& p) {
     const int64_t threads = omp_get_max_threads();
     const int64_t blocks = (p.tokens + threads * kTokens - 1) / (threads * kTokens) * threads;
     const bool shared = ranges < kFewRanges && p.tokens > kTokens;
-    const int64_t token_block = shared ? (p.tokens + blocks - 1) / blocks : kTokenBlock;
+    const int64_t token_block = shared ? (p.tokens + blocks - 1) / blocks : kTiled<T> ? kTokens : kTokenBlock;
 #pragma omp parallel if (worth_threads(p.tokens * p.rows * p.k))
     {
-        Activations<T, W> activations(p.k);
+        ActivationsOf<T, W> activations(p.k);
+        int64_t taken = -1;
         const int64_t panel_size = Matrix<W>::panel_size(p.k);
         const auto memory = scratch<W>(weight.packed ? panel_size : at_once * panel_size);
         const Products products(std::min(kTokens, p.tokens));
@@ -59,7 +60,8 @@ void linear(const Linear& p) {
                     w[n] = weight.panel(first + n * kPanel, memory.get() + (weight.packed ? 0 : n * panel_size));
                 for (int64_t block = begin; block < end; block += kTokens) {
                     const int64_t tokens = std::min(kTokens, end - block);
-                    activations.take(tokens, [&](int64_t i) { return x + (block + i) * p.x_token; });
+                    if (block != taken) activations.take(tokens, [&](int64_t i) { return x + (block + i) * p.x_token; });
+                    taken = block;
                     multiply<T>(activations.rows(), tokens, w, panels, p.k, products.get());
                     for (int64_t n = 0; n < panels; ++n) {
                         const int64_t row = first + n * kPanel;

@@ -5,6 +5,8 @@
 // activations are broadcast to it. A matrix whose whole panels are stored so is packed: a step of decode reads it as one
 // stream. Other panels are packed on the way.
 //
+// With AMX activations in bfloat16 are multiplied by matmul_tiles.h.
+//
 // A result is the sum over blocks of K of one chain of sums each, in one order. It does not depend on how many activations
 // or rows are multiplied together, or on who packed the panel. Of weights with scales a block is what has one in common,
 // which its chain is multiplied with.

@@ -5,7 +5,8 @@
 // sequence, and partitions are put together in order; keys behind a query's own are left out, not masked. So the bits of
 // a query's result do not depend on the other queries, and one long sequence still occupies many threads.
 //
-// Scores of bfloat16 come from dot products of pairs where the processor has them; weights and values are float32.
+// Scores of bfloat16 come from dot products of pairs where the processor has them; weights and values are float32. With AMX
+// attention_in_tiles.h computes bfloat16.
 //
 // With 8 query heads a key-value head, float32 has 4 vector operations a vector of the cache and query head: at bfloat16
 // a decode is bound by them as much as by the memory. So that the times do not add up, the keys and values of the next
@@ -16,46 +17,15 @@
 #include <limits>
 #include <vector>
 
-#include "attention_tile.h"
+#include "attention_in_tiles.h"
+#include "attention_work.h"
 #include "kv_pages.h"
 
 namespace qnext {
 
 namespace {
 
-constexpr int64_t kBlock = 48;
-constexpr int64_t kPartition = 576, kBlocks = kPartition / kBlock;
 constexpr int64_t kSteps = Vec::size == 16 ? 3 : 1;  // that a block takes of one token
-// Queries, of all heads of a group, that meet a block together: the more, the more often what is fetched is used.
-constexpr int64_t kTileRows = 64, kMostTileRows = 256;
-
-struct Shape {
-    explicit Shape(const PagedAttention& p)
-        : group(p.heads / p.kv_heads), lanes((group + kRows - 1) / kRows * kRows),
-          width((p.head_dim + kPair - 1) / kPair * kPair), tokens(tokens_of(p, group)) {}
-    // Eight tiles a thread are enough.
-    static int64_t tokens_of(const PagedAttention& p, int64_t group) {
-        int64_t most = 1;  // of a sequence: memory for more would be cleared by the system in each call
-        for (int64_t n = 0; n < p.sequences; ++n) most = std::max(most, p.query_start_loc[n + 1] - p.query_start_loc[n]);
-        const int64_t share = p.query_start_loc[p.sequences] * p.kv_heads / (8 * omp_get_max_threads());
-        return std::clamp<int64_t>(std::clamp(share, kTileRows / group, kMostTileRows / group), 1, most);
-    }
-    int64_t group, lanes, width, tokens;  // query heads a key-value head, also in whole kRows; in whole pairs; tokens a tile
-};
-
-// Neighbouring query tokens of one sequence, and the query heads of one key-value head.
-struct Tile {
-    int64_t sequence, kv_head, token, tokens, keys;  // keys: of the last token
-    int64_t parts() const { return (keys + kPartition - 1) / kPartition; }
-};
-
-// Partitions of the keys of a tile, from `first` to before `last`.
-struct Parts {
-    const Tile* tile;
-    int64_t first, last;
-    int64_t begin() const { return first * kBlocks; }
-    int64_t end() const { return (std::min(last * kPartition, tile->keys) + kBlock - 1) / kBlock; }
-};
 
 // The softmax of a tile over some of its keys: the largest score, Σ e^(score − largest), and the values weighted so.
 struct Softmax {
@@ -80,6 +50,8 @@ struct Softmax {
 template <class T>
 class Worker {
   public:
+    static int64_t floats(const Shape& s, int64_t tokens) { return Softmax::floats(s, tokens); }
+
     Worker(const PagedAttention& p, const Shape& s)
         : p(p), s(s), queries(scratch<Element>(s.tokens * s.group * s.width)),
           copy(scratch<T>(s.width == p.head_dim ? 0 : 2 * kBlock * s.width)), nothing(scratch<T>(s.width)),
@@ -349,6 +321,14 @@ class Worker {
     Ahead<T> ahead;
 };
 
+#if defined(QNEXT_TILES)
+template <class T>
+using WorkerOf = std::conditional_t<std::is_same_v<T, bfloat16>, TiledWorker, Worker<T>>;
+#else
+template <class T>
+using WorkerOf = Worker<T>;
+#endif
+
 std::vector<Tile> tiles_of(const PagedAttention& p, const Shape& s) {
     std::vector<Tile> tiles;
     for (int64_t n = 0; n < p.sequences; ++n) {
@@ -380,7 +360,7 @@ void by_tiles(const PagedAttention& p, const Shape& s, const std::vector<Tile>& 
     std::atomic<size_t> taken{0};
 #pragma omp parallel if (parallel)
     {
-        Worker<T> worker(p, s);
+        WorkerOf<T> worker(p, s);
         share(taken, tiles.size(), [&](size_t i, size_t next) {
             worker.whole(tiles[i], next < tiles.size() ? Parts{&tiles[next], 0, 1} : Parts{});
         });
@@ -394,7 +374,7 @@ void by_parts(const PagedAttention& p, const Shape& s, const std::vector<Tile>& 
     int64_t floats = 0;
     for (const Tile& tile : tiles) {
         starts.push_back(floats);
-        for (int64_t n = 0; n < tile.parts(); ++n, floats += Softmax::floats(s, tile.tokens)) {
+        for (int64_t n = 0; n < tile.parts(); ++n, floats += WorkerOf<T>::floats(s, tile.tokens)) {
             parts.push_back({&tile, n, n + 1});
             places.push_back(floats);
         }
@@ -403,7 +383,7 @@ void by_parts(const PagedAttention& p, const Shape& s, const std::vector<Tile>& 
     std::atomic<size_t> taken{0};
 #pragma omp parallel
     {
-        Worker<T> worker(p, s);
+        WorkerOf<T> worker(p, s);
         share(taken, parts.size(), [&](size_t i, size_t next) {
             worker.part(parts[i], next < parts.size() ? parts[next] : Parts{}, results.get() + places[i]);
         });
@@ -426,7 +406,7 @@ void paged_attention(const PagedAttention& p) {
     const int64_t threads = omp_get_max_threads(), count = int64_t(tiles.size());
     const bool parallel = threads > 1 && worth_threads(work);
     // Partitions go to different threads where there are few tiles and little memory is needed for it.
-    if (parallel && most_parts > 1 && count < 4 * threads && parts * Softmax::floats(s, s.tokens) < 1 << 25)
+    if (parallel && most_parts > 1 && count < 4 * threads && parts * WorkerOf<T>::floats(s, s.tokens) < 1 << 25)
         by_parts<T>(p, s, tiles);
     else
         by_tiles<T>(p, s, tiles, parallel);
