@@ -2,16 +2,17 @@
 """Layers of Qwen3-Next-80B-A3B at real widths in vLLM on this CPU, with the plugin and without, step by step.
 
     python benchmarks/cpu_slice.py [--quick] [--layers 4 --experts 256] [--threads 1,2] [--csv FILE] [--plot FILE]
-    python benchmarks/cpu_slice.py --fp8 --peer bfloat16,vllm [...]
+    python benchmarks/cpu_slice.py --fp8 --peer bfloat16,vllm,vllm-alike [...]
     python benchmarks/cpu_slice.py --int4 32 [--int8] --peer bfloat16,fp8,int4,vllm [...]
     python benchmarks/cpu_slice.py [--fp8 | --int4 32] --peer llama.cpp --llama-python PYTHON [...]
 
 Two engines with random bfloat16 weights are held in memory at once and run in turns: a prefill each, then some decode
 steps each, and so on; medians count. A decode step is timed as a whole: scheduling, every layer, head, sampling. The
 verify step is timed with n-gram drafts that are all accepted, so that a step is one of 1 + drafts tokens and no draft
-model; not against llama.cpp. Beside ours in FP8 llama.cpp's linears and experts are in Q8_0, beside int4 in Q4_0. Times
-are wall times: they need a machine that does nothing else. roof_pct is the least time over ours: what memory bandwidth
-(a read loop) or the better of two matrix products allows for the weights, caches and states that the step must move, or
+model; not against llama.cpp. vllm-alike is vLLM's own in the numbers that ours are in, which it has kernels for where
+the processor has AMX. Beside ours in FP8 llama.cpp's linears and experts are in Q8_0, beside int4 in Q4_0. Times are
+wall times: they need a machine that does nothing else. roof_pct is the least time over ours: what memory bandwidth (a
+read loop) or the better of two matrix products allows for the weights, caches and states that the step must move, or
 for its FLOP.
 """
 
@@ -42,7 +43,7 @@ from qnext_plugins.cli.bench.stepped import EngineError
 IN_TREE = "vLLM in-tree"
 OURS = {"bfloat16": "plugin, bfloat16", "fp8": "plugin, block-wise FP8", "int4": "plugin, int4"}
 """Our own, in other numbers, as peers."""
-PEERS = ("vllm", "llama.cpp", *OURS)
+PEERS = ("vllm", "vllm-alike", "llama.cpp", *OURS)
 LLAMA_TYPES = {"bfloat16": "BF16", "fp8": "Q8_0", "int4": "Q4_0"}
 """What llama.cpp's linears and experts are in beside ours: as many bits a number, scales of 16 bits in groups of 32."""
 STEPS = 8
@@ -205,6 +206,13 @@ def in_words(results: list[Result]) -> Iterator[str]:
             yield f"{row.op}, {row.shape}, threads={row.threads}: {row.ours / step.ours:.2f} of our decode steps"
 
 
+def quantized(args: argparse.Namespace) -> str:
+    """What the weights of ours are in, which are not in bfloat16."""
+    if args.fp8:
+        return "block-wise FP8"
+    return f"int4, groups of {args.int4}" + (", all but experts in int8" if args.int8 else "")
+
+
 def peer_names(value: str) -> list[str]:
     """Some of :data:`PEERS`, separated by commas."""
     names = list(dict.fromkeys(value.split(",")))
@@ -222,11 +230,14 @@ def main() -> int:
     parser.add_argument("--context", type=positive_numbers, default="128,32768", help="tokens, default 128,32768")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each engine (default 3)")
     parser.add_argument("--eager", action="store_true", help="both without torch.compile")
-    parser.add_argument("--fp8", action="store_true", help="ours in block-wise FP8; peers stay in bfloat16")
+    parser.add_argument("--fp8", action="store_true", help="ours in block-wise FP8; peers vllm and bfloat16 are not")
     help_int4 = "ours in int4, in groups of so many columns: 32, 64 or 128"
     parser.add_argument("--int4", type=int, choices=INT_GROUPS, metavar="GROUP", help=help_int4)
     parser.add_argument("--int8", action="store_true", help="beside --int4: all but routed experts in int8")
-    help_peer = "some of vllm (default), llama.cpp, and bfloat16, fp8 and int4, the plugin's own, with commas"
+    help_peer = (
+        "some of vllm (default), vllm-alike, in the numbers that ours are in, llama.cpp, and bfloat16, fp8 and int4, "
+        "the plugin's own, with commas"
+    )
     parser.add_argument("--peer", type=peer_names, default="vllm", help=help_peer)
     python = os.environ.get("QNEXT_LLAMA_PYTHON")
     parser.add_argument("--llama-python", default=python, metavar="PYTHON", help="by default $QNEXT_LLAMA_PYTHON")
@@ -240,11 +251,17 @@ def main() -> int:
         parser.error("--int4: expected without --fp8, got both")
     if args.int8 and not args.int4:
         parser.error("--int8: expected beside --int4, got it alone")
+    if "vllm-alike" in args.peer and not (args.fp8 or args.int4):
+        parser.error("--peer: expected vllm-alike beside --fp8 or --int4, got it without; in bfloat16 it is vllm")
     if args.quick:
         args.prefill, args.context, args.rounds = args.prefill[:1], args.context[:1], 2
     header, others = describe_machine(), OtherLoad()
     args.peers = []
     for name in [] if args.alone else args.peer:
+        if name == "vllm-alike":
+            alike = {"fp8": args.fp8, "int4": args.int4, "int8": args.int8}
+            args.peers.append(Side(f"{IN_TREE}, {quantized(args)}", plugin=False, eager=args.eager, **alike))
+            continue
         if name != "llama.cpp":
             numbers = {"fp8": name == "fp8", "int4": args.int4 or INT_GROUPS[0] if name == "int4" else None}
             args.peers.append(Side(OURS.get(name, IN_TREE), plugin=name in OURS, eager=args.eager, **numbers))
@@ -264,8 +281,7 @@ def main() -> int:
     console = make_console()
     stored = "bfloat16"
     if args.fp8 or args.int4:
-        stored += f", ours in int4, groups of {args.int4}" if args.int4 else ", ours in block-wise FP8"
-        stored += ", all but experts in int8" if args.int8 else ""
+        stored += f", ours in {quantized(args)}"
     header.append(f"slice: {args.layers} layers, {args.experts} experts, vocabulary {args.vocabulary}, {stored}")
     results, roofs = run(args, console)
     header += [roofs.describe(threads) for threads in args.threads]
