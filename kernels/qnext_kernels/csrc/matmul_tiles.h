@@ -79,7 +79,7 @@ struct Ahead {
 
 // Tiles of activations that meet a panel together: one meets all of it, two meet half of it.
 struct One {
-    static constexpr int64_t rows = kRows, passes = 1, columns = kPanel;
+    static constexpr int64_t rows = kRows, columns = kPanel;
 
     static void configure(int64_t count) {
         const auto n = uint8_t(count);
@@ -107,7 +107,7 @@ struct One {
 };
 
 struct Two {
-    static constexpr int64_t rows = 2 * kRows, passes = 2, columns = kPanel / 2;
+    static constexpr int64_t rows = 2 * kRows, columns = kPanel / 2;
 
     static void configure(int64_t count) {
         const auto n = uint8_t(count - kRows);
@@ -306,7 +306,7 @@ __attribute__((noinline)) void multiply(const bfloat16* x, int64_t count, const 
             const int64_t columns = std::min(kScaleBlock, k - begin);
             tiles::decode<D>(panel.data + stored_in<W>(begin * kPanel), columns, decoded);
             tiles::for_rows_together(count, [&](int64_t first, int64_t some, auto together) {
-                using Together = std::conditional_t<std::is_same_v<decltype(together), tiles::One>, tiles::One, tiles::Two>;
+                using Together = decltype(together);
                 for (int64_t chain = 0; chain < columns; chain += panel.group) {
                     const int64_t steps = (std::min(panel.group, columns - chain) + tiles::kColumns - 1) / tiles::kColumns;
                     const int64_t column_tile = (begin + chain) / tiles::kColumns;
