@@ -8,6 +8,7 @@ import mmap
 import sys
 import time
 from functools import cache
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -38,10 +39,12 @@ def use_huge_pages(*tensors: Tensor, seconds: float = math.inf) -> None:
         end = -(-(memory.data_ptr() + memory.nbytes()) // HUGE_PAGE) * HUGE_PAGE
         if (madvise := _madvise()) is not None:
             madvise(begin, end - begin, mmap.MADV_HUGEPAGE)
-            for part in range(begin, end, AT_ONCE):
+            # A call ends at the first page that cannot be huge, as the outer two where not all of them is mapped.
+            parts = [begin, *range(begin + HUGE_PAGE, end - HUGE_PAGE, AT_ONCE), max(begin, end - HUGE_PAGE), end]
+            for part, after in pairwise(parts):
                 if time.monotonic() > last:
                     return
-                madvise(part, min(AT_ONCE, end - part), MADV_COLLAPSE)
+                madvise(part, after - part, MADV_COLLAPSE)
 
 
 @cache

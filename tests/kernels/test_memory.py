@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import re
 from pathlib import Path
@@ -47,6 +48,23 @@ def test_the_pages_in_which_a_tensor_begins_and_ends_are_huge(size: int, huge: i
     use_huge_pages(x)
     whole[::4096] = 7
     assert huge_bytes(x) == huge * HUGE_PAGE
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="this system has no huge pages")
+def test_what_lies_beside_a_tensor_and_cannot_be_huge_leaves_the_rest_huge() -> None:
+    memory = mmap.mmap(-1, 8 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = whole.data_ptr() + -whole.data_ptr() % HUGE_PAGE
+    half, tensor_bytes = HUGE_PAGE // 2, 6 * HUGE_PAGE
+    x = whole[begin + half - whole.data_ptr() :][:tensor_bytes]
+    x.fill_(7)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for beside in (begin, begin + half + tensor_bytes):
+        assert protect(beside, half, mmap.PROT_READ) == 0, ctypes.get_errno()
+    use_huge_pages(torch.frombuffer(memory, dtype=torch.uint8, offset=x.storage_offset(), count=tensor_bytes))
+    assert huge_bytes(x) == 5 * HUGE_PAGE
+    assert (x == 7).all()
 
 
 def test_contents_stay() -> None:
