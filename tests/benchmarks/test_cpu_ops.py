@@ -21,5 +21,5 @@ def test_small_rows_agree_with_vllm_and_are_written(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = list(csv.DictReader(line for line in out.read_text().splitlines() if not line.startswith("#")))
-    assert {row["op"] for row in rows} == {"experts", "attention prefill", "attention decode"}
+    assert {row["op"] for row in rows} == {"experts", "attention prefill", "attention decode", "attention verify"}
     assert all(float(row["ratio"]) > 0 for row in rows)

@@ -1,10 +1,10 @@
 // Attention of bfloat16 over a paged cache with AMX.
 //
-// Keys times queries give scores with the queries side by side, so that a vector softens one key's for 16 queries and no sum
-// runs across it. Weights are turned around for the products with values, each as the sum of two bfloat16, so that nothing is
-// rounded to bfloat16 but the result. A query's softmax is that of a partition of its keys at once; partitions are put
-// together in order. Keys behind a query's own get a weight of 0, and those behind the last that a tile sees are not read. So
-// the bits of a query's result do not depend on the other queries.
+// A row is a query token with a query head. A partition's keys are turned around and its values put in pairs, once for all rows
+// of a tile. Scores become weights beside the products that weight values for the rows before, each as the sum of two bfloat16,
+// so that nothing is rounded to bfloat16 but the result. A row's softmax is that of a partition at once; partitions are put
+// together in order. Keys behind a row's own get a weight of 0, and those behind the last that a tile sees are not read. So the
+// bits of a row's result do not depend on the other rows.
 #pragma once
 
 #include <algorithm>
@@ -18,35 +18,40 @@
 
 namespace qnext {
 
-// One thread's. A row is a query token with a query head; `rows` of a tile are in whole tiles of AMX.
+// One thread's; `rows` of a tile are in whole tiles of AMX.
 class TiledWorker {
     static constexpr int64_t kKeys = tiles::kRows, kPairBytes = kPair * 2;
+    static constexpr int64_t kForeseen = 144;  // keys
     static constexpr int64_t kTileWeights = 2 * kPartition * kKeys;  // of 16 rows, in two parts
     static_assert(kPair == tiles::kColumns && kPartition % tiles::kColumns == 0);
 
   public:
+    static constexpr int64_t kMostRows = 512;
+
     // Of a tile's result: of each row the largest score, the sum of the weights, and the values weighted so.
     static int64_t floats(const Shape& s, int64_t tokens) { return rows_of(s, tokens) * (2 + s.width); }
 
     TiledWorker(const PagedAttention& p, const Shape& s)
         : p(p), s(s), queries(scratch<bfloat16>(rows_of(s, s.tokens) * s.width)),
-          scores(scratch<float>(2 * kPartition * kKeys)), weights(scratch<bfloat16>(2 * kTileWeights)),
-          values(scratch<bfloat16>(kPartition * s.width)), memory(scratch<float>(floats(s, s.tokens))),
-          some(scratch<float>(2 * kKeys * s.width)) {}
+          scores(scratch<float>(2 * kKeys * kPartition)), weights(scratch<bfloat16>(4 * kTileWeights)),
+          keys(scratch<bfloat16>(kPartition * s.width)), values(scratch<bfloat16>(kPartition * s.width)),
+          memory(scratch<float>(floats(s, s.tokens))), some(scratch<float>(2 * kKeys * s.width)) {}
 
-    // What comes next is nothing that this asks for early: a processor foresees the rows well enough.
     void whole(const Tile& tile, const Parts& next) {
         const tiles::FlushSubnormals flush;
         part({&tile, 0, tile.parts()}, next, memory.get());
         finish(result(memory.get()));
     }
 
-    void part(const Parts& parts, const Parts&, float* to) {
+    void part(const Parts& parts, const Parts& next, float* to) {
         begin(*parts.tile);
         const Result all = result(to);
         const tiles::FlushSubnormals flush;
         tiles::configure({kKeys, kKeys, kKeys, kKeys, kKeys, kKeys, kKeys, kKeys});
-        for (int64_t part = parts.first; part < parts.last; ++part) attend(part, all, part == parts.first);
+        for (int64_t part = parts.first; part < parts.last; ++part) {
+            foresee(part + 1 < parts.last ? Parts{parts.tile, part + 1, parts.last} : next);
+            attend(part, all, part == parts.first);
+        }
         tiles::release();
     }
 
@@ -56,7 +61,7 @@ class TiledWorker {
         const Result all = result(parts);
         for (int64_t i = 1; i < t.parts(); ++i) {
             const Result each = result(parts + i * floats(s, t.tokens));
-            join(i, 0, rows(), each.largest, each.total, each.values, all);
+            join(i, {0, t.tokens * s.group, t.keys}, each.largest, each.total, each.values, all);
         }
         finish(all);
     }
@@ -67,11 +72,19 @@ class TiledWorker {
         float* values;           // [rows, width], columns in the order of `twos`
     };
 
+    // One or two tiles of rows, and the keys of a partition that the last of them sees.
+    struct Rows {
+        int64_t first, count, visible;
+        bool two() const { return count > kKeys; }
+    };
+
     // Where 16 rows of keys lie, a stride in elements apart.
     struct KeyRows {
         const bfloat16* data;
         int64_t stride;
     };
+
+    class Softening;
 
     static int64_t rows_of(const Shape& s, int64_t tokens) { return (tokens * s.group + kKeys - 1) / kKeys * kKeys; }
     int64_t rows() const { return rows_of(s, t.tokens); }
@@ -95,7 +108,10 @@ class TiledWorker {
         return left >= kPair ? _mm512_loadu_si512(row + c) : _mm512_maskz_loadu_epi16((uint32_t(1) << left) - 1, row + c);
     }
 
-    // Queries as the second operand: of 16 rows [width / 32, pairs of columns, 16, 2].
+    // Few rows do not pay for turning keys around: their queries are turned instead, and then the scores.
+    bool few() const { return rows() <= 2 * kKeys; }
+
+    // Queries of 16 rows as the first operand, [width / 32, 16, 32], few as the second, [width / 32, pairs of columns, 16, 2].
     void begin(const Tile& tile) {
         t = tile;
         bfloat16* to = queries.get();
@@ -106,45 +122,118 @@ class TiledWorker {
                     square[r].v = first + r < t.tokens * s.group
                                       ? _mm512_castsi512_ps(columns(row(p.q, first + r, p.q_token, p.q_head), c))
                                       : _mm512_setzero_ps();
+                if (few()) transpose(square);
+                for (int64_t r = 0; r < kKeys; ++r) square[r].store(reinterpret_cast<float*>(to) + r * Vec::size);
+            }
+        }
+    }
+
+    void find(const Tile& tile, Kind kind, int64_t part, int64_t count, const bfloat16** to) const {
+        Run<bfloat16>(p, kind, tile.sequence, tile.kv_head, part * kPartition, count).next(count, to, nullptr);
+    }
+
+    // Some keys of what comes next, which products of few rows with values, that do not wait for memory, leave it time for.
+    void foresee(const Parts& next) {
+        foreseen = 0;
+        if (!few() || !next.tile) return;
+        foreseen = std::min(kForeseen, next.tile->keys - next.first * kPartition);
+        find(*next.tile, Kind::keys, next.first, foreseen, next_rows);
+    }
+
+    // A partition to `all`, or joined to it.
+    void attend(int64_t part, const Result& all, bool is_first) {
+        const int64_t before = part * kPartition, count = std::min(kPartition, t.keys - before);
+        find(t, Kind::keys, part, count, key_rows);
+        find(t, Kind::values, part, count, value_rows);
+        turned = interleaved = 0;
+        Rows last{};
+        alignas(64) float largest[2][2 * kKeys], total[2][2 * kKeys];
+        int turn = 0;
+        const auto finish_last = [&](Softening& beside) {
+            float *const sums = is_first ? all.values + last.first * s.width : some.get(), *const to_total = total[1 - turn];
+            const bfloat16* const w = weights.get() + (1 - turn) * 2 * kTileWeights;
+            if (!interleaved) interleave(count);
+            if (finite || keys_of(last.first) - before >= count)
+                weigh(last, w, sums, beside);
+            else
+                weigh_each(last, before, w, sums);
+            if (!is_first) return join(part, last, largest[1 - turn], to_total, sums, all);
+            std::copy_n(largest[1 - turn], last.count, all.largest + last.first);
+            std::copy_n(to_total, last.count, all.total + last.first);
+        };
+        for (int64_t first = 0; first < t.tokens * s.group; first += 2 * kKeys) {
+            const int64_t here = std::min(t.tokens * s.group - first, 2 * kKeys);
+            const Rows now{first, here, std::min(keys_of(first + here - 1) - before, count)};
+            if (now.visible <= 0) continue;
+            score(now, count);
+            Softening softening(*this, now, before, weights.get() + turn * 2 * kTileWeights, largest[turn], total[turn]);
+            if (last.count) finish_last(softening);
+            softening.finish();
+            last = now;
+            turn = 1 - turn;
+        }
+        Softening nothing;
+        finish_last(nothing);
+    }
+
+    // Keys as the second operand, up to a tile of them: of 16 [width / 32, pairs of columns, 16, 2], zeros behind the last.
+    void turn_keys(int64_t end, int64_t count) {
+        for (; turned < end; ++turned) {
+            const bfloat16* const* const from = key_rows + turned * kKeys;
+            bfloat16* to = keys.get() + turned * kKeys * s.width;
+            for (int64_t c = 0; c < s.width; c += kPair, to += tiles::kSize) {
+                Vec square[kKeys];
+                for (int64_t r = 0; r < kKeys; ++r)
+                    square[r].v = turned * kKeys + r < count ? _mm512_castsi512_ps(columns(from[r], c)) : _mm512_setzero_ps();
                 transpose(square);
                 for (int64_t r = 0; r < kKeys; ++r) square[r].store(reinterpret_cast<float*>(to) + r * Vec::size);
             }
         }
     }
 
-    void find(Kind kind, int64_t part, int64_t count, const bfloat16** to) const {
-        Run<bfloat16>(p, kind, t.sequence, t.kv_head, part * kPartition, count).next(count, to, nullptr);
+    // Values 16 apart side by side, as the second operand: of 32 [width / 16, 16 pairs, 16, 2], columns in the order of `twos`.
+    // Notes whether all are finite.
+    void interleave(int64_t count) {
+        const __m512i exponent = _mm512_set1_epi16(0x7f80);
+        __mmask32 special = 0;
+        const int64_t end = (count + tiles::kColumns - 1) / tiles::kColumns * tiles::kColumns;
+        for (int64_t key = 0; key < end; key += key % kKeys == kKeys - 1 ? kKeys + 1 : 1) {
+            const int64_t of_block = key % tiles::kColumns;
+            bfloat16* to = values.get() + (key - of_block) * s.width + of_block * kPair;
+            for (int64_t c = 0; c < s.width; c += kPair, to += 2 * tiles::kSize) {
+                const auto row = [&](int64_t i) { return i < count ? columns(value_rows[i], c) : _mm512_setzero_si512(); };
+                const __m512i first = row(key), second = row(key + kKeys);
+                for (const __m512i each : {first, second})
+                    special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(each, exponent), exponent);
+                _mm512_store_si512(to, _mm512_unpacklo_epi16(first, second));
+                _mm512_store_si512(to + tiles::kSize, _mm512_unpackhi_epi16(first, second));
+            }
+        }
+        finite = !special;
+        interleaved = count;
     }
 
-    // A partition to `all`, or joined to it.
-    void attend(int64_t part, const Result& all, bool is_first) {
-        const int64_t count = std::min(kPartition, t.keys - part * kPartition);
-        find(Kind::keys, part, count, key_rows);
-        find(Kind::values, part, count, value_rows);
-        for (int64_t key = 0; key < count; key += kKeys) keys[key / kKeys] = key_tile(key, count);
-        const int64_t pairs = 2 * kKeys;
-        bool interleaved = false;
-        for (int64_t first = 0; first < rows(); first += pairs) {
-            const int64_t last_row = std::min(first + pairs, t.tokens * s.group) - 1;
-            const int64_t visible = std::min(keys_of(last_row) - part * kPartition, count);
-            if (visible <= 0) continue;
-            const bool two = last_row >= first + kKeys;
-            score(first, visible, two);
-            if (!interleaved) interleave(count);
-            interleaved = true;
-            float *largest = all.largest + first, *total = all.total + first, *sums = all.values + first * s.width;
-            alignas(64) float part_largest[2 * kKeys], part_total[2 * kKeys];
-            if (!is_first) largest = part_largest, total = part_total, sums = some.get();
-            for (int64_t tile = 0; tile < 1 + two; ++tile)
-                soften(first + tile * kKeys, part, visible, scores.get() + tile * kPartition * kKeys,
-                       weights.get() + tile * kTileWeights, largest + tile * kKeys, total + tile * kKeys);
-            if (finite || keys_of(first) - part * kPartition >= visible) {
-                weigh(visible, two, sums);
-            } else {
-                weigh_each(first, part, visible, two, sums);
-                interleaved = false;
+    // Scores [rows, kPartition], behind the last key of whatever is there.
+    void score(const Rows& r, int64_t count) {
+        const bfloat16* const q = queries.get() + r.first * s.width;
+        const int64_t key_tiles = (r.visible + kKeys - 1) / kKeys, together = r.two() && !few() ? 2 : 4;
+        const auto at = [&](int64_t n) { return keys.get() + std::min(n, key_tiles - 1) * kKeys * s.width; };
+        for (int64_t n = 0; n < key_tiles; n += together) {
+            float* const to = scores.get() + n * kKeys;
+            if (few()) {
+                KeyRows from[4];
+                for (int64_t i = 0; i < 4; ++i) from[i] = i && n + i >= key_tiles ? from[0] : key_tile((n + i) * kKeys, count);
+                for (int64_t tile = 0; tile < 1 + r.two(); ++tile) {
+                    const int64_t ahead = tile ? count : (n + 4) * kKeys;
+                    score_few(q + tile * kKeys * s.width, from, ahead, count, to + tile * kKeys * kPartition);
+                }
+                continue;
             }
-            if (!is_first) join(part, first, two ? pairs : kKeys, largest, total, sums, all);
+            turn_keys(std::min(n + together, key_tiles), count);
+            if (r.two())
+                score_two(q, at(n), at(n + 1), to);
+            else
+                score_one(q, at(n), at(n + 1), at(n + 2), at(n + 3), to);
         }
     }
 
@@ -157,177 +246,220 @@ class TiledWorker {
             for (int64_t i = 2; i < kKeys; ++i) even &= from[i] - from[i - 1] == stride;
             if (even) return {from[0], stride};
         }
-        if (!copies) copies = scratch<bfloat16>(kPartition * s.width);
-        bfloat16* const to = copies.get() + key * s.width;
+        bfloat16* const to = keys.get() + key * s.width;
         for (int64_t i = 0; i < kKeys; ++i)
             for (int64_t c = 0; c < s.width; c += kPair)
                 _mm512_store_si512(to + i * s.width + c, key + i < count ? columns(from[i], c) : _mm512_setzero_si512());
         return {to, s.width};
     }
 
-    // Pairs of values side by side, as the second operand: [count / 2, width, 2], columns in the order of `twos`. Notes whether
-    // all are finite.
-    void interleave(int64_t count) {
-        const int64_t padded = (count + tiles::kColumns - 1) / tiles::kColumns * tiles::kColumns;
-        const __m512i exponent = _mm512_set1_epi16(0x7f80);
-        __mmask32 special = 0;
-        bfloat16* to = values.get();
-        for (int64_t key = 0; key < padded; key += 2, to += 2 * s.width) {
-            for (int64_t c = 0; c < s.width; c += kPair) {
-                const auto row = [&](int64_t i) { return i < count ? columns(value_rows[i], c) : _mm512_setzero_si512(); };
-                const __m512i first = row(key), second = row(key + 1);
-                for (const __m512i each : {first, second})
-                    special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(each, exponent), exponent);
-                _mm512_store_si512(to + 2 * c, _mm512_unpacklo_epi16(first, second));
-                _mm512_store_si512(to + 2 * c + kPair, _mm512_unpackhi_epi16(first, second));
-            }
-        }
-        finite = !special;
-    }
-
-    // Scores [keys, 16] of one or two tiles of rows, behind the last key of whatever is there.
-    void score(int64_t first, int64_t visible, bool two) {
-        const bfloat16* const q = queries.get() + first * s.width;
-        const int64_t key_tiles = (visible + kKeys - 1) / kKeys;
-        const auto at = [&](int64_t n) { return keys[std::min(n, key_tiles - 1)]; };
-        for (int64_t n = 0; n < key_tiles; n += two ? 2 : 4) {
-            float* const to = scores.get() + n * kKeys * Vec::size;
-            if (two)
-                score_two(q, at(n), at(n + 1), to);
-            else
-                score_one(q, at(n), at(n + 1), at(n + 2), at(n + 3), to);
-        }
-    }
-
-    // Two tiles of keys with two of rows.
-    void score_two(const bfloat16* q, KeyRows a, KeyRows b, float* to) const {
+    // Four tiles of keys with one of rows: sums of fewer would wait for each other. Fetches keys from `ahead` to `end`.
+    void score_few(const bfloat16* q, const KeyRows (&from)[4], int64_t ahead, int64_t end, float* to) const {
         tiles::zero_sums();
         for (int64_t c = 0; c < s.width; c += kPair, q += tiles::kSize) {
-            tiles::load<4>(a.data + c, 2 * a.stride);
-            tiles::load<6>(q, kPairBytes);
+            for (int i = 0; i < 8 && ahead < end; ++i) fetch<3>(key_rows[ahead++]);
+            tiles::load<7>(q, kPairBytes);
+            tiles::load<6>(from[0].data + c, 2 * from[0].stride);
+            tiles::multiply<0, 6, 7>();
+            tiles::load<6>(from[1].data + c, 2 * from[1].stride);
+            tiles::multiply<1, 6, 7>();
+            tiles::load<6>(from[2].data + c, 2 * from[2].stride);
+            tiles::multiply<2, 6, 7>();
+            tiles::load<6>(from[3].data + c, 2 * from[3].stride);
+            tiles::multiply<3, 6, 7>();
+        }
+        alignas(64) float turned[4][kKeys * kKeys];
+        tiles::store<0>(turned[0], 64);
+        tiles::store<1>(turned[1], 64);
+        tiles::store<2>(turned[2], 64);
+        tiles::store<3>(turned[3], 64);
+        for (int64_t i = 0; i < 4; ++i) {
+            Vec square[kKeys];
+            for (int64_t r = 0; r < kKeys; ++r) square[r] = Vec::load(turned[i] + r * kKeys);
+            transpose(square);
+            for (int64_t r = 0; r < kKeys; ++r) square[r].store(to + i * kKeys + r * kPartition);
+        }
+    }
+
+    // Into the first cache (3) or the second (2).
+    template <int Cache>
+    void fetch(const bfloat16* row) const {
+        for (int64_t c = 0; c < p.head_dim; c += kPair) __builtin_prefetch(row + c, 0, Cache);
+    }
+
+    // Two tiles of rows with two of keys.
+    void score_two(const bfloat16* q, const bfloat16* a, const bfloat16* b, float* to) const {
+        const int64_t row = kPartition * 4;  // bytes
+        tiles::zero_sums();
+        for (int64_t c = 0; c < s.width * kKeys; c += tiles::kSize) {
+            tiles::load<4>(q + c, kPairBytes);
+            tiles::load<6>(a + c, kPairBytes);
             tiles::multiply<0, 4, 6>();
-            tiles::load<5>(b.data + c, 2 * b.stride);
-            tiles::multiply<2, 5, 6>();
-            tiles::load<7>(q + kKeys * s.width, kPairBytes);
+            tiles::load<7>(b + c, kPairBytes);
             tiles::multiply<1, 4, 7>();
+            tiles::load<5>(q + kKeys * s.width + c, kPairBytes);
+            tiles::multiply<2, 5, 6>();
             tiles::multiply<3, 5, 7>();
         }
-        tiles::store<0>(to, 64);
-        tiles::store<2>(to + kKeys * kKeys, 64);
-        tiles::store<1>(to + kPartition * kKeys, 64);
-        tiles::store<3>(to + (kPartition + kKeys) * kKeys, 64);
+        tiles::store<0>(to, row);
+        tiles::store<1>(to + kKeys, row);
+        tiles::store<2>(to + kKeys * kPartition, row);
+        tiles::store<3>(to + kKeys * kPartition + kKeys, row);
     }
 
-    // Four with one: sums of fewer tiles would wait for each other.
-    void score_one(const bfloat16* q, KeyRows a, KeyRows b, KeyRows c, KeyRows d, float* to) const {
+    // One with four: sums of fewer tiles would wait for each other.
+    void score_one(const bfloat16* q, const bfloat16* a, const bfloat16* b, const bfloat16* c, const bfloat16* d,
+                   float* to) const {
+        const int64_t row = kPartition * 4;  // bytes
         tiles::zero_sums();
-        for (int64_t column = 0; column < s.width; column += kPair, q += tiles::kSize) {
-            tiles::load<7>(q, kPairBytes);
-            tiles::load<4>(a.data + column, 2 * a.stride);
-            tiles::multiply<0, 4, 7>();
-            tiles::load<5>(b.data + column, 2 * b.stride);
-            tiles::multiply<1, 5, 7>();
-            tiles::load<6>(c.data + column, 2 * c.stride);
-            tiles::multiply<2, 6, 7>();
-            tiles::load<4>(d.data + column, 2 * d.stride);
+        for (int64_t i = 0; i < s.width * kKeys; i += tiles::kSize) {
+            tiles::load<4>(q + i, kPairBytes);
+            tiles::load<6>(a + i, kPairBytes);
+            tiles::multiply<0, 4, 6>();
+            tiles::load<7>(b + i, kPairBytes);
+            tiles::multiply<1, 4, 7>();
+            tiles::load<6>(c + i, kPairBytes);
+            tiles::multiply<2, 4, 6>();
+            tiles::load<7>(d + i, kPairBytes);
             tiles::multiply<3, 4, 7>();
         }
-        tiles::store<0>(to, 64);
-        tiles::store<1>(to + kKeys * kKeys, 64);
-        tiles::store<2>(to + 2 * kKeys * kKeys, 64);
-        tiles::store<3>(to + 3 * kKeys * kKeys, 64);
+        tiles::store<0>(to, row);
+        tiles::store<1>(to + kKeys, row);
+        tiles::store<2>(to + 2 * kKeys, row);
+        tiles::store<3>(to + 3 * kKeys, row);
     }
 
-    // Of 16 rows: the largest score, weights as the first operand [keys / 32, parts, 16, 32], and their sum.
-    void soften(int64_t first, int64_t part, int64_t visible, const float* scores, bfloat16* weights, float* largest,
-                float* total) {
-        const Vec scale = Vec::fill(float(p.scale * 1.4426950408889634));
-        const Vec never = Vec::fill(-std::numeric_limits<float>::infinity());
-        alignas(64) int32_t seen[kKeys];
-        int64_t all_see = visible;
-        for (int64_t r = 0; r < kKeys; ++r) {
-            const int64_t count = std::clamp<int64_t>(keys_of(first + r) - part * kPartition, 0, visible);
-            seen[r] = int32_t(count);
-            all_see = std::min(all_see, count);
-        }
-        const __m512i limits = _mm512_load_si512(seen);
-        const auto score = [&](int64_t key) QNEXT_INLINE {
-            const Vec x = Vec::load(scores + key * kKeys) * scale;
-            if (key < all_see) return x;
-            return Vec{_mm512_mask_mov_ps(never.v, _mm512_cmpgt_epi32_mask(limits, _mm512_set1_epi32(int(key))), x.v)};
-        };
-        Vec tops[4] = {never, never, never, never};
-        int64_t key = 0;
-        for (; key + 4 <= visible; key += 4)
-            for (int i = 0; i < 4; ++i) tops[i] = max(tops[i], score(key + i));
-        for (; key < visible; ++key) tops[0] = max(tops[0], score(key));
-        const Vec top = max(max(tops[0], tops[1]), max(tops[2], tops[3]));
-        top.store(largest);
-        // Rows that see no key have weights of 0.
-        const Vec shift{_mm512_mask_mov_ps(top.v, _mm512_cmp_ps_mask(top.v, never.v, _CMP_EQ_OQ), Vec::zero().v)};
-        Vec sums[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
-        for (int64_t block = 0; block < visible; block += tiles::kColumns, weights += 2 * tiles::kSize) {
-            Vec high[kKeys], low[kKeys];
-            for (int r = 0; r < int(kKeys); r += 2) {
-                Vec e[4];
-                for (int i = 0; i < 4; ++i) {
-                    const int64_t at = block + 2 * r + i;
-                    e[i] = at < visible ? score(at) - shift : never;
-                }
-                exp2(e);
-                for (int i = 0; i < 4; ++i) sums[i] = sums[i] + e[i];
-                for (int i = 0; i < 2; ++i) split(e[2 * i], e[2 * i + 1], high[r + i], low[r + i]);
-            }
-            transpose(high);
-            transpose(low);
-            for (int r = 0; r < int(kKeys); ++r) {
-                high[r].store(reinterpret_cast<float*>(weights) + r * Vec::size);
-                low[r].store(reinterpret_cast<float*>(weights + tiles::kSize) + r * Vec::size);
-            }
-        }
-        ((sums[0] + sums[1]) + (sums[2] + sums[3])).store(total);
+    // 2^x for x of at most 0, with an error of at most 2 ulp; behind −126 no less than float32's least normal number.
+    template <int N>
+    static QNEXT_INLINE void exp2_below(Vec (&x)[N]) {
+        const Vec whole = Vec::fill(12582912.0f);  // behind it float32 has no halves: the last bits count what is added
+        Vec rounded[N], y[N];
+        unrolled<N>([&](int i) QNEXT_INLINE { x[i] = max(Vec::fill(-126.0f), x[i]); });
+        unrolled<N>([&](int i) QNEXT_INLINE { rounded[i] = x[i] + whole; });
+        unrolled<N>([&](int i) QNEXT_INLINE { x[i] = x[i] - (rounded[i] - whole); });
+        // A polynomial of the least relative error for |x| <= 1/2, and exact at 0.
+        unrolled<N>([&](int i) QNEXT_INLINE { y[i] = fma(Vec::fill(1.3203000e-3f), x[i], Vec::fill(9.6749498e-3f)); });
+        unrolled<N>([&](int i) QNEXT_INLINE { y[i] = fma(y[i], x[i], Vec::fill(5.5510474e-2f)); });
+        unrolled<N>([&](int i) QNEXT_INLINE { y[i] = fma(y[i], x[i], Vec::fill(2.4022166e-1f)); });
+        unrolled<N>([&](int i) QNEXT_INLINE { y[i] = fma(y[i], x[i], Vec::fill(6.9314660e-1f)); });
+        unrolled<N>([&](int i) QNEXT_INLINE { y[i] = fma(y[i], x[i], Vec::fill(1.0f)); });
+        unrolled<N>([&](int i) QNEXT_INLINE {
+            const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(rounded[i].v), 23);
+            x[i].v = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y[i].v), exponent));
+        });
     }
 
-    // Two keys' weights side by side, as bfloat16 and what is missing from those.
-    QNEXT_INLINE static void split(Vec first, Vec second, Vec& high, Vec& low) {
-        const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
-        const auto pairs = [](Vec x, Vec y) QNEXT_INLINE {
-            alignas(64) bfloat16 elements[kPair];
-            Pair{x, y}.store(elements);
-            return _mm512_load_si512(elements);
-        };
-        const __m512i rounded = pairs(first, second);
-        high.v = _mm512_castsi512_ps(rounded);
-        low.v = _mm512_castsi512_ps(pairs(first - Vec{_mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16))},
-                                          second - Vec{_mm512_castsi512_ps(_mm512_and_si512(rounded, upper))}));
+    template <int N, class F>
+    static QNEXT_INLINE void unrolled(F f) {
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) f(i);
     }
+
+    // Makes weights of the scores of one or two tiles of rows, some at a time: of each row the largest score, weights as the
+    // first operand [tiles, keys / 32, parts, 16, 32], and their sum.
+    class Softening {
+      public:
+        Softening() = default;
+
+        Softening(const TiledWorker& w, const Rows& rows, int64_t before, bfloat16* weights, float* largest, float* total)
+            : rows(rows), scores(w.scores.get()), weights(weights), total(total),
+              scale(Vec::fill(float(w.p.scale * 1.4426950408889634))), left(true) {
+            const float never = -std::numeric_limits<float>::infinity();
+            for (int64_t r = 0; r < (rows.count + 1) / 2 * 2; ++r) {
+                seen[r] = std::clamp<int64_t>(w.keys_of(rows.first + r) - before, 0, rows.visible);
+                const float* const from = scores + r * kPartition;
+                Vec top = Vec::fill(never);
+                int64_t key = 0;
+                for (; key + Vec::size <= seen[r]; key += Vec::size) top = max(top, Vec::load(from + key) * scale);
+                if (key < seen[r])
+                    top.v = _mm512_mask_max_ps(top.v, first_lanes(seen[r] - key), top.v, (Vec::load(from + key) * scale).v);
+                largest[r] = qnext::largest(top);
+                // Rows that see no key have weights of 0.
+                shift[r] = seen[r] ? largest[r] : 0.0f;
+                sums[r] = Vec::zero();
+            }
+        }
+
+        // The weights of 32 keys of two rows, where some are left: two and two keys in 32 bits, 16 apart.
+        QNEXT_INLINE void step() {
+            if (!left) return;
+            Vec x[4];
+            unrolled<4>([&](int i) QNEXT_INLINE {
+                const float* const from = scores + (row + i / 2) * kPartition + key;
+                x[i] = fms(Vec::load(from + i % 2 * Vec::size), scale, Vec::fill(shift[row + i / 2]));
+            });
+            exp2_below(x);
+            if (key + tiles::kColumns > std::min(seen[row], seen[row + 1])) {
+                unrolled<4>([&](int i) QNEXT_INLINE {
+                    x[i].v = _mm512_maskz_mov_ps(first_lanes(seen[row + i / 2] - key - i % 2 * Vec::size), x[i].v);
+                });
+            }
+            const int64_t tile = row / kKeys;
+            bfloat16* const to = weights + tile * kTileWeights + key * 2 * kKeys + (row - tile * kKeys) * kPair;
+            const __m512i upper = _mm512_set1_epi32(int(0xffff0000)), half = _mm512_set1_epi32(0x8000);
+            unrolled<2>([&](int i) QNEXT_INLINE {
+                const Vec first = x[2 * i], second = x[2 * i + 1];
+                sums[row + i] = sums[row + i] + (first + second);
+                // A float's upper half is a bfloat16; what is missing is one with an error of 2^-16 of the whole.
+                const __m512i a = _mm512_castps_si512(first.v), b = _mm512_and_si512(_mm512_castps_si512(second.v), upper);
+                _mm512_store_si512(to + i * kPair, _mm512_or_si512(_mm512_srli_epi32(a, 16), b));
+                const __m512 rest = _mm512_sub_ps(first.v, _mm512_castsi512_ps(_mm512_and_si512(a, upper)));
+                const __m512 rest2 = _mm512_sub_ps(second.v, _mm512_castsi512_ps(b));
+                const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(rest), half), 16);
+                const __m512i low2 = _mm512_add_epi32(_mm512_castps_si512(rest2), half);
+                _mm512_store_si512(to + tiles::kSize + i * kPair, _mm512_ternarylogic_epi32(low2, upper, low, 0xea));
+            });
+            row += 2;
+            if (row < rows.count) return;
+            row = 0;
+            key += tiles::kColumns;
+            if (key < rows.visible) return;
+            left = false;
+            for (int64_t r = 0; r < rows.count; ++r) total[r] = sum(sums[r]);
+        }
+
+        void finish() {
+            while (left) step();
+        }
+
+      private:
+        static __mmask16 first_lanes(int64_t count) { return __mmask16((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
+
+        const Rows rows{};
+        const float* const scores = nullptr;
+        bfloat16* const weights = nullptr;
+        float* const total = nullptr;
+        const Vec scale{};
+        bool left = false;
+        int64_t row = 0, key = 0, seen[2 * kKeys];
+        float shift[2 * kKeys];
+        Vec sums[2 * kKeys];
+    };
 
     // to [16 a tile, width] = the values of keys times their weights, in one or two tiles of rows.
-    void weigh(int64_t visible, bool two, float* to) const {
-        const int64_t steps = (visible + tiles::kColumns - 1) / tiles::kColumns;
+    void weigh(const Rows& r, const bfloat16* w, float* to, Softening& beside) {
+        const int64_t steps = (r.visible + tiles::kColumns - 1) / tiles::kColumns;
+        const bfloat16* v = values.get();
         for (int64_t c = 0; c < s.width;) {
-            const bfloat16* const from = values.get() + 2 * c;
-            if (two) {
-                weigh_two(steps, from, to + c);
-                c += kPair;
-            } else if (c + kPair < s.width) {
-                weigh_one<2>(steps, from, to + c);
-                c += 2 * kPair;
-            } else {
-                weigh_one<1>(steps, from, to + c);
-                c += kPair;
-            }
+            const int64_t more = r.two() || c + kPair == s.width ? kPair : 2 * kPair;
+            if (r.two())
+                weigh_two(steps, v, w, to + c, beside);
+            else if (more > kPair)
+                weigh_one<2>(steps, v, w, to + c);
+            else
+                weigh_one<1>(steps, v, w, to + c);
+            c += more;
+            v += more * tiles::kColumns;
         }
     }
 
     // Two tiles of rows with kPair columns.
-    void weigh_two(int64_t steps, const bfloat16* v, float* to) const {
+    void weigh_two(int64_t steps, const bfloat16* v, const bfloat16* w, float* to, Softening& beside) const {
         const int64_t row = 4 * s.width;  // bytes
         tiles::zero_sums();
-        const bfloat16* w = weights.get();
         for (int64_t n = 0; n < steps; ++n, v += tiles::kColumns * s.width) {
-            tiles::load<6>(v, row);
-            tiles::load<7>(v + kPair, row);
+            tiles::load<6>(v, kPairBytes);
+            tiles::load<7>(v + tiles::kSize, kPairBytes);
             for (int part = 0; part < 2; ++part, w += tiles::kSize) {
                 tiles::load<4>(w, kPairBytes);
                 tiles::multiply<0, 4, 6>();
@@ -335,6 +467,7 @@ class TiledWorker {
                 tiles::load<5>(w + kTileWeights, kPairBytes);
                 tiles::multiply<2, 5, 6>();
                 tiles::multiply<3, 5, 7>();
+                beside.step();
             }
         }
         tiles::store<0>(to, row);
@@ -345,23 +478,23 @@ class TiledWorker {
 
     // One with one or two times kPair.
     template <int Times>
-    void weigh_one(int64_t steps, const bfloat16* v, float* to) const {
+    void weigh_one(int64_t steps, const bfloat16* v, const bfloat16* w, float* to) {
         const int64_t row = 4 * s.width;  // bytes
         tiles::zero_sums();
-        const bfloat16* w = weights.get();
         for (int64_t n = 0; n < steps; ++n, v += tiles::kColumns * s.width, w += 2 * tiles::kSize) {
+            for (int i = 0; i < 2 && foreseen; ++i) fetch<2>(next_rows[--foreseen]);
             tiles::load<4>(w, kPairBytes);
             tiles::load<5>(w + tiles::kSize, kPairBytes);
-            tiles::load<6>(v, row);
+            tiles::load<6>(v, kPairBytes);
             tiles::multiply<0, 4, 6>();
-            tiles::load<7>(v + kPair, row);
+            tiles::load<7>(v + tiles::kSize, kPairBytes);
             tiles::multiply<1, 4, 7>();
             tiles::multiply<0, 5, 6>();
             tiles::multiply<1, 5, 7>();
             if constexpr (Times == 2) {
-                tiles::load<6>(v + 2 * kPair, row);
+                tiles::load<6>(v + 2 * tiles::kSize, kPairBytes);
                 tiles::multiply<2, 4, 6>();
-                tiles::load<7>(v + 3 * kPair, row);
+                tiles::load<7>(v + 3 * tiles::kSize, kPairBytes);
                 tiles::multiply<3, 4, 7>();
                 tiles::multiply<2, 5, 6>();
                 tiles::multiply<3, 5, 7>();
@@ -377,31 +510,34 @@ class TiledWorker {
 
     // The same where a later key's values are not finite, which a weight of 0 would make NaN: token by token, without what is
     // behind its own. Leaves values of fewer keys.
-    void weigh_each(int64_t first, int64_t part, int64_t visible, bool two, float* to) {
+    void weigh_each(const Rows& r, int64_t before, const bfloat16* w, float* to) {
         if (!spare) spare = scratch<float>(2 * kKeys * s.width);
-        for (int64_t r = 0; r < (1 + two) * kKeys; ++r) {
-            if (r == 0 || keys_of(first + r) != keys_of(first + r - 1)) {
-                const int64_t own = std::clamp<int64_t>(keys_of(first + r) - part * kPartition, 0, visible);
+        Softening nothing;
+        for (int64_t i = 0; i < r.count; ++i) {
+            const int64_t own = std::clamp<int64_t>(keys_of(r.first + i) - before, 0, r.visible);
+            if (i == 0 || keys_of(r.first + i) != keys_of(r.first + i - 1)) {
                 interleave(own);
-                weigh(own, two, spare.get());
+                weigh({r.first, r.count, own}, w, spare.get(), nothing);
             }
-            std::copy_n(spare.get() + r * s.width, s.width, to + r * s.width);
+            std::copy_n(spare.get() + i * s.width, s.width, to + i * s.width);
         }
+        interleaved = 0;
     }
 
-    // Puts `count` rows of a partition behind the partitions before it, in `all` from row `first` on.
-    void join(int64_t part, int64_t first, int64_t count, const float* largest, const float* total, const float* values,
+    // Puts rows of a partition behind the partitions before it.
+    void join(int64_t part, const Rows& rows, const float* largest, const float* total, const float* values,
               const Result& all) const {
-        for (int64_t r = 0; r < count; ++r, values += s.width) {
-            if (keys_of(first + r) <= part * kPartition) continue;
-            float &to_largest = all.largest[first + r], &to_total = all.total[first + r];
+        for (int64_t r = 0; r < rows.count; ++r, values += s.width) {
+            const int64_t row = rows.first + r;
+            if (keys_of(row) <= part * kPartition) continue;
+            float &to_largest = all.largest[row], &to_total = all.total[row];
             const float top = std::max(to_largest, largest[r]);
             const Vec old = exp2(Vec::fill(to_largest - top)), added = exp2(Vec::fill(largest[r] - top));
             float lanes[Vec::size];
             fma(added, Vec::fill(total[r]), old * Vec::fill(to_total)).store(lanes);
             to_largest = top;
             to_total = lanes[0];
-            float* const to = all.values + (first + r) * s.width;
+            float* const to = all.values + row * s.width;
             for (int64_t c = 0; c < s.width; c += Vec::size)
                 fma(added, Vec::load(values + c), old * Vec::load(to + c)).store(to + c);
         }
@@ -429,14 +565,14 @@ class TiledWorker {
     const Shape& s;
     Tile t;
     const Scratch<bfloat16> queries;
-    const Scratch<float> scores;               // [2, kPartition, 16]
-    const Scratch<bfloat16> weights, values;   // [2, kPartition / 32, parts, 16, 32]; of a partition
-    const Scratch<float> memory, some;         // a tile's result; values of 32 rows
-    Scratch<bfloat16> copies;                  // of keys, of a partition
-    Scratch<float> spare;                      // as `some`
-    bool finite;                               // all values of the partition that are interleaved
-    KeyRows keys[kPartition / kKeys];
-    const bfloat16 *key_rows[kPartition], *value_rows[kPartition];
+    const Scratch<float> scores;                    // [32, kPartition]
+    const Scratch<bfloat16> weights, keys, values;  // [2, 2, kPartition / 32, parts, 16, 32]; of a partition
+    const Scratch<float> memory, some;              // a tile's result; values of 32 rows
+    Scratch<float> spare;                           // as `some`
+    int64_t turned, interleaved;                    // tiles of keys, and values, of the partition
+    bool finite;                                    // all values that are interleaved
+    int64_t foreseen = 0;                           // of `next_rows`, yet to be fetched
+    const bfloat16 *key_rows[kPartition], *value_rows[kPartition], *next_rows[kForeseen];
 };
 
 }  // namespace qnext

@@ -50,6 +50,8 @@ struct Softmax {
 template <class T>
 class Worker {
   public:
+    static constexpr int64_t kMostRows = 256;
+
     static int64_t floats(const Shape& s, int64_t tokens) { return Softmax::floats(s, tokens); }
 
     Worker(const PagedAttention& p, const Shape& s)
@@ -395,7 +397,7 @@ void by_parts(const PagedAttention& p, const Shape& s, const std::vector<Tile>& 
 
 template <class T>
 void paged_attention(const PagedAttention& p) {
-    const Shape s(p);
+    const Shape s(p, WorkerOf<T>::kMostRows);
     const std::vector<Tile> tiles = tiles_of(p, s);
     int64_t work = 0, parts = 0, most_parts = 0;
     for (const Tile& tile : tiles) {

@@ -210,7 +210,7 @@ def attention_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
         query = normal(queries, s.heads, s.head_dim)
         out = torch.empty_like(query)
         # Several caches in turn where one would stay in the processor's; a prefill is bound by its products.
-        sets = rotations(2 * key.nbytes) if queries == 1 else 1
+        sets = rotations(2 * key.nbytes) if queries < context else 1
 
         def side(library: Library) -> Side | None:
             turns = [library.attention(key, value, queries, s.heads) for _ in range(sets)]
@@ -224,7 +224,7 @@ def attention_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
 
         peers = sides_of(libraries, side)
         ours = [OurAttention(key, value, queries) for _ in range(sets)]
-        scores = context if queries == 1 else queries * (queries + 1) // 2
+        scores = queries * context - queries * (queries - 1) // 2
         return Case(
             lambda i: ours[i % sets](query),
             peers,
@@ -240,6 +240,10 @@ def attention_rows(s: Sizes, libraries: Sequence[Library]) -> Iterator[Row]:
     for context in s.contexts:
         row = partial(Row, "attention decode", f"B=1 context={context}", partial(build, 1, context), "paged_attention")
         yield row(stepped=True)
+    for context in s.contexts:
+        tokens = 1 + s.drafts
+        shape = f"B=1 × {tokens} tokens context={context}"
+        yield Row("attention verify", shape, partial(build, tokens, context), "paged_attention", stepped=True)
 
 
 # Linear layers of decode size.
