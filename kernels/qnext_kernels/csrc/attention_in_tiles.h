@@ -111,20 +111,26 @@ class TiledWorker {
     // Few rows do not pay for turning keys around: their queries are turned instead, and then the scores.
     bool few() const { return rows() <= 2 * kKeys; }
 
-    // Queries of 16 rows as the first operand, [width / 32, 16, 32], few as the second, [width / 32, pairs of columns, 16, 2].
+    // Queries as the first operand, of few rows as the second.
     void begin(const Tile& tile) {
         t = tile;
-        bfloat16* to = queries.get();
+        const bfloat16* from[kKeys];
         for (int64_t first = 0; first < rows(); first += kKeys) {
-            for (int64_t c = 0; c < s.width; c += kPair, to += tiles::kSize) {
-                Vec square[kKeys];
-                for (int64_t r = 0; r < kKeys; ++r)
-                    square[r].v = first + r < t.tokens * s.group
-                                      ? _mm512_castsi512_ps(columns(row(p.q, first + r, p.q_token, p.q_head), c))
-                                      : _mm512_setzero_ps();
-                if (few()) transpose(square);
-                for (int64_t r = 0; r < kKeys; ++r) square[r].store(reinterpret_cast<float*>(to) + r * Vec::size);
-            }
+            const int64_t count = std::min(kKeys, t.tokens * s.group - first);
+            for (int64_t r = 0; r < count; ++r) from[r] = row(p.q, first + r, p.q_token, p.q_head);
+            to_tiles(from, count, few(), queries.get() + first * s.width);
+        }
+    }
+
+    // Up to 16 rows of the cache or of queries as an operand, [width / 32, 16, 32], or turned around, [width / 32, pairs of
+    // columns, 16, 2]; zeros behind the last.
+    void to_tiles(const bfloat16* const* from, int64_t count, bool turned, bfloat16* to) const {
+        for (int64_t c = 0; c < s.width; c += kPair, to += tiles::kSize) {
+            Vec square[kKeys];
+            for (int64_t r = 0; r < kKeys; ++r)
+                square[r].v = r < count ? _mm512_castsi512_ps(columns(from[r], c)) : _mm512_setzero_ps();
+            if (turned) transpose(square);
+            for (int64_t r = 0; r < kKeys; ++r) square[r].store(reinterpret_cast<float*>(to) + r * Vec::size);
         }
     }
 
@@ -145,27 +151,30 @@ class TiledWorker {
         const int64_t before = part * kPartition, count = std::min(kPartition, t.keys - before);
         find(t, Kind::keys, part, count, key_rows);
         find(t, Kind::values, part, count, value_rows);
-        turned = interleaved = 0;
+        turned = 0;
+        interleaved = false;
         Rows last{};
         alignas(64) float largest[2][2 * kKeys], total[2][2 * kKeys];
         int turn = 0;
         const auto finish_last = [&](Softening& beside) {
-            float *const sums = is_first ? all.values + last.first * s.width : some.get(), *const to_total = total[1 - turn];
-            const bfloat16* const w = weights.get() + (1 - turn) * 2 * kTileWeights;
+            const int before_turn = 1 - turn;
+            float* const sums = is_first ? all.values + last.first * s.width : some.get();
+            const bfloat16* const w = weights.get() + before_turn * 2 * kTileWeights;
             if (!interleaved) interleave(count);
+            interleaved = true;
             if (finite || keys_of(last.first) - before >= count)
                 weigh(last, w, sums, beside);
             else
                 weigh_each(last, before, w, sums);
-            if (!is_first) return join(part, last, largest[1 - turn], to_total, sums, all);
-            std::copy_n(largest[1 - turn], last.count, all.largest + last.first);
-            std::copy_n(to_total, last.count, all.total + last.first);
+            if (!is_first) return join(part, last, largest[before_turn], total[before_turn], sums, all);
+            std::copy_n(largest[before_turn], last.count, all.largest + last.first);
+            std::copy_n(total[before_turn], last.count, all.total + last.first);
         };
         for (int64_t first = 0; first < t.tokens * s.group; first += 2 * kKeys) {
             const int64_t here = std::min(t.tokens * s.group - first, 2 * kKeys);
             const Rows now{first, here, std::min(keys_of(first + here - 1) - before, count)};
             if (now.visible <= 0) continue;
-            score(now, count);
+            few() ? score_few(now, count) : score(now, count);
             Softening softening(*this, now, before, weights.get() + turn * 2 * kTileWeights, largest[turn], total[turn]);
             if (last.count) finish_last(softening);
             softening.finish();
@@ -174,21 +183,6 @@ class TiledWorker {
         }
         Softening nothing;
         finish_last(nothing);
-    }
-
-    // Keys as the second operand, up to a tile of them: of 16 [width / 32, pairs of columns, 16, 2], zeros behind the last.
-    void turn_keys(int64_t end, int64_t count) {
-        for (; turned < end; ++turned) {
-            const bfloat16* const* const from = key_rows + turned * kKeys;
-            bfloat16* to = keys.get() + turned * kKeys * s.width;
-            for (int64_t c = 0; c < s.width; c += kPair, to += tiles::kSize) {
-                Vec square[kKeys];
-                for (int64_t r = 0; r < kKeys; ++r)
-                    square[r].v = turned * kKeys + r < count ? _mm512_castsi512_ps(columns(from[r], c)) : _mm512_setzero_ps();
-                transpose(square);
-                for (int64_t r = 0; r < kKeys; ++r) square[r].store(reinterpret_cast<float*>(to) + r * Vec::size);
-            }
-        }
     }
 
     // Values 16 apart side by side, as the second operand: of 32 [width / 16, 16 pairs, 16, 2], columns in the order of `twos`.
@@ -210,30 +204,37 @@ class TiledWorker {
             }
         }
         finite = !special;
-        interleaved = count;
     }
 
     // Scores [rows, kPartition], behind the last key of whatever is there.
     void score(const Rows& r, int64_t count) {
         const bfloat16* const q = queries.get() + r.first * s.width;
-        const int64_t key_tiles = (r.visible + kKeys - 1) / kKeys, together = r.two() && !few() ? 2 : 4;
+        const int64_t key_tiles = (r.visible + kKeys - 1) / kKeys, together = r.two() ? 2 : 4;
         const auto at = [&](int64_t n) { return keys.get() + std::min(n, key_tiles - 1) * kKeys * s.width; };
         for (int64_t n = 0; n < key_tiles; n += together) {
             float* const to = scores.get() + n * kKeys;
-            if (few()) {
-                KeyRows from[4];
-                for (int64_t i = 0; i < 4; ++i) from[i] = i && n + i >= key_tiles ? from[0] : key_tile((n + i) * kKeys, count);
-                for (int64_t tile = 0; tile < 1 + r.two(); ++tile) {
-                    const int64_t ahead = tile ? count : (n + 4) * kKeys;
-                    score_few(q + tile * kKeys * s.width, from, ahead, count, to + tile * kKeys * kPartition);
-                }
-                continue;
+            for (; turned < std::min(n + together, key_tiles); ++turned) {
+                const int64_t key = turned * kKeys;
+                to_tiles(key_rows + key, count - key, true, keys.get() + key * s.width);
             }
-            turn_keys(std::min(n + together, key_tiles), count);
             if (r.two())
                 score_two(q, at(n), at(n + 1), to);
             else
                 score_one(q, at(n), at(n + 1), at(n + 2), at(n + 3), to);
+        }
+    }
+
+    // The same of few rows: keys as they lie, once for all rows.
+    void score_few(const Rows& r, int64_t count) {
+        for (int64_t key = 0; key < r.visible; key += 4 * kKeys) {
+            KeyRows from[4];
+            for (int64_t i = 0; i < 4; ++i)
+                from[i] = i && key + i * kKeys >= r.visible ? from[0] : key_tile(key + i * kKeys, count);
+            for (int64_t tile = 0; tile < 1 + r.two(); ++tile) {
+                const int64_t ahead = tile ? count : key + 4 * kKeys;
+                score_in_place(queries.get() + tile * kKeys * s.width, from, ahead, count,
+                               scores.get() + tile * kKeys * kPartition + key);
+            }
         }
     }
 
@@ -254,7 +255,7 @@ class TiledWorker {
     }
 
     // Four tiles of keys with one of rows: sums of fewer would wait for each other. Fetches keys from `ahead` to `end`.
-    void score_few(const bfloat16* q, const KeyRows (&from)[4], int64_t ahead, int64_t end, float* to) const {
+    void score_in_place(const bfloat16* q, const KeyRows (&from)[4], int64_t ahead, int64_t end, float* to) const {
         tiles::zero_sums();
         for (int64_t c = 0; c < s.width; c += kPair, q += tiles::kSize) {
             for (int i = 0; i < 8 && ahead < end; ++i) fetch<3>(key_rows[ahead++]);
@@ -521,7 +522,7 @@ class TiledWorker {
             }
             std::copy_n(spare.get() + i * s.width, s.width, to + i * s.width);
         }
-        interleaved = 0;
+        interleaved = false;
     }
 
     // Puts rows of a partition behind the partitions before it.
@@ -569,8 +570,8 @@ class TiledWorker {
     const Scratch<bfloat16> weights, keys, values;  // [2, 2, kPartition / 32, parts, 16, 32]; of a partition
     const Scratch<float> memory, some;              // a tile's result; values of 32 rows
     Scratch<float> spare;                           // as `some`
-    int64_t turned, interleaved;                    // tiles of keys, and values, of the partition
-    bool finite;                                    // all values that are interleaved
+    int64_t turned;                                 // tiles of keys of the partition
+    bool interleaved, finite;                       // all values of the partition; those that are interleaved
     int64_t foreseen = 0;                           // of `next_rows`, yet to be fetched
     const bfloat16 *key_rows[kPartition], *value_rows[kPartition], *next_rows[kForeseen];
 };
