@@ -53,8 +53,8 @@ def test_native_row_does_not_depend_on_the_batch_or_on_threads(dtype: torch.dtyp
     x, weight = torch.randn(500, 1040, dtype=dtype), torch.randn(137, 1040, dtype=dtype)
     with force_backend("native"):
         together = linear(x, weight)
-        for some in (slice(0, 1), slice(3, 5), slice(40, 43), slice(100, 160)):
-            for count in (1, 2):
+        for some in (slice(0, 1), slice(3, 5), slice(40, 43), slice(100, 160), slice(0, 400)):
+            for count in (1, 2, 5):
                 torch.set_num_threads(count)
                 assert same_bits(linear(x[some], weight), together[some])
         assert same_bits(linear(x, weight[5:]), together[:, 5:].contiguous())

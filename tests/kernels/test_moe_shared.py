@@ -12,6 +12,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMo
 from qnext_kernels import (
     experts,
     experts_fp8,
+    experts_int4,
     force_backend,
     pack_experts_,
     topk_softmax,
@@ -19,12 +20,14 @@ from qnext_kernels import (
 )
 from qnext_kernels.dispatch import BackendError
 from qnext_kernels.fp8 import (
+    FP8,
     FP8_GROUP,
     dequantize_blocks,
     dequantize_groups,
     dequantize_w13,
     quantize_groups,
 )
+from qnext_kernels.integers import INT4
 from tests.kernels.kernel_inputs import DTYPES, NATIVE_BACKENDS, Bad, assert_close, same_bits
 from tests.kernels.moe_inputs import (
     EXPERTS,
@@ -37,6 +40,7 @@ from tests.kernels.moe_inputs import (
     random_choice,
     random_experts,
     random_fp8,
+    random_int4,
     rows_of,
 )
 from tests.kernels.test_moe import randomize, transformers_config
@@ -75,6 +79,58 @@ def test_native_experts_with_a_shared_one_do_not_depend_on_the_batch() -> None:
         together = experts(**arguments)
         for some in (slice(0, 1), slice(3, 9)):
             assert same_bits(experts(**rows_of(arguments, some)), together[some])
+
+
+def on_threads(count: int, arguments: dict[str, Any]) -> Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with force_backend("native"):
+            return CALLS[arguments["w13"].dtype](**arguments)
+    finally:
+        torch.set_num_threads(before)
+
+
+CALLS: dict[torch.dtype, Any] = {FP8: experts_fp8, INT4: experts_int4}
+CALLS |= dict.fromkeys((torch.float32, torch.bfloat16), experts)
+
+
+def wide_experts(tokens: int, dtype: torch.dtype, hidden: int = 300) -> dict[str, Any]:
+    """Experts whose output has several panels of columns, the last of them not whole."""
+    arguments = random_experts(tokens, dtype, shared=True)
+    up, down, gate = (torch.randn(shape) * hidden**-0.5 for shape in ((40, hidden), (hidden, 20), (hidden,)))
+    return arguments | {
+        "x": torch.randn(tokens, hidden).to(dtype),
+        "w13": (torch.randn(EXPERTS, 2 * MIDDLE, hidden) * hidden**-0.5).to(dtype),
+        "w2": torch.randn(EXPERTS, hidden, MIDDLE).to(dtype),
+        "shared": (up.to(dtype), down.to(dtype), gate.to(dtype)),
+    }
+
+
+# Columns divide among threads evenly, so that each has its own, or not.
+@pytest.mark.parametrize("tokens", [20, 150])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda tokens: wide_experts(tokens, torch.float32),
+        lambda tokens: wide_experts(tokens, torch.bfloat16),
+        lambda tokens: random_fp8(tokens, torch.bfloat16, shared=True) | {"quantize_activations": False},
+        lambda tokens: random_int4(tokens, torch.bfloat16, group=128, shared=torch.uint8),
+    ],
+    ids=["float32", "bfloat16", "fp8", "int4"],
+)
+def test_native_experts_have_the_same_bits_on_any_number_of_threads(arguments: Any, tokens: int) -> None:
+    given = arguments(tokens)
+    alone = on_threads(1, given)
+    for count in (2, 3, 5, 7):
+        assert same_bits(on_threads(count, given), alone)
+
+
+def test_native_experts_of_many_tokens_have_the_same_bits_on_any_number_of_threads() -> None:
+    # Products that lie apart before they are added up are more than fit there at once.
+    given = wide_experts(5000, torch.bfloat16, hidden=1100)
+    assert (given["topk_ids"] >= 0).sum() + 5000 > (1 << 18) / (1100 // 64 + 1)
+    assert same_bits(on_threads(5, given), on_threads(1, given))
 
 
 # Sizes of the shared expert beside the routed ones' that have fewer, as many and more panels, whole and not.

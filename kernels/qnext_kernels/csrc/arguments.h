@@ -50,6 +50,11 @@ Scratch<T> scratch(int64_t count) {
 // Whether so many multiplications or elements are worth waking threads for: below, that takes longer than the work.
 inline bool worth_threads(int64_t multiplications) { return multiplications > 1 << 18; }
 
+// Whether tasks of one size leave threads without work for a fifth of the time at most.
+inline bool keep_busy(int64_t tasks, int64_t threads) {
+    return 5 * tasks >= 4 * ((tasks + threads - 1) / threads) * threads;
+}
+
 // Calls f with a value of the C++ type of a dtype.
 template <class F>
 void with_type(int64_t dtype, F f) {

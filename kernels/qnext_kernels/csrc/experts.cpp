@@ -2,8 +2,9 @@
 // stored or packed.
 //
 // Tokens are sorted by expert; the shared expert is one more, which every token chooses last. First every expert's gate
-// and up products, in tasks of an expert and a range of columns; then the down products, where a thread owns a range of
-// output columns and adds the experts in the order of their numbers.
+// and up products, in tasks of an expert and a range of columns; then the down products, which a token adds in the order of
+// its experts' numbers: where columns divide evenly among threads, each owns some of the output's and adds to them at once;
+// else these are tasks too, and are added up behind them.
 // The limit for few tokens is reading the chosen experts once, for many the rate of fused multiply-adds.
 #include <algorithm>
 #include <vector>
@@ -52,6 +53,17 @@ struct Routing {
     }
 
     int64_t size(int64_t expert) const { return start[expert + 1] - start[expert]; }
+
+    // Of each token the places of its pairs in `pairs`, in order; −1 behind the last.
+    std::vector<int64_t> places(int64_t tokens) const {
+        const int64_t choices = tokens ? int64_t(pairs.size()) / tokens : 0;
+        std::vector<int64_t> places(pairs.size(), -1), next(tokens, 0);
+        for (int64_t place = 0; place < start.back(); ++place) {
+            const int64_t token = pairs[place] / choices;
+            places[token * choices + next[token]++] = place;
+        }
+        return places;
+    }
 };
 
 template <class T>
@@ -68,6 +80,23 @@ float dot(const T* x, const T* y, int64_t size) {
     });
     return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
+
+constexpr int64_t kMostApart = 1 << 18;  // panels of pairs whose products lie apart: 64 MiB
+
+// Tasks of an expert and some of its panels: enough of them that threads end together.
+struct Tasks {
+    int64_t panels, at_once, ranges, count;
+
+    Tasks(int64_t panels, int64_t experts, int64_t threads) : panels(panels) {
+        const int64_t wanted = experts ? (8 * threads + experts - 1) / experts : 1;
+        at_once = std::max<int64_t>(1, (panels + wanted - 1) / wanted);
+        ranges = (panels + at_once - 1) / at_once;
+        count = experts * ranges;
+    }
+    int64_t expert(int64_t task) const { return task / ranges; }
+    int64_t first(int64_t task) const { return task % ranges * at_once; }
+    int64_t last(int64_t task) const { return std::min(first(task) + at_once, panels); }
+};
 
 // S: of the shared expert's weights, as its activations are, in int8, or stored as the others.
 template <class T, class W, class S = W>
@@ -87,10 +116,16 @@ class Run {
         const int64_t threads = worth_threads(work) ? omp_get_max_threads() : 1;
         const int64_t chosen = routing.chosen.size();
         const int64_t panels = panels_of(p.shared_w13 ? std::max(p.middle, p.shared_middle) : p.middle);
-        const int64_t wanted = chosen ? (8 * threads + chosen - 1) / chosen : 1;
-        const int64_t at_once = std::max<int64_t>(1, (panels + wanted - 1) / wanted);
-        const int64_t ranges = (panels + at_once - 1) / at_once;
+        const Tasks up(panels, chosen, threads);
         const std::vector<int64_t> longest_first = routing.longest_first();
+        const int64_t columns = panels_of(p.hidden);
+        const bool owned = keep_busy(columns, threads);
+        const int64_t slices = owned ? 1 : (routing.start.back() * columns + kMostApart - 1) / kMostApart;
+        const int64_t slice = slices ? (columns + slices - 1) / slices : columns;
+        if (!owned) {
+            apart = scratch<float>(routing.start.back() * slice * kPanel);
+            places = routing.places(p.tokens);
+        }
 #pragma omp parallel num_threads(threads)
         {
             Worker worker(*this);
@@ -99,13 +134,22 @@ class Run {
                 for (int64_t t = 0; t < p.tokens; ++t) strengths[t] = strength(t);
             }
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < chosen * ranges; ++task) {
-                const int64_t first = task % ranges * at_once;
-                worker.up(longest_first[task / ranges], first, first + at_once);
+            for (int64_t task = 0; task < up.count; ++task)
+                worker.up(longest_first[up.expert(task)], up.first(task), up.last(task));
+            if (owned) {
+                const int64_t own = (columns + omp_get_num_threads() - 1) / omp_get_num_threads();
+                const int64_t first = std::min(omp_get_thread_num() * own, columns);
+                worker.down(first, std::min(first + own, columns));
+            } else {
+                for (int64_t begin = 0; begin < columns; begin += slice) {
+                    const Tasks down(std::min(slice, columns - begin), chosen, threads);
+#pragma omp for schedule(dynamic, 1)
+                    for (int64_t task = 0; task < down.count; ++task)
+                        worker.down_apart(longest_first[down.expert(task)], begin, down.first(task), down.last(task));
+#pragma omp for
+                    for (int64_t t = 0; t < p.tokens; ++t) add_up(t, begin, std::min(begin + slice, columns));
+                }
             }
-            const int64_t columns = panels_of(p.hidden), share = (columns + threads - 1) / threads;
-            const int64_t first = std::min(omp_get_thread_num() * share, columns);
-            worker.down(first, std::min(first + share, columns));
         }
         return true;
     }
@@ -185,6 +229,11 @@ class Run {
             }
         }
 
+        // Products of panels [first, last) of the slice from panel `begin` on, to where they lie apart.
+        void down_apart(int64_t e, int64_t begin, int64_t first, int64_t last) {
+            run.with_expert(e, [&](const auto& expert) { multiply_apart(expert, e, begin, first, last); });
+        }
+
       private:
         // Of so many panels, of whatever an expert multiplies with.
         template <class M>
@@ -254,28 +303,52 @@ class Run {
             }
         }
 
-        template <class M>
-        void add_expert(const Expert<M>& expert, int64_t e, int64_t begin, int64_t end) {
+        // Calls f(activations, from, count, column, panels, how many) for blocks of an expert's pairs and one or two panels of
+        // each of the columns [begin, end); start(from, count) before those of a block.
+        template <class M, class Start, class F>
+        void for_down(const Expert<M>& expert, int64_t e, int64_t begin, int64_t end, Start start, F f) {
             auto& rows = activations_of(expert, e);
             for_blocks(e, [&](int64_t from, int64_t count) {
                 rows.take(count, [&](int64_t i) { return expert.rows + (from - routing.start[e] + i) * expert.middle; });
-                for (int64_t i = 0; i < count; ++i) {
-                    const int64_t pair = routing.pairs[from + i], token = pair / p.choices();
-                    sums[i] = {total + token * p.hidden, run.weight(token, pair % p.choices())};
-                }
+                start(from, count);
                 for (int64_t column = begin; column < end; column += 2 * kPanel) {
                     const int64_t num_panels = std::min<int64_t>(2, panels_of(end - column));
                     Panel<M> panels[2] = {};
                     for (int64_t n = 0; n < num_panels; ++n)
                         panels[n] = expert.down.panel(column + n * kPanel, room<M>(n, expert.middle));
-                    for (int64_t i = 0; i < count; ++i) fetch(sums[i].to + column, std::min(2 * kPanel, end - column));
-                    multiply<T>(rows.rows(), count, panels, num_panels, expert.middle, products.get());
-                    for (int64_t n = 0; n < num_panels; ++n) {
-                        const int64_t place = column + n * kPanel;
-                        for (int64_t i = 0; i < count; ++i)
-                            add(products.row(n, i), std::min(kPanel, end - place), sums[i].factor, sums[i].to + place);
-                    }
+                    f(rows.rows(), from, count, column, panels, num_panels);
                 }
+            });
+        }
+
+        template <class M>
+        void add_expert(const Expert<M>& expert, int64_t e, int64_t begin, int64_t end) {
+            const auto start = [&](int64_t from, int64_t count) {
+                for (int64_t i = 0; i < count; ++i) {
+                    const int64_t pair = routing.pairs[from + i], token = pair / p.choices();
+                    sums[i] = {total + token * p.hidden, run.weight(token, pair % p.choices())};
+                }
+            };
+            for_down(expert, e, begin, end, start,
+                     [&](auto rows, int64_t, int64_t count, int64_t column, const Panel<M>* panels, int64_t num_panels) {
+                for (int64_t i = 0; i < count; ++i) fetch(sums[i].to + column, std::min(2 * kPanel, end - column));
+                multiply<T>(rows, count, panels, num_panels, expert.middle, products.get());
+                for (int64_t n = 0; n < num_panels; ++n) {
+                    const int64_t place = column + n * kPanel;
+                    for (int64_t i = 0; i < count; ++i)
+                        add(products.row(n, i), std::min(kPanel, end - place), sums[i].factor, sums[i].to + place);
+                }
+            });
+        }
+
+        template <class M>
+        void multiply_apart(const Expert<M>& expert, int64_t e, int64_t begin, int64_t first, int64_t last) {
+            const int64_t num_pairs = routing.start.back();
+            for_down(expert, e, (begin + first) * kPanel, std::min((begin + last) * kPanel, p.hidden), [](int64_t, int64_t) {},
+                     [&](auto rows, int64_t from, int64_t count, int64_t column, const Panel<M>* panels, int64_t num_panels) {
+                float* const to = run.apart.get() + ((column / kPanel - begin) * num_pairs + from) * kPanel;
+                float* const places[] = {to, to + num_pairs * kPanel};
+                multiply<T>(rows, count, panels, num_panels, expert.middle, places);
             });
         }
 
@@ -332,9 +405,31 @@ class Run {
         } sums[kTokens];          // of a block of pairs
     };
 
+    // The columns of panels [first, last) of a token's output from products that lie apart, from panel `first` on.
+    void add_up(int64_t token, int64_t first, int64_t last) const {
+        const int64_t num_pairs = routing.start.back(), choices = p.choices();
+        T* const out = static_cast<T*>(p.out) + token * p.hidden;
+        for (int64_t panel = first; panel < last; ++panel) {
+            Vec sums[kPanelVectors];
+            for (Vec& sum : sums) sum = Vec::zero();
+            for (int64_t i = token * choices; i < (token + 1) * choices && places[i] >= 0; ++i) {
+                const Vec factor = Vec::fill(weight(token, routing.pairs[places[i]] % choices));
+                const float* const from = apart.get() + ((panel - first) * num_pairs + places[i]) * kPanel;
+                for (int v = 0; v < kPanelVectors; ++v) sums[v] = fma(factor, Vec::load(from + v * Vec::size), sums[v]);
+            }
+            float result[kPanel];
+            for (int v = 0; v < kPanelVectors; ++v) sums[v].store(result + v * Vec::size);
+            const int64_t place = panel * kPanel;
+            for_vectors(std::min(kPanel, p.hidden - place),
+                        [&](int64_t i, auto part) { store(load(result + i, part), out + place + i, part); });
+        }
+    }
+
     const Experts& p;
     const Routing routing;
     const int64_t routed;     // pairs of routed experts
+    Scratch<float> apart;     // [panels of a slice, pairs, kPanel], down products before they are added up
+    std::vector<int64_t> places;  // of them, by tokens
     Scratch<T> middle;        // of their pairs, then of the shared expert's
     Scratch<float> total;     // [tokens, hidden]
     Scratch<float> strengths; // [tokens], of the shared expert

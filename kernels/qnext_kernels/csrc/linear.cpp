@@ -15,7 +15,7 @@ struct Pack {
 namespace {
 
 constexpr int64_t kTokenBlock = 1024;  // tokens that stay in the last-level cache while all weights pass by
-constexpr int64_t kFewRanges = 16;     // of panels: they stay in a cache whoever passes, and threads share tokens too
+constexpr int64_t kLeastBlock = 32;    // tokens: fewer would wait for the weights
 
 template <class T>
 void store(const float* products, int64_t count, const T* bias, T* out, int64_t stride, int64_t columns) {
@@ -35,15 +35,16 @@ void linear(const Linear& p) {
     const Matrix<W> weight{static_cast<const W*>(p.weight), p.rows, p.k, p.packed != 0, scales, p.group};
     const T *x = static_cast<const T*>(p.x), *bias = static_cast<const T*>(p.bias);
     T* out = static_cast<T*>(p.out);
+    const int64_t threads = worth_threads(p.tokens * p.rows * p.k) ? omp_get_max_threads() : 1;
     // Two panels are two streams for a few tokens; for many, one stays in the second-level cache. Scales are a stream too.
-    const int64_t at_once = p.tokens <= kFew && std::is_same_v<T, W> ? 2 : 1;
-    const int64_t ranges = (p.rows + at_once * kPanel - 1) / (at_once * kPanel);
-    // Of few panels a thread would have one too many, or none: threads share the tokens too, in blocks of one size.
-    const int64_t threads = omp_get_max_threads();
-    const int64_t blocks = (p.tokens + threads * kTokens - 1) / (threads * kTokens) * threads;
-    const bool shared = ranges < kFewRanges && p.tokens > kTokens;
-    const int64_t token_block = shared ? (p.tokens + blocks - 1) / blocks : kTiled<T> ? kTokens : kTokenBlock;
-#pragma omp parallel if (worth_threads(p.tokens * p.rows * p.k))
+    const bool two = p.tokens <= kFew && std::is_same_v<T, W> && panels_of(p.rows) >= 2 * threads;
+    const int64_t at_once = two ? 2 : 1, ranges = (p.rows + at_once * kPanel - 1) / (at_once * kPanel);
+    // Threads share panels, and tokens too where there are few panels.
+    constexpr int64_t most = kTiled<T> ? kTokens : kTokenBlock;
+    int64_t blocks = std::max<int64_t>(1, (p.tokens + most - 1) / most);
+    while (!keep_busy(ranges * blocks, threads) && p.tokens / (blocks + 1) >= kLeastBlock) ++blocks;
+    const int64_t token_block = std::max<int64_t>(1, (p.tokens + blocks - 1) / blocks);
+#pragma omp parallel num_threads(threads)
     {
         ActivationsOf<T, W> activations(p.k);
         int64_t taken = -1;
