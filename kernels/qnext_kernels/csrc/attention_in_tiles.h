@@ -47,7 +47,7 @@ class TiledWorker {
         begin(*parts.tile);
         const Result all = result(to);
         const tiles::FlushSubnormals flush;
-        tiles::configure({kKeys, kKeys, kKeys, kKeys, kKeys, kKeys, kKeys, kKeys});
+        tiles::configure({kKeys, kKeys, kKeys, kKeys, kKeys, kKeys, kKeys, 0});
         for (int64_t part = parts.first; part < parts.last; ++part) {
             foresee(part + 1 < parts.last ? Parts{parts.tile, part + 1, parts.last} : next);
             attend(part, all, part == parts.first);
@@ -257,17 +257,18 @@ class TiledWorker {
     // Four tiles of keys with one of rows: sums of fewer would wait for each other. Fetches keys from `ahead` to `end`.
     void score_in_place(const bfloat16* q, const KeyRows (&from)[4], int64_t ahead, int64_t end, float* to) const {
         tiles::zero_sums();
+        tiles::zero<6>();  // which is not used here: as zero it takes no register
         for (int64_t c = 0; c < s.width; c += kPair, q += tiles::kSize) {
             for (int i = 0; i < 8 && ahead < end; ++i) fetch<3>(key_rows[ahead++]);
-            tiles::load<7>(q, kPairBytes);
-            tiles::load<6>(from[0].data + c, 2 * from[0].stride);
-            tiles::multiply<0, 6, 7>();
-            tiles::load<6>(from[1].data + c, 2 * from[1].stride);
-            tiles::multiply<1, 6, 7>();
-            tiles::load<6>(from[2].data + c, 2 * from[2].stride);
-            tiles::multiply<2, 6, 7>();
-            tiles::load<6>(from[3].data + c, 2 * from[3].stride);
-            tiles::multiply<3, 6, 7>();
+            tiles::load<5>(q, kPairBytes);
+            tiles::load<4>(from[0].data + c, 2 * from[0].stride);
+            tiles::multiply<0, 4, 5>();
+            tiles::load<4>(from[1].data + c, 2 * from[1].stride);
+            tiles::multiply<1, 4, 5>();
+            tiles::load<4>(from[2].data + c, 2 * from[2].stride);
+            tiles::multiply<2, 4, 5>();
+            tiles::load<4>(from[3].data + c, 2 * from[3].stride);
+            tiles::multiply<3, 4, 5>();
         }
         alignas(64) float turned[4][kKeys * kKeys];
         tiles::store<0>(turned[0], 64);
@@ -293,14 +294,14 @@ class TiledWorker {
         const int64_t row = kPartition * 4;  // bytes
         tiles::zero_sums();
         for (int64_t c = 0; c < s.width * kKeys; c += tiles::kSize) {
+            tiles::load<5>(a + c, kPairBytes);
             tiles::load<4>(q + c, kPairBytes);
-            tiles::load<6>(a + c, kPairBytes);
-            tiles::multiply<0, 4, 6>();
-            tiles::load<7>(b + c, kPairBytes);
-            tiles::multiply<1, 4, 7>();
-            tiles::load<5>(q + kKeys * s.width + c, kPairBytes);
-            tiles::multiply<2, 5, 6>();
-            tiles::multiply<3, 5, 7>();
+            tiles::multiply<0, 4, 5>();
+            tiles::load<6>(b + c, kPairBytes);
+            tiles::multiply<1, 4, 6>();
+            tiles::load<4>(q + kKeys * s.width + c, kPairBytes);
+            tiles::multiply<2, 4, 5>();
+            tiles::multiply<3, 4, 6>();
         }
         tiles::store<0>(to, row);
         tiles::store<1>(to + kKeys, row);
@@ -315,14 +316,14 @@ class TiledWorker {
         tiles::zero_sums();
         for (int64_t i = 0; i < s.width * kKeys; i += tiles::kSize) {
             tiles::load<4>(q + i, kPairBytes);
-            tiles::load<6>(a + i, kPairBytes);
-            tiles::multiply<0, 4, 6>();
-            tiles::load<7>(b + i, kPairBytes);
-            tiles::multiply<1, 4, 7>();
-            tiles::load<6>(c + i, kPairBytes);
-            tiles::multiply<2, 4, 6>();
-            tiles::load<7>(d + i, kPairBytes);
-            tiles::multiply<3, 4, 7>();
+            tiles::load<5>(a + i, kPairBytes);
+            tiles::multiply<0, 4, 5>();
+            tiles::load<5>(b + i, kPairBytes);
+            tiles::multiply<1, 4, 5>();
+            tiles::load<5>(c + i, kPairBytes);
+            tiles::multiply<2, 4, 5>();
+            tiles::load<5>(d + i, kPairBytes);
+            tiles::multiply<3, 4, 5>();
         }
         tiles::store<0>(to, row);
         tiles::store<1>(to + kKeys, row);
@@ -459,15 +460,15 @@ class TiledWorker {
         const int64_t row = 4 * s.width;  // bytes
         tiles::zero_sums();
         for (int64_t n = 0; n < steps; ++n, v += tiles::kColumns * s.width) {
-            tiles::load<6>(v, kPairBytes);
-            tiles::load<7>(v + tiles::kSize, kPairBytes);
+            tiles::load<5>(v, kPairBytes);
+            tiles::load<6>(v + tiles::kSize, kPairBytes);
             for (int part = 0; part < 2; ++part, w += tiles::kSize) {
                 tiles::load<4>(w, kPairBytes);
-                tiles::multiply<0, 4, 6>();
-                tiles::multiply<1, 4, 7>();
-                tiles::load<5>(w + kTileWeights, kPairBytes);
-                tiles::multiply<2, 5, 6>();
-                tiles::multiply<3, 5, 7>();
+                tiles::multiply<0, 4, 5>();
+                tiles::multiply<1, 4, 6>();
+                tiles::load<4>(w + kTileWeights, kPairBytes);
+                tiles::multiply<2, 4, 5>();
+                tiles::multiply<3, 4, 6>();
                 beside.step();
             }
         }
@@ -485,20 +486,20 @@ class TiledWorker {
         for (int64_t n = 0; n < steps; ++n, v += tiles::kColumns * s.width, w += 2 * tiles::kSize) {
             for (int i = 0; i < 2 && foreseen; ++i) fetch<2>(next_rows[--foreseen]);
             tiles::load<4>(w, kPairBytes);
-            tiles::load<5>(w + tiles::kSize, kPairBytes);
             tiles::load<6>(v, kPairBytes);
             tiles::multiply<0, 4, 6>();
-            tiles::load<7>(v + tiles::kSize, kPairBytes);
-            tiles::multiply<1, 4, 7>();
+            tiles::load<5>(w + tiles::kSize, kPairBytes);
             tiles::multiply<0, 5, 6>();
-            tiles::multiply<1, 5, 7>();
+            tiles::load<6>(v + tiles::kSize, kPairBytes);
+            tiles::multiply<1, 4, 6>();
+            tiles::multiply<1, 5, 6>();
             if constexpr (Times == 2) {
                 tiles::load<6>(v + 2 * tiles::kSize, kPairBytes);
                 tiles::multiply<2, 4, 6>();
-                tiles::load<7>(v + 3 * tiles::kSize, kPairBytes);
-                tiles::multiply<3, 4, 7>();
                 tiles::multiply<2, 5, 6>();
-                tiles::multiply<3, 5, 7>();
+                tiles::load<6>(v + 3 * tiles::kSize, kPairBytes);
+                tiles::multiply<3, 4, 6>();
+                tiles::multiply<3, 5, 6>();
             }
         }
         tiles::store<0>(to, row);

@@ -66,15 +66,25 @@ class TiledActivations {
 namespace tiles {
 
 constexpr int64_t kStepsElements = kRows * 2 * kPanel;  // of a panel, that one product reads
+// Steps of a panel that several tiles of activations meet before the next: 128 KiB of weights, beside activations and what
+// is fetched in the second cache.
+constexpr int64_t kPieceTiles = 32;
 
-// Lines that are fetched while tiles are multiplied.
-struct Ahead {
+// Weights in memory, or in the second cache: the next step's are fetched to the first, and lines from `at` on to the second.
+struct FarWeights {
     const char* at;
     int64_t lines;  // a step
 
-    QNEXT_INLINE void fetch() {
+    QNEXT_INLINE void fetch_lines() {
         for (int64_t i = 0; i < lines; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
     }
+    QNEXT_INLINE static void fetch_next(const bfloat16* w) { fetch(w + kStepsElements, kPanel * 4); }
+};
+
+// Weights in the first cache.
+struct NearWeights {
+    QNEXT_INLINE static void fetch_lines() {}
+    QNEXT_INLINE static void fetch_next(const bfloat16*) {}
 };
 
 // Tiles of activations that meet a panel together: one meets all of it, two meet half of it.
@@ -83,26 +93,25 @@ struct One {
 
     static void configure(int64_t count) {
         const auto n = uint8_t(count);
-        tiles::configure({n, n, n, n, n, kRows, kRows, kRows});
+        tiles::configure({n, n, n, n, n, 0, kRows, 0});
     }
+    template <class Weights>
     QNEXT_INLINE static void add(const bfloat16* x, int64_t, const bfloat16* w) {
         constexpr int64_t row = kPanel * 4;
         load<4>(x, 64);
-        load<5>(w, row);
-        multiply<0, 4, 5>();
+        load<6>(w, row);
+        multiply<0, 4, 6>();
+        fetch(x + kSize, 64);
+        Weights::fetch_next(w);
         load<6>(w + 32, row);
         multiply<1, 4, 6>();
-        load<7>(w + 64, row);
-        multiply<2, 4, 7>();
-        load<5>(w + 96, row);
-        multiply<3, 4, 5>();
-    }
-    QNEXT_INLINE static void store(float* c) {
-        constexpr int64_t row = kPanel * 4;
-        tiles::store<0>(c, row);
-        tiles::store<1>(c + 16, row);
-        tiles::store<2>(c + 32, row);
-        tiles::store<3>(c + 48, row);
+        Weights::fetch_next(w + 32);
+        load<6>(w + 64, row);
+        multiply<2, 4, 6>();
+        Weights::fetch_next(w + 64);
+        load<6>(w + 96, row);
+        multiply<3, 4, 6>();
+        Weights::fetch_next(w + 96);
     }
 };
 
@@ -111,40 +120,53 @@ struct Two {
 
     static void configure(int64_t count) {
         const auto n = uint8_t(count - kRows);
-        tiles::configure({kRows, kRows, n, n, kRows, n, kRows, kRows});
+        tiles::configure({kRows, kRows, n, n, kRows, n, kRows, 0});
     }
     // next: elements from the first tile of rows to the second
+    template <class Weights>
     QNEXT_INLINE static void add(const bfloat16* x, int64_t next, const bfloat16* w) {
         constexpr int64_t row = kPanel * 4;
         load<6>(w, row);
-        load<7>(w + 32, row);
         load<4>(x, 64);
-        load<5>(x + next, 64);
         multiply<0, 4, 6>();
-        multiply<1, 4, 7>();
+        Weights::fetch_next(w);
+        load<5>(x + next, 64);
         multiply<2, 5, 6>();
-        multiply<3, 5, 7>();
-    }
-    QNEXT_INLINE static void store(float* c) {
-        constexpr int64_t row = kPanel * 4;
-        tiles::store<0>(c, row);
-        tiles::store<1>(c + 16, row);
-        tiles::store<2>(c + kRows * kPanel, row);
-        tiles::store<3>(c + kRows * kPanel + 16, row);
+        fetch(x + kSize, 64);
+        load<6>(w + 32, row);
+        multiply<1, 4, 6>();
+        Weights::fetch_next(w + 32);
+        multiply<3, 5, 6>();
+        fetch(x + next + kSize, 64);
     }
 };
 
-// To c the products of `steps` tiles of columns, and those of `rest`, where there is one, with one more.
-template <class Together>
+// Calls f(tile of sums, its place in c) for each of the four.
+template <class Together, class F>
+QNEXT_INLINE inline void for_sums(F f) {
+    constexpr bool one = std::is_same_v<Together, One>;
+    f(std::integral_constant<int, 0>(), 0);
+    f(std::integral_constant<int, 1>(), 16);
+    f(std::integral_constant<int, 2>(), one ? 32 : kRows * kPanel);
+    f(std::integral_constant<int, 3>(), one ? 48 : kRows * kPanel + 16);
+}
+
+// To c the products of `steps` tiles of columns, and those of `rest`, where there is one, with one more; added to what is
+// there, or not.
+template <class Together, class Weights>
 QNEXT_INLINE inline void multiply(const bfloat16* x, int64_t next, const bfloat16* w, int64_t steps, const bfloat16* rest,
-                                  Ahead& ahead, float* c) {
-    zero_sums();
+                                  Weights& weights, bool adds, float* c) {
+    constexpr int64_t row = kPanel * 4;
+    if (adds)
+        for_sums<Together>([&](auto tile, int64_t place) { load<tile>(c + place, row); });
+    else
+        zero_sums();
     for (int64_t s = 0; s < steps; ++s, x += kSize, w += kStepsElements) {
-        ahead.fetch();
-        Together::add(x, next, w);
+        weights.fetch_lines();
+        Together::template add<Weights>(x, next, w);
     }
-    if (rest) Together::add(x, next, rest);
-    Together::store(c);
+    if (rest) Together::template add<NearWeights>(x, next, rest);
+    for_sums<Together>([&](auto tile, int64_t place) { store<tile>(c + place, row); });
 }
 
 // Calls f(first, count, One or Two) for the activations that are multiplied together.
@@ -260,16 +282,22 @@ __attribute__((noinline)) void multiply(const bfloat16* x, int64_t count, const 
         }
         constexpr int64_t lines = tiles::kStepsElements * 2 / 64;
         const int64_t passes = (count + tiles::kRows - 1) / tiles::kRows;
-        // One pass fetches what it is about to read; several share in fetching the next panel.
-        const int64_t distance = passes == 1 ? 2 * tiles::kStepsElements : whole * tiles::kStepsElements;
-        tiles::Ahead ahead{reinterpret_cast<const char*>(w + distance), (lines + passes - 1) / passes};
-        tiles::for_rows_together(count, [&](int64_t first, int64_t some, auto together) {
-            using Together = decltype(together);
-            if (first == 0 || some < Together::rows) Together::configure(some);
-            for (int64_t column = 0; column < kPanel; column += Together::columns)
-                tiles::multiply<Together>(x + first / tiles::kRows * next, next, w + 2 * column, whole,
-                                          left ? rest + 2 * column : nullptr, ahead, c[p] + first * kPanel + column);
-        });
+        // One pass fetches what it is about to read; several share in fetching the next piece of a panel.
+        const int64_t length = passes == 1 ? std::max<int64_t>(whole, 1) : tiles::kPieceTiles;
+        for (int64_t begin = 0; begin == 0 || begin < whole; begin += length) {
+            const int64_t steps = std::min(length, whole - begin), distance = passes == 1 ? 2 : steps;
+            const bfloat16* const piece = w + begin * tiles::kStepsElements;
+            tiles::FarWeights weights{reinterpret_cast<const char*>(piece + distance * tiles::kStepsElements),
+                                      (lines + passes - 1) / passes};
+            tiles::for_rows_together(count, [&](int64_t first, int64_t some, auto together) {
+                using Together = decltype(together);
+                if (first == 0 || some < Together::rows) Together::configure(some);
+                for (int64_t column = 0; column < kPanel; column += Together::columns)
+                    tiles::multiply<Together>(x + first / tiles::kRows * next + begin * tiles::kSize, next, piece + 2 * column,
+                                              steps, left && begin + steps == whole ? rest + 2 * column : nullptr, weights,
+                                              begin > 0, c[p] + first * kPanel + column);
+            });
+        }
     }
     tiles::release();
 }
@@ -312,9 +340,9 @@ __attribute__((noinline)) void multiply(const bfloat16* x, int64_t count, const 
                     const int64_t column_tile = (begin + chain) / tiles::kColumns;
                     const bfloat16* const from = x + first / tiles::kRows * next + column_tile * tiles::kSize;
                     for (int64_t column = 0; column < kPanel; column += Together::columns) {
-                        tiles::Ahead nothing{nullptr, 0};
-                        tiles::multiply<Together>(from, next, decoded + chain * kPanel + 2 * column, steps, nullptr, nothing,
-                                                  sums + column);
+                        tiles::NearWeights weights;
+                        tiles::multiply<Together>(from, next, decoded + chain * kPanel + 2 * column, steps, nullptr, weights,
+                                                  false, sums + column);
                     }
                     tiles::add_scaled(sums, some, scales_of(panel, (begin + chain) / panel.group), begin + chain > 0,
                                       c[p] + first * kPanel);

@@ -4,6 +4,10 @@
 // odd ones, each from zero; their sum is added to what the element was. Subnormal numbers count as zero. An element does not
 // depend on the other rows. With QNEXT_EMULATE_TILES all this is done by AVX-512, slowly and with the same bits: for tests on
 // processors without AMX.
+//
+// A core whose other thread is awake has only some ten registers for the tiles of each of them, one of which is new with every
+// load and product. So with all eight in use operations wait for each other; with six they take half as long. One that is not
+// written, or zero, is none. Such a core waits longer for the second cache, too.
 #pragma once
 
 #include "vec.h"
@@ -96,7 +100,7 @@ static_assert(sizeof(Configuration) == 64);
 inline void configure(const uint8_t (&rows)[kNumTiles]) {
     Configuration configuration;
     for (int i = 0; i < kNumTiles; ++i) {
-        configuration.row_bytes[i] = 64;
+        configuration.row_bytes[i] = rows[i] ? 64 : 0;
         configuration.rows[i] = rows[i];
     }
     asm volatile("ldtilecfg %0" ::"m"(configuration));
@@ -127,6 +131,12 @@ QNEXT_INLINE inline void multiply() {
 }
 
 #endif
+
+// What a tile is about to be loaded from, into the first cache.
+QNEXT_INLINE inline void fetch(const void* from, int64_t stride) {
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kRows; ++r) _mm_prefetch(static_cast<const char*>(from) + r * stride, _MM_HINT_T0);
+}
 
 // The first four, where sums are kept.
 QNEXT_INLINE inline void zero_sums() {
