@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from cpu_report import make_console, print_table, write_csv
+from cpu_report import print_and_write
 
 from qnext_kernels import native
 from qnext_plugins.cli.bench.roofs import describe_machine
@@ -84,9 +84,7 @@ def main() -> int:
         return f"{median(sample[used] for sample in kinds[awake]) * 1e9:.1f}" if kinds[awake] else "-"
 
     cells = [(str(used), cell(False, used), cell(True, used)) for used in USED]
-    print_table(make_console(), header, COLUMNS, cells)
-    if args.csv:
-        write_csv(args.csv, header, COLUMNS, cells)
+    print_and_write(args.csv, header, COLUMNS, cells)
     return 0
 
 

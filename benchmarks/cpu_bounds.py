@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cpu_report import make_console, milliseconds, parse, print_table, write_csv
+from cpu_report import milliseconds, parse, print_and_write
 
 from qnext_kernels import native, use_huge_pages
 from qnext_plugins.cli.bench.inputs import REAL
@@ -194,9 +194,7 @@ def main() -> int:
     header += [rate.describe(threads) for threads, rate in rates.items()]
     header.append(others.describe())
     cells = list(rows(rates, read_results(args.results)))
-    print_table(make_console(), header, COLUMNS, cells)
-    if args.csv:
-        write_csv(args.csv, header, COLUMNS, cells)
+    print_and_write(args.csv, header, COLUMNS, cells)
     return 0
 
 

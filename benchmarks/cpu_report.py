@@ -101,6 +101,13 @@ def print_table(console: Console, header: list[str], columns: Sequence[str], row
     console.print(table)
 
 
+def print_and_write(path: Path | None, header: list[str], columns: Sequence[str], rows: list[tuple[str, ...]]) -> None:
+    """Print the header and the table, and write them to ``path`` if there is one."""
+    print_table(make_console(), header, columns, rows)
+    if path:
+        write_csv(path, header, columns, rows)
+
+
 def write_csv(path: Path, header: list[str], columns: Sequence[str], rows: list[tuple[str, ...]]) -> None:
     """The header's lines as comments, then the table."""
     with path.open("w", newline="") as file:

@@ -26,7 +26,7 @@ def random_choice(tokens: int, num_experts: int = EXPERTS, top_k: int = TOP_K) -
     return weights, ids
 
 
-def random_experts(tokens: int, dtype: torch.dtype, *, shared: bool = False) -> dict[str, Any]:
+def random_experts(tokens: int, dtype: torch.dtype, *, shared: bool = False, hidden: int = HIDDEN) -> dict[str, Any]:
     """Arguments of :func:`qnext_kernels.experts`."""
 
     def weight(*shape: int) -> Tensor:
@@ -34,15 +34,15 @@ def random_experts(tokens: int, dtype: torch.dtype, *, shared: bool = False) -> 
 
     weights, ids = random_choice(tokens)
     arguments: dict[str, Any] = {
-        "x": torch.randn(tokens, HIDDEN).to(dtype),
-        "w13": weight(EXPERTS, 2 * MIDDLE, HIDDEN),
-        "w2": weight(EXPERTS, HIDDEN, MIDDLE),
+        "x": torch.randn(tokens, hidden).to(dtype),
+        "w13": weight(EXPERTS, 2 * MIDDLE, hidden),
+        "w2": weight(EXPERTS, hidden, MIDDLE),
         "topk_weights": weights,
         "topk_ids": ids,
     }
     if shared:
-        gate = weight(HIDDEN)
-        arguments["shared"] = weight(2 * SHARED_MIDDLE, HIDDEN), weight(HIDDEN, SHARED_MIDDLE), gate
+        gate = weight(hidden)
+        arguments["shared"] = weight(2 * SHARED_MIDDLE, hidden), weight(hidden, SHARED_MIDDLE), gate
     return arguments
 
 

@@ -81,6 +81,10 @@ def test_native_experts_with_a_shared_one_do_not_depend_on_the_batch() -> None:
             assert same_bits(experts(**rows_of(arguments, some)), together[some])
 
 
+CALLS: dict[torch.dtype, Any] = {FP8: experts_fp8, INT4: experts_int4}
+CALLS |= dict.fromkeys((torch.float32, torch.bfloat16), experts)
+
+
 def on_threads(count: int, arguments: dict[str, Any]) -> Tensor:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -91,29 +95,13 @@ def on_threads(count: int, arguments: dict[str, Any]) -> Tensor:
         torch.set_num_threads(before)
 
 
-CALLS: dict[torch.dtype, Any] = {FP8: experts_fp8, INT4: experts_int4}
-CALLS |= dict.fromkeys((torch.float32, torch.bfloat16), experts)
-
-
-def wide_experts(tokens: int, dtype: torch.dtype, hidden: int = 300) -> dict[str, Any]:
-    """Experts whose output has several panels of columns, the last of them not whole."""
-    arguments = random_experts(tokens, dtype, shared=True)
-    up, down, gate = (torch.randn(shape) * hidden**-0.5 for shape in ((40, hidden), (hidden, 20), (hidden,)))
-    return arguments | {
-        "x": torch.randn(tokens, hidden).to(dtype),
-        "w13": (torch.randn(EXPERTS, 2 * MIDDLE, hidden) * hidden**-0.5).to(dtype),
-        "w2": torch.randn(EXPERTS, hidden, MIDDLE).to(dtype),
-        "shared": (up.to(dtype), down.to(dtype), gate.to(dtype)),
-    }
-
-
-# Columns divide among threads evenly, so that each has its own, or not.
+# Columns of some panels, which divide among threads evenly, so that each has its own, or not.
 @pytest.mark.parametrize("tokens", [20, 150])
 @pytest.mark.parametrize(
     "arguments",
     [
-        lambda tokens: wide_experts(tokens, torch.float32),
-        lambda tokens: wide_experts(tokens, torch.bfloat16),
+        lambda tokens: random_experts(tokens, torch.float32, shared=True, hidden=300),
+        lambda tokens: random_experts(tokens, torch.bfloat16, shared=True, hidden=300),
         lambda tokens: random_fp8(tokens, torch.bfloat16, shared=True) | {"quantize_activations": False},
         lambda tokens: random_int4(tokens, torch.bfloat16, group=128, shared=torch.uint8),
     ],
@@ -128,7 +116,7 @@ def test_native_experts_have_the_same_bits_on_any_number_of_threads(arguments: A
 
 def test_native_experts_of_many_tokens_have_the_same_bits_on_any_number_of_threads() -> None:
     # Products that lie apart before they are added up are more than fit there at once.
-    given = wide_experts(5000, torch.bfloat16, hidden=1100)
+    given = random_experts(5000, torch.bfloat16, shared=True, hidden=1100)
     assert (given["topk_ids"] >= 0).sum() + 5000 > (1 << 18) / (1100 // 64 + 1)
     assert same_bits(on_threads(5, given), on_threads(1, given))
 

@@ -120,10 +120,11 @@ class Run {
         const std::vector<int64_t> longest_first = routing.longest_first();
         const int64_t columns = panels_of(p.hidden);
         const bool owned = keep_busy(columns, threads);
-        const int64_t slices = owned ? 1 : (routing.start.back() * columns + kMostApart - 1) / kMostApart;
-        const int64_t slice = slices ? (columns + slices - 1) / slices : columns;
+        const int64_t pairs = routing.start.back();
+        const int64_t slices = std::max<int64_t>(1, (pairs * columns + kMostApart - 1) / kMostApart);
+        const int64_t slice = (columns + slices - 1) / slices;
         if (!owned) {
-            apart = scratch<float>(routing.start.back() * slice * kPanel);
+            apart = scratch<float>(pairs * slice * kPanel);
             places = routing.places(p.tokens);
         }
 #pragma omp parallel num_threads(threads)
